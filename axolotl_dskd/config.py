@@ -1,0 +1,282 @@
+"""The `dskd:` block of an Axolotl YAML: fields, bounds, defaults, and what it refuses.
+
+The only place where defaults are stated. Imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PLUGIN_NAME = "axolotl_dskd.DSKDPlugin"
+
+DivergenceName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "js_divergence",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "tvd",
+]
+
+
+class _Block(BaseModel):
+    """Unknown keys are refused, so a misspelt one cannot be silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TeacherConfig(_Block):
+    """Which teacher, and how it is loaded. Names follow Axolotl's own for the student."""
+
+    base_model: str = Field(description="Hub id or folder of the teacher.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with the teacher. Off unless you trust it."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Weights' dtype. auto: bfloat16 on a GPU that has it, else float32.",
+    )
+    load_in_4bit: bool = Field(False, description="NF4 with double quantisation (bitsandbytes).")
+    load_in_8bit: bool = Field(False, description="LLM.int8() (bitsandbytes).")
+    adapter: str | None = Field(
+        None, description="Hub id or folder of a LoRA of the teacher, merged into it at load."
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Template for the teacher's side of chat_template datasets, as Axolotl's "
+        "chat_template (a name, tokenizer_default, or jinja). Default: its tokenizer's own.",
+    )
+    chat_template_jinja: str | None = Field(
+        None, description="The template, or a file with it, where chat_template is jinja."
+    )
+    eot_tokens: list[str] | None = Field(
+        None,
+        description="Tokens that end a turn in the teacher's template, as Axolotl's eot_tokens. "
+        "Default: its eos token.",
+    )
+    tokenizer: str | None = Field(
+        None, description="Hub id or folder of the teacher's tokenizer. Default: base_model."
+    )
+    sequence_len: Annotated[int, Field(ge=8)] | None = Field(
+        None,
+        description="Longest teacher side of a row, in teacher tokens. Default: as long as the "
+        "row needs, up to the model's limit.",
+    )
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="As in transformers. Default: the device of the training process."
+    )
+    attn_implementation: str | None = Field(
+        None, description="As in transformers. Default: the library's choice for the model."
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> TeacherConfig:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError(
+                "dskd.teacher: load_in_4bit and load_in_8bit are both true. Set one of them."
+            )
+        if self.adapter and (self.load_in_4bit or self.load_in_8bit):
+            raise ValueError(
+                "dskd.teacher.adapter cannot be merged into a teacher that is loaded in 4 or 8 "
+                "bits without rounding it. Merge it once with `axolotl merge-lora` and name the "
+                "merged folder as base_model."
+            )
+        if self.chat_template == "jinja" and not self.chat_template_jinja:
+            raise ValueError(
+                "dskd.teacher.chat_template is jinja, but chat_template_jinja is empty. "
+                "Put the template or its file there."
+            )
+        if self.chat_template_jinja and self.chat_template not in (None, "jinja"):
+            raise ValueError(
+                f"dskd.teacher has chat_template_jinja and chat_template: {self.chat_template}. "
+                "Remove one of them, or set chat_template: jinja."
+            )
+        return self
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Where the teacher's tokenizer comes from."""
+        return self.tokenizer or self.base_model
+
+
+class ProjectorConfig(_Block):
+    """The linear maps between the two hidden spaces and their optimizer."""
+
+    init: Literal["random"] = Field("random", description="How the projectors start.")
+    learning_rate: float = Field(
+        1.0e-3, gt=0, le=1, description="AdamW's, times the student's schedule factor."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on the projectors.")
+
+
+class DSKDConfig(_Block):
+    """Dual-space knowledge distillation (arXiv 2406.17328, 2504.11426)."""
+
+    teacher: TeacherConfig = Field(description="The teacher.")
+    alignment: Literal["auto", "positions", "cma"] = Field(
+        "auto",
+        description="How tokens of the two models meet. positions: one by one (identical "
+        "vocabularies). cma: cross-model attention. auto: positions if the vocabularies are "
+        "identical, else cma.",
+    )
+    divergence: DivergenceName = Field(
+        "forward_kl", description="Student-space divergence from the projected teacher."
+    )
+    temperature: float = Field(
+        2.0, gt=0, le=100, description="Of both spaces' divergences; cross-entropies are at 1."
+    )
+    kd_ratio: float = Field(
+        0.5, ge=0, le=1, description="0 is supervised fine-tuning only, 1 distillation only."
+    )
+    student_space_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the student-space terms; 0 switches them off."
+    )
+    teacher_space_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the teacher-space term; 0 switches it off."
+    )
+    skew_lambda: float = Field(
+        0.1, gt=0, lt=1, description="Share mixed in by the skewed divergences."
+    )
+    adaptive_alpha: float = Field(
+        0.5, gt=0, lt=1, description="Probability mass that adaptive_kl calls the tail."
+    )
+    js_beta: float = Field(0.5, gt=0, lt=1, description="Teacher's share in js_divergence.")
+    projector: ProjectorConfig = Field(
+        default_factory=ProjectorConfig, description="The projectors."
+    )
+    chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Tokens whose logits are held at once. Changes memory and speed, not results.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_distil(self) -> DSKDConfig:
+        if self.kd_ratio > 0 and not (self.student_space_weight or self.teacher_space_weight):
+            raise ValueError(
+                "dskd: student_space_weight and teacher_space_weight are both 0, so kd_ratio "
+                f"{self.kd_ratio} weights nothing. Raise one, or set kd_ratio: 0 for plain SFT."
+            )
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        """False with `kd_ratio: 0`: then no teacher is loaded."""
+        return self.kd_ratio > 0
+
+    @classmethod
+    def of(cls, cfg: Any) -> DSKDConfig | None:
+        """The typed block of an Axolotl config, or None where there is none."""
+        block = cfg.get("dskd") if hasattr(cfg, "get") else getattr(cfg, "dskd", None)
+        if not block:
+            return None
+        return cls.model_validate(block.to_dict() if hasattr(block, "to_dict") else dict(block))
+
+
+# Axolotl's key -> (when it is in the way, what to do instead). A value of None means "any truthy".
+_REFUSED: dict[str, str] = {
+    "rl": "preference and RL training have no supervised text to distil on; remove `rl:`",
+    "reward_model": "a reward model gives no next-token distribution; remove `reward_model:`",
+    "process_reward_model": "a reward model gives no next-token distribution; remove it",
+    "orpo_alpha": "ORPO has a loss of its own; remove `orpo_alpha:`",
+    "kd_trainer": "it is Axolotl's built-in distillation; keep one of the two",
+    "trainer_cls": "distillation needs its own trainer; remove `trainer_cls:`",
+    "use_eaft": "it replaces the loss, as dskd does; remove `use_eaft:`",
+    "use_dft": "it replaces the loss, as dskd does; remove `use_dft:`",
+    "label_smoothing_factor": "it replaces the loss, as dskd does; remove it",
+    "streaming": "both sides of a row are prepared ahead; remove `streaming:`",
+    "pretraining_dataset": "streamed pretraining data is not supported; list it under `datasets:` "
+    "with `type: completion`",
+    "skip_prepare_dataset": "both sides of a row must be prepared; remove it",
+    "processor_type": "multimodal data is not supported; remove `processor_type:`",
+    "batch_flattening": "use `sample_packing: true` instead",
+    "relora": "it resets the optimizer that the projectors follow; use plain LoRA",
+    "fsdp": "sharded students are not supported yet; use one GPU or plain DDP, with QLoRA if "
+    "memory is short",
+    "fsdp_config": "sharded students are not supported yet; use one GPU or plain DDP, with QLoRA "
+    "if memory is short",
+    "deepspeed": "sharded students are not supported yet; use one GPU or plain DDP, with QLoRA "
+    "if memory is short",
+    "ray_num_workers": "launching through ray is not supported; use the default launcher",
+}
+_OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")
+_PARALLEL = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+
+
+def _refusals(data: dict[str, Any]) -> list[str]:
+    found = [f"`{key}`: {why}" for key, why in _REFUSED.items() if data.get(key)]
+    found += [
+        f"`{key}: {data[key]}`: parallelism inside a model is not supported; set it to 1"
+        for key in _PARALLEL
+        if (data.get(key) or 1) > 1
+    ]
+    if data.get("balance_labels") and not data.get("sample_packing"):
+        found.append("`balance_labels` without `sample_packing`: set one, or remove the other")
+    found += [
+        f"plugin `{plugin}`: it brings a trainer of its own; remove it"
+        for plugin in data.get("plugins") or []
+        if str(plugin).startswith(_OTHER_TRAINERS)
+    ]
+    return found
+
+
+class DSKDArgs(BaseModel):
+    """What the plugin adds to Axolotl's schema (method names unique: the classes are merged)."""
+
+    dskd: DSKDConfig | None = Field(None, description=DSKDConfig.__doc__)
+
+    @model_validator(mode="before")
+    @classmethod
+    def dskd_check_block(cls, data: Any) -> Any:
+        """Refuse half a configuration and what does not combine, before anything is loaded."""
+        if not isinstance(data, dict):
+            return data
+        named = any(
+            str(p).replace(":", ".").endswith("DSKDPlugin") for p in data.get("plugins") or []
+        )
+        if not named:
+            return data  # the plugin manager lives as long as the process; this run is not ours
+        if not data.get("dskd"):
+            close = difflib.get_close_matches("dskd", [k for k in data if k != "dskd"], n=1)
+            hint = f" Did you mean it by `{close[0]}:`?" if close else ""
+            raise ValueError(
+                f"`plugins:` names {PLUGIN_NAME}, but there is no `dskd:` block.{hint} Add\n"
+                "dskd:\n  teacher:\n    base_model: <hub id or folder>\n"
+                "or remove the plugin to fine-tune without a teacher."
+            )
+        if data.get("merge_lora") or data.get("inference"):
+            return data
+        typos = [
+            k for k in data if k != "dskd" and k.startswith("dskd") and k not in cls.model_fields
+        ]
+        if typos:
+            raise ValueError(f"unknown key {typos[0]!r}: its values belong under `dskd:`.")
+        if refusals := _refusals(data):
+            raise ValueError(
+                "this configuration does not combine with `dskd:`:\n- " + "\n- ".join(refusals)
+            )
+        return data
+
+    @model_validator(mode="after")
+    def dskd_check_teacher_exists(self) -> DSKDArgs:
+        """A teacher that looks like a path must be there."""
+        if self.dskd is None or getattr(self, "merge_lora", None) or getattr(self, "inference", 0):
+            return self
+        teacher = self.dskd.teacher
+        for key in ("base_model", "tokenizer", "adapter"):
+            value = getattr(teacher, key)
+            if (
+                value
+                and value.startswith((".", "/", "~"))
+                and not Path(value).expanduser().exists()
+            ):
+                raise ValueError(
+                    f"dskd.teacher.{key}: there is no {value} (looked from {Path.cwd()}). "
+                    "Correct the path, or name a model of the hub."
+                )
+        return self

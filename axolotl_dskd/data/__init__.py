@@ -1,0 +1,22 @@
+"""Rows with two sides: Axolotl's own data pipeline, run for the student and for the teacher.
+
+Knows tokenizers, rows and batches; nothing of models, heads or losses.
+"""
+
+from axolotl_dskd.data.collator import DualCollator
+from axolotl_dskd.data.hooks import install_hooks
+from axolotl_dskd.data.tokenizers import (
+    load_teacher_tokenizer,
+    resolve_alignment,
+    teacher_position_limit,
+    vocabulary_size,
+)
+
+__all__ = [
+    "DualCollator",
+    "install_hooks",
+    "load_teacher_tokenizer",
+    "resolve_alignment",
+    "teacher_position_limit",
+    "vocabulary_size",
+]

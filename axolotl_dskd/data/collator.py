@@ -1,0 +1,77 @@
+"""Axolotl's collators with the teacher's side carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from axolotl_dskd.types import IGNORE_INDEX
+
+_TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
+
+
+class DualCollator:
+    """Wraps any collator: takes the teacher's columns out, lets it work, adds our tensors.
+
+    The inner collator may pad rows (a list of rows) or pack them (a list of lists of rows). Ours
+    is one teacher row per sample, padded on the right, and the number of each student token's
+    sample, -1 on padding. `input_ids` stays the batch's first key.
+    """
+
+    def __init__(
+        self, inner: Callable[..., Any], *, padding_side: str, teacher_pad_id: int
+    ) -> None:
+        self.inner = inner
+        self.padding_side = padding_side
+        self.teacher_pad_id = teacher_pad_id
+
+    def __getattr__(self, name: str) -> Any:
+        # Axolotl reads attributes such as `tokenizer` off its collators.
+        if name == "inner":
+            raise AttributeError(name)  # not there yet while unpickling
+        return getattr(self.inner, name)
+
+    def __call__(self, features: list[Any], **kwargs: Any) -> dict[str, Any]:
+        """Collate, see the class.
+
+        Raises:
+            ValueError: rows without a teacher side.
+        """
+        packed = isinstance(features[0], list)
+        rows = features if packed else [[f] for f in features]
+        samples = [sample for row in rows for sample in row]
+        if any(c not in samples[0] for c in _TEACHER_COLUMNS):
+            raise ValueError(
+                f"a row has no teacher side; it has {sorted(samples[0])}. The dataset was "
+                "prepared without dskd: delete dataset_prepared_path and prepare it again."
+            )
+        plain = [
+            [{k: v for k, v in s.items() if k not in _TEACHER_COLUMNS} for s in row] for row in rows
+        ]
+        lengths = [[len(s["input_ids"]) for s in row] for row in rows]
+        batch = dict(self.inner(plain if packed else [row[0] for row in plain], **kwargs))
+
+        batch["dskd_segment_ids"] = self._segment_ids(lengths, batch["input_ids"].shape)
+        ids, labels = (
+            [torch.as_tensor(s[column], dtype=torch.long) for s in samples]
+            for column in _TEACHER_COLUMNS
+        )
+        batch["dskd_teacher_input_ids"] = pad_sequence(ids, True, self.teacher_pad_id)
+        batch["dskd_teacher_labels"] = pad_sequence(labels, True, IGNORE_INDEX)
+        batch["dskd_teacher_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True)
+        return batch
+
+    def _segment_ids(self, lengths: list[list[int]], shape: torch.Size) -> Tensor:
+        segment_ids = torch.full(shape, -1, dtype=torch.long)
+        sample = 0
+        for row, row_lengths in enumerate(lengths):
+            at = 0 if self.padding_side == "right" else shape[1] - sum(row_lengths)
+            for length in row_lengths:
+                segment_ids[row, at : at + length] = sample
+                at += length
+                sample += 1
+        return segment_ids

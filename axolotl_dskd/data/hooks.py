@@ -1,0 +1,237 @@
+"""Where Axolotl's supervised data pipeline is made to prepare both sides of a row.
+
+Axolotl has no hook inside its pipeline, so three of its functions are wrapped, once per process.
+Each wrapper passes straight through for a config without a `dskd:` block (or with `kd_ratio: 0`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from axolotl.prompt_tokenizers import PromptTokenizingStrategy
+from axolotl.utils.data import sft, wrappers
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from transformers import PreTrainedTokenizerBase
+
+from axolotl_dskd import __version__
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.data.paired import PairedStrategy
+from axolotl_dskd.data.reconcile import Reconcile, reconcile_dataset
+from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.data.tokenizers import (
+    load_teacher_tokenizer,
+    resolve_alignment,
+    teacher_position_limit,
+)
+
+LOG = get_logger(__name__)
+
+_MARK = "_dskd_wrapped"
+
+
+def _active(cfg: Any) -> DSKDConfig | None:
+    config = DSKDConfig.of(cfg)
+    return config if config is not None and config.uses_teacher else None
+
+
+class _Captured(Exception):
+    """Carries a strategy out of Axolotl's dataset wrapper before it tokenizes anything."""
+
+    def __init__(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+@contextmanager
+def _strategies_handed_over() -> Iterator[None]:
+    """While open, Axolotl's function that tokenizes raises `_Captured` with its strategy."""
+
+    def hand_over(strategy: Any, *_: Any, **__: Any) -> None:
+        raise _Captured(strategy)
+
+    original = wrappers.wrap_dataset_for_tokenized_prompt
+    wrappers.wrap_dataset_for_tokenized_prompt = hand_over
+    try:
+        yield
+    finally:
+        wrappers.wrap_dataset_for_tokenized_prompt = original
+
+
+def _teacher_side(
+    config: DSKDConfig, cfg: DictDefault, dataset_config: DictDefault
+) -> tuple[DictDefault, DictDefault]:
+    """Copies of both configs that let Axolotl build the dataset's strategy for the teacher.
+
+    Axolotl pushes the student's template into every dataset, so both levels are overridden.
+    """
+    teacher = config.teacher
+    choice = teacher.chat_template
+    if choice is None:
+        choice = "jinja" if teacher.chat_template_jinja else "tokenizer_default"
+    template = {"chat_template": choice, "chat_template_jinja": teacher.chat_template_jinja}
+    teacher_cfg = DictDefault(
+        {
+            **cfg,
+            **template,
+            "eot_tokens": teacher.eot_tokens,
+            "chat_template_kwargs": None,
+            "sequence_len": teacher_position_limit(config),
+            "tokenizer_use_mistral_common": None,
+        }
+    )
+    return teacher_cfg, DictDefault({**dataset_config, **template})
+
+
+def _refuse_unusable(dataset: Any, dataset_config: DictDefault) -> None:
+    name = dataset_config.get("path")
+    if wrappers._is_dataset_already_tokenized(dataset):
+        raise ValueError(
+            f"dataset {name} is already tokenized (it has input_ids, attention_mask and labels), "
+            "so there is no text to tokenize for the teacher. Give the raw text with its `type:`."
+        )
+
+
+def _pair(get_wrapper: Callable[..., Any], config: DSKDConfig, call: dict[str, Any]) -> Any:
+    """Build the dataset's strategy for both sides, and let Axolotl tokenize with the pair."""
+    dataset, dataset_config, cfg = call["dataset"], call["dataset_config"], call["cfg"]
+    _refuse_unusable(dataset, dataset_config)
+    tokenizer = load_teacher_tokenizer(config)
+    teacher_cfg, teacher_dataset_config = _teacher_side(config, cfg, dataset_config)
+    # A dataset type that is a block is read off the config; a named one may not be changed.
+    teacher_call = {
+        **call,
+        "cfg": teacher_cfg,
+        "dataset_config": teacher_dataset_config,
+        "tokenizer": tokenizer,
+        "processor": None,
+    }
+    student = _strategy(get_wrapper, call)
+    try:
+        teacher = _strategy(get_wrapper, teacher_call)
+    except ValueError as error:
+        if "chat_template" not in str(error):
+            raise
+        raise ValueError(
+            f"the teacher's tokenizer ({config.teacher.tokenizer_name}) has no chat template: "
+            f"{error}. Name one as dskd.teacher.chat_template (chatml, llama3, jinja, …), the one "
+            "that the teacher was trained with."
+        ) from error
+    return wrappers.wrap_dataset_for_tokenized_prompt(
+        PairedStrategy(student, teacher),
+        dataset,
+        process_count=cfg.dataset_num_proc,
+        keep_in_memory=cfg.dataset_keep_in_memory is True,
+    ), wrappers.UnsupportedPrompter()
+
+
+def _strategy(get_wrapper: Callable[..., Any], call: dict[str, Any]) -> PromptTokenizingStrategy:
+    name = call["dataset_config"].get("path")
+    kind = call["dataset_config"].get("type")
+    try:
+        with _strategies_handed_over():
+            get_wrapper(**call)
+    except _Captured as captured:
+        if isinstance(captured.strategy, PromptTokenizingStrategy):
+            return captured.strategy
+    raise ValueError(
+        f"dataset {name} has `type: {kind}`, which does not tokenize prompt and answer row by "
+        "row, so it cannot be prepared for a teacher too. Use a supervised type such as alpaca, "
+        "chat_template, completion or input_output."
+    )
+
+
+def data_fingerprint(config: DSKDConfig, student: PreTrainedTokenizerBase | None = None) -> str:
+    """What decides the teacher's side of prepared rows, for the key of Axolotl's dataset cache."""
+    tokenizer = load_teacher_tokenizer(config)
+    teacher = config.teacher
+    payload = {
+        "version": __version__,
+        "tokenizer": tokenizer.name_or_path,
+        "tokenizer_content": tokenizer.backend_tokenizer.to_str()
+        if getattr(tokenizer, "backend_tokenizer", None)
+        else "",
+        "template": teacher.chat_template or "",
+        "jinja": teacher.chat_template_jinja or str(tokenizer.chat_template),
+        "eot_tokens": teacher.eot_tokens,
+        "limit": teacher_position_limit(config),
+        "alignment": config.alignment,
+    }
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+class _Hooks:
+    """The three wrappers; remembers the student's tokenizer between two of them."""
+
+    def __init__(self) -> None:
+        self.student_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def dataset_wrapper(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def get_dataset_wrapper(*args: Any, **kwargs: Any) -> Any:
+            names = ("dataset_config", "tokenizer", "cfg", "dataset_base_type", "dataset")
+            call = {**dict(zip(names, args, strict=False)), **kwargs}
+            config = _active(call["cfg"])
+            if config is None:
+                return original(*args, **kwargs)
+            self.student_tokenizer = call["tokenizer"]
+            return _pair(original, config, call)
+
+        return get_dataset_wrapper
+
+    def dataset_hash(self, original: Callable[..., str]) -> Callable[..., str]:
+        @wraps(original)
+        def generate_dataset_hash_from_config(cfg: Any, *args: Any, **kwargs: Any) -> str:
+            key = original(cfg, *args, **kwargs)
+            config = _active(cfg)
+            if config is None:
+                return key
+            return hashlib.md5(
+                f"{key}|{data_fingerprint(config)}".encode(), usedforsecurity=False
+            ).hexdigest()
+
+        return generate_dataset_hash_from_config
+
+    def long_rows(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def handle_long_seq_in_dataset(dataset: Any, sequence_len: int, cfg: Any) -> Any:
+            dataset = original(dataset, sequence_len, cfg)
+            config = _active(cfg)
+            if config is None:
+                return dataset
+            student, teacher = self.student_tokenizer, load_teacher_tokenizer(config)
+            assert student is not None, "rows were handled before any dataset was tokenized"
+            alignment, _ = resolve_alignment(config, student, teacher)
+            strategy = (cfg.excess_length_strategy or "drop").lower()
+            reconcile = Reconcile(
+                student_bytes=token_bytes(student),
+                teacher_bytes=token_bytes(teacher),
+                teacher_limit=teacher_position_limit(config),
+                truncate_teacher=strategy == "truncate",
+                same_ids=alignment == "positions",
+            )
+            return reconcile_dataset(
+                dataset,
+                reconcile,
+                num_proc=cfg.dataset_num_proc,
+                raise_if_long=strategy == "raise",
+            )
+
+        return handle_long_seq_in_dataset
+
+
+def install_hooks() -> None:
+    """Wrap Axolotl's three functions; a second call changes nothing."""
+    if getattr(sft, _MARK, False):
+        return
+    hooks = _Hooks()
+    sft.get_dataset_wrapper = hooks.dataset_wrapper(sft.get_dataset_wrapper)
+    sft.generate_dataset_hash_from_config = hooks.dataset_hash(
+        sft.generate_dataset_hash_from_config
+    )
+    sft.handle_long_seq_in_dataset = hooks.long_rows(sft.handle_long_seq_in_dataset)
+    setattr(sft, _MARK, True)

@@ -1,0 +1,88 @@
+"""Token id -> the exact bytes it stands for, for tokenizers that can be undone.
+
+Token *strings* cannot be compared across tokenizers: "Ġ", "▁" and "<0x0A>" are spellings of bytes,
+and one multibyte character may be split over several tokens. Bytes can. This module knows one
+tokenizer at a time and no text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+_HEX = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte of the byte-level BPE alphabet (GPT-2).
+
+    Printable Latin-1 characters stand for themselves, the other bytes, in order, for the code
+    points from 256 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _components(node: Any) -> set[str]:
+    """Names of all (nested) components of a serialized pre-tokenizer or decoder."""
+    if isinstance(node, dict):
+        inner = set().union(*(_components(value) for value in node.values()))
+        return inner | ({node["type"]} if isinstance(node.get("type"), str) else set())
+    if isinstance(node, list):
+        return set().union(*(_components(value) for value in node))
+    return set()
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """Bytes of every token id, in order; special tokens and unused ids stand for no text: b"".
+
+    Supported are byte-level BPE (GPT-2, Llama 3, Qwen, …), sentencepiece with `▁` and byte
+    fallback (Llama 2, Mistral, Gemma, …), and added tokens of both.
+
+    Args:
+        tokenizer: a transformers tokenizer with a `tokenizers` backend.
+
+    Raises:
+        ValueError: another kind, whose tokens do not determine the text.
+    """
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"the tokenizer of {name} ({type(tokenizer).__name__}) has no fast backend, so the "
+            "bytes of its tokens cannot be read. Use its fast version (tokenizer_use_fast: true, "
+            "and no tokenizer_use_mistral_common)."
+        )
+    spec = json.loads(backend.to_str())
+    decoder, pre_tokenizer = _components(spec["decoder"]), _components(spec["pre_tokenizer"])
+    byte_level = "ByteLevel" in decoder | pre_tokenizer
+    sentencepiece = "Metaspace" in decoder | pre_tokenizer or "ByteFallback" in decoder
+    if spec["model"]["type"] in ("WordPiece", "WordLevel") or not (byte_level or sentencepiece):
+        raise ValueError(
+            f"the tokenizer of {name} ({spec['model']['type']}) is neither byte-level nor "
+            "sentencepiece, so its tokens do not determine the text. It can't be used here."
+        )
+    added = {t["id"]: t for t in spec["added_tokens"]}
+    special = {i for i, t in added.items() if t["special"]} | set(tokenizer.all_special_ids)
+    alphabet = _byte_level_alphabet() if byte_level else {}
+    vocabulary = tokenizer.get_vocab()
+    table = [b""] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        if index in special:
+            continue
+        if index in added:
+            table[index] = token.encode()
+        elif byte_level:
+            # A character outside the alphabet occurs in tokens that were added as plain text.
+            table[index] = (
+                bytes(alphabet[c] for c in token)
+                if all(c in alphabet for c in token)
+                else token.encode()
+            )
+        elif match := _HEX.fullmatch(token):
+            table[index] = bytes([int(match[1], 16)])
+        else:
+            table[index] = token.replace("▁", " ").encode()
+    return table

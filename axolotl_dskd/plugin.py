@@ -1,0 +1,37 @@
+"""The plugin: Axolotl's hooks and nothing else.
+
+Imports little on purpose: Axolotl 0.19 only logs a plugin's ImportError and then trains plain SFT.
+What can fail is imported inside the hooks, whose errors stop the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+
+from axolotl_dskd.config import DSKDConfig
+
+
+class DSKDPlugin(BasePlugin):
+    """Dual-space knowledge distillation; inert in runs without a `dskd:` block."""
+
+    def register(self, cfg: Any) -> None:
+        """Make Axolotl's data pipeline prepare both sides of every row."""
+        if cfg.get("dskd"):
+            from axolotl_dskd.data import install_hooks
+
+            install_hooks()
+
+    def get_input_args(self) -> str:
+        """The schema of the `dskd:` block."""
+        return "axolotl_dskd.config.DSKDArgs"
+
+    def get_trainer_cls(self, cfg: Any) -> Any:
+        """The distilling trainer, where there is something to distil."""
+        config = DSKDConfig.of(cfg)
+        if config is None or not config.uses_teacher:
+            return None
+        from axolotl_dskd.trainer import DSKDTrainer
+
+        return DSKDTrainer.for_config(config)

@@ -1,0 +1,157 @@
+"""The linear maps between the two models' spaces, and the optimizer that trains them.
+
+They are a sidecar of the training run, not part of the student: exported students carry no trace
+of them. This module knows sizes and gradients; nothing of models, tokens or losses.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_FOLDER, _WEIGHTS, _OPTIMIZER = "dskd", "projectors.safetensors", "projector_optimizer.safetensors"
+
+
+class _Linear(nn.Linear):
+    """float32 weights, products in the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Projectors(nn.Module):
+    """`t2s` [D -> d], `s2t` [d -> D] and, for cross-model attention, `query` [2d -> 2D].
+
+    Initialised as `nn.Linear` is (uniform in ±1/sqrt(fan-in)), from a generator of their own:
+    adding distillation to a run changes neither the student's initial weights nor its data order.
+    """
+
+    def __init__(self, d: int, D: int, *, with_query: bool, seed: int) -> None:
+        super().__init__()
+        self.t2s = _Linear(D, d)
+        self.s2t = _Linear(d, D)
+        self.query = _Linear(2 * d, 2 * D) if with_query else None
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for linear in self.children():
+                assert isinstance(linear, nn.Linear)
+                bound = 1 / math.sqrt(linear.in_features)
+                linear.weight.uniform_(-bound, bound, generator=generator)
+                linear.bias.uniform_(-bound, bound, generator=generator)
+
+
+class ProjectorOptimizer:
+    """float32 AdamW over the projectors that follows the student's learning-rate schedule.
+
+    Gradients are averaged over ranks, clipped to the same norm as the student's, and the learning
+    rate is `learning_rate` times the factor by which the schedule scales the student's.
+    """
+
+    def __init__(
+        self,
+        projectors: Projectors,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        max_grad_norm: float,
+    ) -> None:
+        self.projectors = projectors
+        self.learning_rate = learning_rate
+        self.max_grad_norm = max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            projectors.parameters(), lr=learning_rate, weight_decay=weight_decay
+        )
+        for parameter in projectors.parameters():  # every rank starts from rank 0's
+            if dist.is_available() and dist.is_initialized():
+                dist.broadcast(parameter.data, src=0)
+
+    def step(self, schedule_factor: float, loss_scale: float = 1.0) -> None:
+        """One update from the accumulated gradients, which are cleared.
+
+        Args:
+            schedule_factor: the student's current learning rate over its initial one.
+            loss_scale: what the loss was multiplied by before backward (fp16); a step whose
+                unscaled gradients are not finite is skipped there, as the student's is.
+        """
+        gradients = []
+        for parameter in self.projectors.parameters():
+            if parameter.grad is None:  # a rank may see no supervised token
+                parameter.grad = torch.zeros_like(parameter)
+            if loss_scale != 1.0:
+                parameter.grad.div_(loss_scale)
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(dist.get_world_size())
+            gradients.append(parameter.grad)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm):
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self.projectors.parameters(), self.max_grad_norm, norm
+                )
+            for group in self.adamw.param_groups:
+                group["lr"] = self.learning_rate * schedule_factor
+            self.adamw.step()
+        elif loss_scale == 1.0:
+            raise ValueError(
+                "the projectors' gradients are not finite although the loss is. Lower "
+                "dskd.projector.learning_rate or the student's learning_rate."
+            )
+        self.adamw.zero_grad(set_to_none=True)
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Write `<checkpoint>/dskd/`: weights and optimizer state, as safetensors."""
+        folder = Path(checkpoint) / _FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_cpu(self.projectors.state_dict()), folder / _WEIGHTS)
+        state = {
+            f"{name}.{key}": value
+            for name, parameter in self.projectors.named_parameters()
+            for key, value in self.adamw.state[parameter].items()
+        }
+        save_file(_cpu(state), folder / _OPTIMIZER)
+
+    def load(self, checkpoint: str | Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint has no projectors, or others than this run's.
+        """
+        folder = Path(checkpoint) / _FOLDER
+        if not (folder / _WEIGHTS).exists() or not (folder / _OPTIMIZER).exists():
+            raise ValueError(
+                f"{checkpoint} cannot be resumed as a distillation: it has no projectors in "
+                f"{folder}. It was written without `dskd:` (or with save_only_model). Start from "
+                "it as `base_model:` instead of `resume_from_checkpoint:`."
+            )
+        weights = load_file(folder / _WEIGHTS)
+        ours = {name: tuple(t.shape) for name, t in self.projectors.state_dict().items()}
+        theirs = {name: tuple(t.shape) for name, t in weights.items()}
+        if ours != theirs:
+            raise ValueError(
+                f"the projectors in {folder} do not fit this run: found {theirs}, need {ours}. "
+                "Teacher, student and alignment must be those of the interrupted run."
+            )
+        self.projectors.load_state_dict(weights)
+        state = load_file(folder / _OPTIMIZER)
+        for name, parameter in self.projectors.named_parameters():
+            prefix = f"{name}."
+            self.adamw.state[parameter] = {
+                key.removeprefix(prefix): value.to(
+                    "cpu" if key == f"{prefix}step" else parameter.device
+                )
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+
+
+def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -1,0 +1,120 @@
+"""Load a frozen teacher without what Axolotl has set up for the student leaking into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from axolotl_dskd.config import TeacherConfig
+
+LOG = get_logger(__name__)
+
+
+@contextmanager
+def _apart_from_the_student() -> Iterator[None]:
+    """Undo, while a second model loads, the process-wide switches of sharded students.
+
+    With FSDP_CPU_RAM_EFFICIENT_LOADING every rank but the first would get a teacher of zeros.
+    """
+    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(key)
+    os.environ[key] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it, else float32; other names stand for themselves."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
+    """The teacher in eval mode with frozen weights, its adapter merged.
+
+    Args:
+        config: where from and how.
+        device: where to, unless `config.device_map` says otherwise.
+
+    Raises:
+        ValueError: it cannot be loaded; the message says from where and why.
+    """
+    dtype = resolve_dtype(config.dtype, device)
+    quantization = None
+    if config.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif config.load_in_8bit:
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    kwargs: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": dtype,
+        "device_map": config.device_map or {"": device},
+        "quantization_config": quantization,
+        "attn_implementation": config.attn_implementation,
+    }
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    LOG.info(f"Loading the teacher {config.base_model} ({dtype}, {quantization or 'unquantised'})")
+    with _apart_from_the_student():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"the teacher {config.base_model!r} cannot be loaded: {error}\n"
+                "If memory ran out, try dskd.teacher.load_in_4bit: true or a device_map."
+            ) from error
+        if config.adapter:
+            model = _merged(model, config.adapter)
+    _undo_attention_patches(model)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _merged(model: Any, adapter: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the teacher's adapter cannot be loaded from {adapter!r}: {error}\n"
+            "Check dskd.teacher.adapter, and that it was trained on dskd.teacher.base_model."
+        ) from error
+
+
+def _undo_attention_patches(model: Any) -> None:
+    """Give a teacher of the student's class its own projections back.
+
+    Axolotl's LoRA kernels rewrite the attention *class* to call `self.apply_qkv` and
+    `self.apply_o`, which they bind on the student's layers only.
+    """
+    from axolotl.monkeypatch import lora_kernels
+
+    for module in model.modules():
+        if not (hasattr(module, "q_proj") and hasattr(module, "o_proj")):
+            continue
+        if not hasattr(module, "apply_qkv"):
+            module.apply_qkv = MethodType(lora_kernels.original_apply_qkv, module)
+        if not hasattr(module, "apply_o"):
+            module.apply_o = MethodType(lora_kernels.original_apply_o, module)

@@ -1,0 +1,334 @@
+"""Axolotl's trainer with the dual-space loss: joins batch, teacher, alignment, loss and metrics."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.logging import get_logger
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from axolotl_dskd.alignment import Aligned, align_positions, align_with_attention
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.data import (
+    DualCollator,
+    load_teacher_tokenizer,
+    resolve_alignment,
+    vocabulary_size,
+)
+from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
+from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.teacher import LiveTeacher, load_teacher
+from axolotl_dskd.types import DualBatch, LossOutput, Side, TeacherSignal
+
+LOG = get_logger(__name__)
+
+
+class _MetricSums:
+    """Term sums and token counts since the last log, divided once, over all ranks."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.student_tokens = 0
+        self.teacher_tokens = 0
+
+    def add(self, out: LossOutput) -> None:
+        for name, value in out.sums().items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+        self.student_tokens += out.student_tokens
+        self.teacher_tokens += out.teacher_tokens
+
+    def means(self, device: torch.device) -> dict[str, float]:
+        """Every term per supervised *student* token, as it enters the loss, except
+        `teacher_accuracy`, which is a share of the teacher's tokens."""
+        names = sorted(self.sums)
+        counts = [float(self.student_tokens), float(self.teacher_tokens)]
+        values = [float(self.sums[name]) for name in names]
+        packed = torch.tensor(counts + values, dtype=torch.float64, device=device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(packed)
+        students, teachers, *totals = packed.tolist()
+        if not students:
+            return {}
+        means = {
+            f"dskd/{name}": total / (max(teachers, 1) if name == "teacher_accuracy" else students)
+            for name, total in zip(names, totals, strict=True)
+        }
+        return means | {"dskd/supervised_tokens": students}
+
+
+class _StepProjectors(TrainerCallback):
+    """Updates the projectors together with the student."""
+
+    def __init__(self, trainer: DSKDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """After backward of the last micro-batch, before the student's optimizer steps."""
+        assert self.trainer.projector_optimizer is not None
+        group = self.trainer.optimizer.param_groups[0]
+        initial = group.get("initial_lr") or group["lr"]
+        scaler = self.trainer.accelerator.scaler
+        self.trainer.projector_optimizer.step(
+            schedule_factor=float(group["lr"] / initial) if initial else 1.0,
+            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+        )
+
+
+class DSKDTrainer(AxolotlTrainer):
+    """Trains the student with the dual-space loss.
+
+    The teacher is loaded when training starts, so that a trainer which only evaluates (`axolotl
+    evaluate`) never holds it and reports the student's plain cross-entropy.
+    """
+
+    dskd: ClassVar[DSKDConfig]
+    #: exp(loss) is no perplexity where the loss is not a cross-entropy.
+    reports_token_perplexity = False
+
+    @classmethod
+    def for_config(cls, config: DSKDConfig) -> type[DSKDTrainer]:
+        """The class for one run: Axolotl wants a class, and builds it without our config."""
+        return type(cls.__name__, (cls,), {"dskd": config, "__module__": cls.__module__})
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        student, teacher = kwargs["processing_class"], load_teacher_tokenizer(self.dskd)
+        self.alignment, why = resolve_alignment(self.dskd, student, teacher)
+        LOG.info(f"Alignment of student and teacher tokens: {why}")
+        self.student_vocab_size = vocabulary_size(student)
+        self.teacher_vocab_size = vocabulary_size(teacher)
+        for key in ("data_collator", "eval_data_collator"):
+            if kwargs.get(key) is not None:
+                kwargs[key] = DualCollator(
+                    kwargs[key],
+                    padding_side=student.padding_side,
+                    teacher_pad_id=teacher.pad_token_id or 0,
+                )
+        super().__init__(*args, **kwargs)
+        # Hugging Face's own hook for a loss of sums: no division by accumulation steps, no labels
+        # for the model (so no patched forward computes a loss of its own).
+        self.compute_loss_func = self._dual_space_loss
+        self.teacher: LiveTeacher | None = None
+        self.projectors: Projectors | None = None
+        self.projector_optimizer: ProjectorOptimizer | None = None
+        self._sums: dict[str, _MetricSums] = defaultdict(_MetricSums)
+        self._batch: DualBatch | None = None
+        self._captured: list[Tensor] = []
+
+    # ---- set-up ------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the teacher, build the projectors, then train as Axolotl does."""
+        self._set_up_distillation()
+        return super().train(*args, **kwargs)
+
+    def _set_up_distillation(self) -> None:
+        check_output_head(self.model, "student")
+        device = self.accelerator.device
+        model = load_teacher(self.dskd.teacher, device)
+        check_output_head(model, "teacher")
+        self.teacher = LiveTeacher(model, self.teacher_vocab_size)
+        head = output_head(self.model, self.student_vocab_size)
+        embedding = self.model.get_input_embeddings().weight
+        if head.weight.shape[0] < self.student_vocab_size:
+            raise ValueError(
+                f"the student's tokenizer has ids up to {self.student_vocab_size - 1}, but its "
+                f"output head only {head.weight.shape[0]} rows. Remove added tokens, or let "
+                "Axolotl resize the embeddings (`tokens:`)."
+            )
+        if self.alignment == "cma" and embedding.shape[1] != head.hidden_size:
+            raise ValueError(
+                f"the student embeds tokens in {embedding.shape[1]} numbers but its head takes "
+                f"{head.hidden_size}; cross-model attention does not support such students."
+            )
+        self.projectors = Projectors(
+            head.hidden_size,
+            self.teacher.head.hidden_size,
+            with_query=self.alignment == "cma",
+            seed=self.args.seed,
+        ).to(device)
+        self.projector_optimizer = ProjectorOptimizer(
+            self.projectors,
+            learning_rate=self.dskd.projector.learning_rate,
+            weight_decay=self.dskd.projector.weight_decay,
+            max_grad_norm=self.args.max_grad_norm,
+        )
+        self.add_callback(_StepProjectors(self))
+
+    def _loss_settings(self) -> LossSettings:
+        config = self.dskd
+        chunk = config.chunk_tokens
+        if chunk == "auto":
+            chunk = auto_chunk_tokens(
+                _total_memory(self.accelerator.device),
+                (self.student_vocab_size, self.teacher_vocab_size),
+            )
+        return LossSettings(
+            divergence=make_divergence(
+                config.divergence,
+                skew_lambda=config.skew_lambda,
+                adaptive_alpha=config.adaptive_alpha,
+                js_beta=config.js_beta,
+            ),
+            temperature=config.temperature,
+            kd_ratio=config.kd_ratio if self.teacher is not None else 0.0,
+            student_space_weight=config.student_space_weight,
+            teacher_space_weight=config.teacher_space_weight,
+            mask_wrong_projections=self.alignment == "cma",
+            chunk_tokens=chunk,
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        first = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first:
+            self._signature_columns += ["teacher_input_ids", "teacher_labels"]
+
+    # ---- the loss ----------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        """Supervised tokens of the global batch over the number of ranks.
+
+        Ranks average their gradients, so dividing each rank's sum by this gives the global mean.
+        """
+        if not batch_samples:
+            return None
+        masks = (
+            DualBatch.pop_from(dict(batch)).student_mask().sum().to(device)
+            for batch in batch_samples
+        )
+        count = torch.stack(list(masks)).sum().double()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(count)
+            count = count / dist.get_world_size()
+        return count.clamp_min(1.0)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The student's forward without logits, then the dual-space loss of the batch."""
+        self._batch = DualBatch.pop_from(inputs)
+        try:
+            with captured_head_input(self.model) as self._captured:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._batch, self._captured = None, []
+
+    def _dual_space_loss(
+        self, _outputs: Any, _labels: Tensor, num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        batch = self._batch
+        assert batch is not None
+        hidden_BLd = single(self._captured, self.model)
+        mask_BL = batch.student_mask()
+        student = batch.student_side(mask_BL)
+        if len(student) == 0:
+            return hidden_BLd.sum() * 0.0
+        hidden_Nd = hidden_BLd[mask_BL]
+        head = output_head(self.model, self.student_vocab_size)
+        settings = self._loss_settings()
+        call: dict[str, Any] = {
+            "student_hidden": hidden_Nd,
+            "student_labels": student.labels,
+            "student_head": head,
+            "settings": settings,
+        }
+        signal = None
+        if self.teacher is not None:
+            signal = self.teacher(batch)
+            aligned = self._align(hidden_Nd, student, signal)
+            if settings.student_space_weight:
+                call["t2s_hidden"] = aligned.t2s_hidden
+            if settings.teacher_space_weight:
+                call |= {
+                    "s2t_hidden": aligned.s2t_hidden,
+                    "teacher_hidden": signal.hidden,
+                    "teacher_labels": signal.tokens.labels,
+                    "teacher_head": self.teacher.head,
+                }
+        out = dual_space_loss(**call)
+        self._stop_if_not_finite(out, batch, student, signal)
+        self._sums["train" if self.model.training else "eval"].add(out)
+        count = len(student) if num_items_in_batch is None else num_items_in_batch
+        return out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
+
+    def _align(self, hidden_Nd: Tensor, student: Side, signal: TeacherSignal) -> Aligned:
+        assert self.projectors is not None
+        if self.alignment == "positions":
+            return align_positions(hidden_Nd, student, signal, self.projectors)
+        weight = self.model.get_input_embeddings().weight.detach()
+        embedded = weight[student.input_ids], weight[student.labels]
+        return align_with_attention(hidden_Nd, embedded, student, signal, self.projectors)
+
+    def _stop_if_not_finite(
+        self, out: LossOutput, batch: DualBatch, student: Side, signal: TeacherSignal | None
+    ) -> None:
+        """Name the term, the step and the rows, instead of training on with a broken model.
+
+        Raises:
+            ValueError: the loss is NaN or infinite.
+        """
+        if torch.isfinite(out.loss):
+            return
+        found = []
+        for name, tokens in out.nonfinite():
+            side = signal.tokens if signal is not None and name.startswith("teacher_") else student
+            samples = sorted(set(side.sample_ids[tokens].tolist()))
+            rows = [
+                repr(self.processing_class.decode(batch.input_ids[batch.segment_ids == s])[:120])
+                for s in samples[:3]
+            ]
+            found.append(
+                f"dskd/{name} on {len(tokens)} tokens of {len(samples)} rows, first: {rows}"
+            )
+        raise ValueError(
+            f"the loss is not finite at step {self.state.global_step + 1}: {'; '.join(found)}. "
+            "Usual causes: a learning rate too high, float16 (use bf16), a damaged teacher."
+        )
+
+    # ---- metrics -----------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log to training logs."""
+        if "loss" in logs:
+            logs |= self._sums.pop("train", _MetricSums()).means(self.accelerator.device)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the means over the evaluation set to its metrics."""
+        self._sums.pop("eval", None)
+        if self.teacher is None:
+            LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._sums.pop("eval", _MetricSums()).means(self.accelerator.device)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.projector_optimizer is not None and self.args.should_save:
+            self.projector_optimizer.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.projector_optimizer is not None:
+            self.projector_optimizer.load(checkpoint)
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

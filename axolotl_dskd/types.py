@@ -1,0 +1,278 @@
+"""The nouns that pass between modules. Imports nothing of this package.
+
+Dimension letters, used as suffixes everywhere:
+
+    B  rows of a batch            L  tokens of a padded or packed row
+    S  samples of a batch (a packed row holds several)
+    N  supervised student tokens  M  supervised teacher tokens
+    d  student hidden size        D  teacher hidden size
+    V  student vocabulary         U  teacher vocabulary
+
+A *supervised token* is a position whose successor in the same sample carries a label: the hidden
+state at the position is what predicts that label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """Everything between the final hidden state and the logits; the one way to logits here.
+
+    `logits(hidden)` equals
+
+        softcap(scale * (hidden @ (weight + lora_scale * lora_B @ lora_A).T + bias))[:, :vocab_size]
+
+    with `softcap(x) = cap * tanh(x / cap)` (Gemma 2), `scale` as in Granite and Cohere, `bias` as
+    in Phi. Rows from `vocab_size` on are padding that no tokenizer emits: they get no logit, so
+    no probability.
+
+    Attributes:
+        weight: [rows >= vocab_size, d].
+        bias: [rows] or None.
+        lora_A, lora_B: [r, d] and [rows, r], or both None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    lora_scale: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int = 0
+
+    def __post_init__(self) -> None:
+        rows = self.weight.shape[0]
+        if not self.vocab_size:
+            object.__setattr__(self, "vocab_size", rows)
+        assert 0 < self.vocab_size <= rows, (self.vocab_size, rows)
+        assert (self.lora_A is None) == (self.lora_B is None)
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the hidden states that the head takes."""
+        return self.weight.shape[1]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any of the head's tensors wants a gradient."""
+        return any(t.requires_grad for t in self.tensors() if t is not None)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """`(weight, bias, lora_A, lora_B)`, the order in which `backward` takes buffers."""
+        return self.weight, self.bias, self.lora_A, self.lora_B
+
+    def frozen(self, dtype: torch.dtype | None = None) -> OutputHead:
+        """The same head cut from the autograd graph and from padding rows, in `dtype`.
+
+        Views, no copy, unless the dtype changes.
+        """
+
+        def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
+            return None if tensor is None else tensor.detach()[rows].to(dtype or tensor.dtype)
+
+        rows = slice(None, self.vocab_size)
+        weight = cut(self.weight, rows)
+        assert weight is not None
+        return OutputHead(
+            weight=weight,
+            bias=cut(self.bias, rows),
+            lora_A=cut(self.lora_A, slice(None)),
+            lora_B=cut(self.lora_B, rows),
+            lora_scale=self.lora_scale,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+
+    def logits(self, hidden_Nd: Tensor) -> Tensor:
+        """[N, d] -> [N, vocab_size], in the dtype of the hidden states."""
+        dtype, rows = hidden_Nd.dtype, slice(None, self.vocab_size)
+        bias = None if self.bias is None else self.bias[rows].to(dtype)
+        logits_NV = F.linear(hidden_Nd, self.weight[rows].to(dtype), bias)
+        if self.lora_A is not None and self.lora_B is not None:
+            low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype))
+            logits_NV = logits_NV + self.lora_scale * F.linear(low_Nr, self.lora_B[rows].to(dtype))
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def backward(
+        self,
+        hidden_Nd: Tensor,
+        logits_NV: Tensor,
+        grad_logits_NV: Tensor,
+        buffers: tuple[Tensor | None, ...] = (None, None, None, None),
+    ) -> Tensor:
+        """Gradient of the hidden states, given that of the logits; may overwrite the latter.
+
+        Args:
+            hidden_Nd: what `logits` was given.
+            logits_NV: what `logits` returned (read only where a softcap needs it).
+            grad_logits_NV: [N, vocab_size], any floating dtype.
+            buffers: tensors shaped as `tensors()` to add the head's own gradients to, or None.
+
+        Returns:
+            [N, d] in the dtype of the hidden states.
+        """
+        dtype, rows = hidden_Nd.dtype, slice(None, self.vocab_size)
+        if self.softcap is not None:
+            grad_logits_NV = grad_logits_NV * (
+                1 - (logits_NV.to(grad_logits_NV) / self.softcap) ** 2
+            )
+        if self.scale != 1.0:
+            grad_logits_NV = grad_logits_NV * self.scale
+        grad_NV = grad_logits_NV.to(dtype)
+        grad_hidden_Nd = grad_NV @ self.weight[rows].to(dtype)
+        into_weight, into_bias, into_A, into_B = buffers
+        if into_weight is not None:
+            into_weight[rows].addmm_(grad_NV.T.to(into_weight), hidden_Nd.to(into_weight))
+        if into_bias is not None:
+            into_bias[rows].add_(grad_logits_NV.sum(0).to(into_bias))
+        if self.lora_A is not None and self.lora_B is not None:
+            low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype))
+            grad_low_Nr = self.lora_scale * (grad_NV @ self.lora_B[rows].to(dtype))
+            grad_hidden_Nd = grad_hidden_Nd + grad_low_Nr @ self.lora_A.to(dtype)
+            if into_A is not None:
+                into_A.addmm_(grad_low_Nr.T.to(into_A), hidden_Nd.to(into_A))
+            if into_B is not None:
+                into_B[rows].add_(self.lora_scale * (grad_NV.T @ low_Nr).to(into_B))
+        return grad_hidden_Nd
+
+
+@dataclass(frozen=True)
+class Side:
+    """The supervised tokens of one model in a batch, compact: no padding, no prompts.
+
+    Attributes:
+        input_ids: [N] token at the position.
+        labels: [N] the token it predicts.
+        sample_ids: [N] ascending, which sample of the batch it belongs to.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says about a batch, whatever its source (live forward, cache).
+
+    Attributes:
+        hidden: [M, D] final hidden states, as its output head takes them.
+        tokens: the supervised teacher tokens.
+        embedded_inputs, embedded_labels: [M, D] the teacher's input embeddings of both ids.
+    """
+
+    hidden: Tensor
+    tokens: Side
+    embedded_inputs: Tensor
+    embedded_labels: Tensor
+
+
+@dataclass(frozen=True)
+class DualBatch:
+    """A batch as the collator hands it on: student rows and one teacher row per sample.
+
+    Attributes:
+        input_ids, labels, segment_ids: [B, L]; `segment_ids` numbers the samples of the whole
+            batch from 0 and is -1 on padding.
+        teacher_input_ids, teacher_labels, teacher_attention_mask: [S, L'], row s is sample s.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    segment_ids: Tensor
+    teacher_input_ids: Tensor
+    teacher_labels: Tensor
+    teacher_attention_mask: Tensor
+
+    #: Batch keys of ours, which no model's forward may see.
+    EXTRA_KEYS = (
+        "dskd_segment_ids",
+        "dskd_teacher_input_ids",
+        "dskd_teacher_labels",
+        "dskd_teacher_attention_mask",
+    )
+
+    @classmethod
+    def pop_from(cls, inputs: dict[str, Any]) -> DualBatch:
+        """Take our tensors out of a collated batch; the rest is what the student's forward gets."""
+        segment_ids, *teacher = (inputs.pop(key) for key in cls.EXTRA_KEYS)
+        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher)
+
+    def student_mask(self) -> Tensor:
+        """[B, L] bool: the positions that predict a supervised token of their own sample."""
+        return supervised_mask(self.labels, self.segment_ids)
+
+    def student_side(self, mask_BL: Tensor) -> Side:
+        """The supervised student tokens, row by row."""
+        return Side(
+            self.input_ids[mask_BL], labels_ahead(self.labels)[mask_BL], self.segment_ids[mask_BL]
+        )
+
+    def teacher_segment_ids(self) -> Tensor:
+        """[S, L'] the row's number where there is a token, -1 on padding."""
+        rows = torch.arange(len(self.teacher_labels), device=self.teacher_labels.device)
+        return torch.where(self.teacher_attention_mask.bool(), rows[:, None], -1)
+
+
+def labels_ahead(labels_BL: Tensor) -> Tensor:
+    """[B, L] the label that each position predicts (that of its successor; -100 at the end)."""
+    return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def supervised_mask(labels_BL: Tensor, segment_ids_BL: Tensor) -> Tensor:
+    """[B, L] bool: the successor is labelled and belongs to the same sample.
+
+    The first token of a sample is predicted by nothing, also where the sample is packed behind
+    another one: so a packed row supervises exactly what padded rows do.
+    """
+    successor_BL = F.pad(segment_ids_BL[:, 1:], (0, 1), value=-1)
+    same_BL = (segment_ids_BL == successor_BL) & (segment_ids_BL >= 0)
+    return same_BL & (labels_ahead(labels_BL) != IGNORE_INDEX)
+
+
+@dataclass
+class LossOutput:
+    """Sums over supervised tokens, per term; divided once, by whoever knows the global count.
+
+    Attributes:
+        loss: scalar with an autograd graph, the weighted sum of the terms.
+        terms: per-token values in float32 without graph: [N] for student-vocabulary terms, [M]
+            for teacher-vocabulary ones. Kept per token so that a non-finite value can be traced
+            to its sample.
+        student_tokens, teacher_tokens: N and M.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """Sum over tokens of each term, in float64: a million small numbers keep their digits."""
+        return {name: values.sum(dtype=torch.float64) for name, values in self.terms.items()}
+
+    def nonfinite(self) -> Iterator[tuple[str, Tensor]]:
+        """Terms with a NaN or infinity, each with the indices of the tokens that carry it."""
+        for name, values in self.terms.items():
+            bad = (~torch.isfinite(values)).nonzero().flatten()
+            if len(bad):
+                yield name, bad
