@@ -146,15 +146,17 @@ class _StudentVocabularyPass(torch.autograd.Function):
                     grad_student[rows] = grad_hidden
 
         ctx.grads = (grad_student, grad_projected, None, None, None, *buffers)
-        ctx.dtypes = [t.dtype if t is not None else None for t in head_tensors]
+        head_dtypes = (None if t is None else t.dtype for t in head_tensors)
+        ctx.dtypes = (*(None,) * 5, *head_dtypes)
         loss = settings.ce_factor * ce.sum()
         loss = loss + settings.student_space_factor * (projector_ce.sum() + divergence.sum())
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ce, projector_ce, divergence, correct)
         return loss, ce, projector_ce, divergence, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx, grad_loss, len(ctx.grads) - len(ctx.dtypes))
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        return _scaled(ctx, grad_loss)
 
 
 class _TeacherVocabularyPass(torch.autograd.Function):
@@ -184,23 +186,23 @@ class _TeacherVocabularyPass(torch.autograd.Function):
                 grad *= settings.teacher_space_factor / T
                 grad_projected[rows] = head.backward(projected_MD[rows], logits, grad)
         ctx.grads = (grad_projected, None, None, None, None)
-        ctx.dtypes = []
+        ctx.dtypes = (None,) * 5
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(divergence, correct)
         return settings.teacher_space_factor * divergence.sum(), divergence, correct
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx, grad_loss, len(ctx.grads))
+    def backward(ctx: Any, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        return _scaled(ctx, grad_loss)
 
 
-def _scaled(ctx: Any, grad_loss: Tensor, inputs: int) -> tuple[Tensor | None, ...]:
-    """The stored gradients times the incoming one; head gradients in their tensors' dtypes."""
+def _scaled(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The stored gradients times the incoming one, in `ctx.dtypes` where those are given."""
     if ctx.grads is None:
         raise RuntimeError("the dual-space loss was differentiated twice; run its forward again")
-    dtypes = [None] * inputs + ctx.dtypes
     scaled = tuple(
-        None if g is None else (g * grad_loss.to(g.dtype)).to(g.dtype if dtype is None else dtype)
-        for g, dtype in zip(ctx.grads, dtypes, strict=True)
+        None if g is None else (g * grad_loss.to(g.dtype)).to(dtype or g.dtype)
+        for g, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
     )
     ctx.grads = None
     return scaled

@@ -1,0 +1,61 @@
+"""Shared fixtures. Axolotl runs happen in this process: starting its CLI takes half a minute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture
+def pair_folder(tmp_path: Path) -> Path:
+    """A folder with `student/` and `teacher/` of different tokenizers."""
+    tiny.save_pair(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def same_vocabulary_folder(tmp_path: Path) -> Path:
+    """A folder with `student/` and `teacher/` that share one tokenizer."""
+    tiny.save_pair(tmp_path, same_vocabulary=True)
+    return tmp_path
+
+
+@pytest.fixture
+def validated() -> Callable[[dict[str, Any]], Any]:
+    """Axolotl's own loading and validation of a config."""
+
+    def load(config: dict[str, Any]) -> Any:
+        from axolotl.cli.config import load_cfg
+        from axolotl.utils.dict import DictDefault
+
+        return load_cfg(DictDefault(config))
+
+    return load
+
+
+@pytest.fixture
+def train(validated: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
+    """`axolotl train` without its process start: returns (model, trainer)."""
+
+    def run(config: dict[str, Any]) -> Any:
+        from axolotl.cli.args import TrainerCliArgs
+        from axolotl.common.datasets import load_datasets
+        from axolotl.train import train as axolotl_train
+
+        cfg = validated(config)
+        meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=meta)
+        return model, trainer
+
+    return run

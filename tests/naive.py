@@ -1,0 +1,91 @@
+"""The dual-space loss written the plain way: all logits at once, gradients by autograd.
+
+What the package computes in chunks and closed form is compared with this, and benchmarks measure
+against it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def divergence(name: str, p: Tensor, q: Tensor) -> Tensor:
+    """[..., V] probabilities -> [...], from the definitions, with default parameters."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(a > 0, a * (a.log() - b.log()), torch.zeros_like(a)).sum(-1)
+
+    match name:
+        case "forward_kl":
+            return kl(p, q)
+        case "reverse_kl":
+            return kl(q, p)
+        case "js_divergence":
+            return (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2
+        case "skewed_forward_kl":
+            return kl(p, 0.1 * p + 0.9 * q)
+        case "skewed_reverse_kl":
+            return kl(q, 0.9 * p + 0.1 * q)
+        case "tvd":
+            return 0.5 * (p - q).abs().sum(-1)
+        case "adaptive_kl":
+            order = p.argsort(-1)
+            tail_sorted = p.gather(-1, order).cumsum(-1) <= 0.5
+            tail = torch.zeros_like(tail_sorted).scatter(-1, order, tail_sorted)
+            gap = (p - q).abs().detach()
+            weight = (gap * ~tail).sum(-1) / gap.sum(-1)
+            return weight * kl(p, q) + (1 - weight) * kl(q, p)
+    raise AssertionError(name)
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    *,
+    lora_scale: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """What a model does between hidden state and logits."""
+    logits = F.linear(hidden, weight, bias)
+    if lora_A is not None and lora_B is not None:
+        logits = logits + lora_scale * (hidden @ lora_A.T @ lora_B.T)
+    logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits[..., :vocab_size]
+
+
+def dual_space(
+    student_logits: Tensor,
+    projected_logits: Tensor,
+    student_labels: Tensor,
+    teacher_logits: Tensor,
+    s2t_logits: Tensor,
+    *,
+    name: str,
+    temperature: float,
+    mask_wrong: bool,
+) -> dict[str, Tensor]:
+    """Sums of the four terms from full logits; differentiable."""
+
+    def softmax(x: Tensor) -> Tensor:
+        return (x / temperature).softmax(-1)
+
+    per_token = divergence(name, softmax(projected_logits.detach()), softmax(student_logits))
+    if mask_wrong:
+        per_token = per_token * (projected_logits.argmax(-1) == student_labels)
+    return {
+        "ce": F.cross_entropy(student_logits, student_labels, reduction="sum"),
+        "projector_ce": F.cross_entropy(projected_logits, student_labels, reduction="sum"),
+        "student_space": per_token.sum(),
+        "teacher_space": divergence(
+            "forward_kl", softmax(teacher_logits), softmax(s2t_logits)
+        ).sum(),
+    }
