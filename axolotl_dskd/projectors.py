@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 _FOLDER, _WEIGHTS, _OPTIMIZER = "dskd", "projectors.safetensors", "projector_optimizer.safetensors"
 
@@ -36,9 +37,9 @@ class Projectors(nn.Module):
 
     def __init__(self, d: int, D: int, *, with_query: bool, seed: int) -> None:
         super().__init__()
-        self.t2s = _Linear(D, d)
-        self.s2t = _Linear(d, D)
-        self.query = _Linear(2 * d, 2 * D) if with_query else None
+        self.t2s = skip_init(_Linear, D, d)  # nn.Linear's own start draws from the global generator
+        self.s2t = skip_init(_Linear, d, D)
+        self.query = skip_init(_Linear, 2 * d, 2 * D) if with_query else None
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for linear in self.children():

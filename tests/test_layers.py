@@ -1,0 +1,66 @@
+"""The one-way order of the package, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "axolotl_dskd"
+
+#: unit -> units of ours that it may import
+ALLOWED = {
+    "types": set(),
+    "config": set(),
+    "projectors": set(),
+    "heads": {"types"},
+    "losses": {"types"},
+    "alignment": {"types", "projectors"},
+    "data": {"types", "config"},
+    "teacher": {"types", "config", "heads"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("axolotl_dskd."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {
+                a.name.split(".")[1] for a in node.names if a.name.startswith("axolotl_dskd.")
+            }
+    return names
+
+
+@pytest.mark.parametrize("unit", ALLOWED)
+def test_only_plugin_and_trainer_join_the_units(unit: str):
+    folder = PACKAGE / unit
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{unit}.py"]
+    assert files
+    for path in files:
+        assert imports(path) <= ALLOWED[unit] | {unit}, path
+
+
+def test_every_unit_has_its_place_in_the_order():
+    units = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert units == {*ALLOWED, "__init__", "plugin", "trainer"}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = (
+        "import sys, axolotl_dskd; axolotl_dskd.__version__;"
+        "print(sorted({'torch', 'transformers', 'axolotl'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_nothing_is_unpickled():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load" not in text, path
+        assert "import pickle" not in text, path
