@@ -9,7 +9,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PLUGIN_NAME = "axolotl_dskd.DSKDPlugin"
 
@@ -74,6 +74,11 @@ class TeacherConfig(_Block):
     attn_implementation: str | None = Field(
         None, description="As in transformers. Default: the library's choice for the model."
     )
+
+    @field_validator("base_model", "tokenizer", "adapter")
+    @classmethod
+    def _expand_home(cls, value: str | None) -> str | None:
+        return str(Path(value).expanduser()) if value and value.startswith("~") else value
 
     @model_validator(mode="after")
     def _combinations(self) -> TeacherConfig:
@@ -265,16 +270,13 @@ class DSKDArgs(BaseModel):
     @model_validator(mode="after")
     def dskd_check_teacher_exists(self) -> DSKDArgs:
         """A teacher that looks like a path must be there."""
-        if self.dskd is None or getattr(self, "merge_lora", None) or getattr(self, "inference", 0):
+        elsewhere = getattr(self, "merge_lora", None) or getattr(self, "inference", None)
+        if self.dskd is None or not self.dskd.uses_teacher or elsewhere:
             return self
         teacher = self.dskd.teacher
         for key in ("base_model", "tokenizer", "adapter"):
             value = getattr(teacher, key)
-            if (
-                value
-                and value.startswith((".", "/", "~"))
-                and not Path(value).expanduser().exists()
-            ):
+            if value and value.startswith((".", "/")) and not Path(value).exists():
                 raise ValueError(
                     f"dskd.teacher.{key}: there is no {value} (looked from {Path.cwd()}). "
                     "Correct the path, or name a model of the hub."

@@ -16,6 +16,9 @@ from axolotl_dskd.types import (
     supervised_mask,
 )
 
+#: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
+MAX_TOKENS_PER_FORWARD = 8192
+
 
 class LiveTeacher:
     """Runs the teacher on each batch.
@@ -48,24 +51,47 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: DualBatch) -> TeacherSignal:
         """Final hidden states [M, D] at the supervised teacher positions, with embeddings."""
+        home = batch.teacher_input_ids.device
         device = self.embedding.weight.device
-        ids = batch.teacher_input_ids.to(device)
-        with captured_head_input(self.model) as captured:
-            self.model(
-                input_ids=ids,
-                attention_mask=batch.teacher_attention_mask.to(device),
-                use_cache=False,
-            )
-        hidden = single(captured, self.model)
         segments = batch.teacher_segment_ids()
         mask = supervised_mask(batch.teacher_labels, segments)
         side = Side(
             batch.teacher_input_ids[mask], labels_ahead(batch.teacher_labels)[mask], segments[mask]
         )
-        home = batch.teacher_input_ids.device
+        hidden = self.head.weight.new_empty((len(side), self.head.hidden_size), device=home)
+        order = (mask.flatten().cumsum(0) - 1).view_as(mask)  # where a position's state belongs
+        lengths = batch.teacher_attention_mask.sum(1).tolist()
+        for rows in _groups(lengths, MAX_TOKENS_PER_FORWARD):
+            cut = slice(None, max(lengths[row] for row in rows))
+            with captured_head_input(self.model) as captured:
+                self.model(
+                    input_ids=batch.teacher_input_ids[rows, cut].to(device),
+                    attention_mask=batch.teacher_attention_mask[rows, cut].to(device),
+                    use_cache=False,
+                )
+            states = single(captured, self.model)
+            wanted = mask[rows, cut]
+            hidden[order[rows, cut][wanted]] = states[wanted.to(states.device)].to(hidden)
         return TeacherSignal(
-            hidden=hidden[mask.to(hidden.device)].to(home),
+            hidden=hidden,
             tokens=side,
             embedded_inputs=self.embedding(side.input_ids.to(device)).to(home),
             embedded_labels=self.embedding(side.labels.to(device)).to(home),
         )
+
+
+def _groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows of similar length together, each group at most `max_tokens` with padding (or one row).
+
+    A packed student row may hold one long sample and fifty short ones: padded together they would
+    take many times the memory of the tokens that there are.
+    """
+    groups: list[list[int]] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda r: -lengths[r]):
+        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            longest = lengths[row]
+    return groups

