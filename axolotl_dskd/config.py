@@ -113,7 +113,11 @@ class TeacherConfig(_Block):
 class ProjectorConfig(_Block):
     """The linear maps between the two hidden spaces and their optimizer."""
 
-    init: Literal["random"] = Field("random", description="How the projectors start.")
+    init: Literal["auto", "lstsq", "random"] = Field(
+        "auto",
+        description="How the projectors start. lstsq: in least squares over the tokens that both "
+        "vocabularies share. auto: lstsq if these are enough to determine it, else random.",
+    )
     learning_rate: float = Field(
         1.0e-3, gt=0, le=1, description="AdamW's, times the student's schedule factor."
     )

@@ -7,6 +7,7 @@ of them. This module knows sizes and gradients; nothing of models, tokens or los
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,6 +48,69 @@ class Projectors(nn.Module):
                 bound = 1 / math.sqrt(linear.in_features)
                 linear.weight.uniform_(-bound, bound, generator=generator)
                 linear.bias.uniform_(-bound, bound, generator=generator)
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """Rows of both models for the k tokens that stand for the same bytes in both vocabularies.
+
+    Attributes:
+        student_head, student_embedding: [k, d] rows of the output head and of the input embedding.
+        teacher_head, teacher_embedding: [k, D].
+    """
+
+    student_head: Tensor
+    student_embedding: Tensor
+    teacher_head: Tensor
+    teacher_embedding: Tensor
+
+
+def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-9) -> Tensor:
+    """The W that minimises ‖x W − y‖², by normal equations in float64: [k, a], [k, b] -> [a, b].
+
+    The same as `pinv(x) @ y`, several times faster. The ridge, relative to the mean diagonal of
+    xᵀx, only matters where columns of x are dependent.
+    """
+    a, b = x.shape[1], y.shape[1]
+    gram = x.new_zeros((a, a), dtype=torch.float64)
+    moment = x.new_zeros((a, b), dtype=torch.float64)
+    # In blocks: no float64 copy of all rows.
+    for rows_x, rows_y in zip(x.split(8192), y.split(8192), strict=True):
+        wide = rows_x.double()
+        gram += wide.T @ wide
+        moment += wide.T @ rows_y.double()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.solve(gram, moment).to(torch.float32)
+
+
+@torch.no_grad()
+def start_from_shared_tokens(projectors: Projectors, shared: SharedTokens) -> None:
+    """Projectors such that projected states give the shared tokens the logits they had before.
+
+    In least squares over the shared tokens (arXiv 2504.11426, §3.3 for the first two):
+
+        t2s: student_head @ t2s.weight ≈ teacher_head
+        s2t: teacher_head @ s2t.weight ≈ student_head
+        query: maps a student embedding to the teacher's of the same token, so that a pair of
+               equal tokens attends to each other from the first step; scaled as the keys are
+
+    Cross-model attention normalises what t2s receives by the standard deviation of the teacher's
+    embeddings; there t2s starts with that factor put back.
+    """
+    for linear in projectors.children():
+        assert isinstance(linear, nn.Linear)
+        linear.bias.zero_()
+    t2s = least_squares(shared.student_head, shared.teacher_head)
+    projectors.s2t.weight.copy_(least_squares(shared.teacher_head, shared.student_head))
+    if projectors.query is not None:
+        std = shared.teacher_embedding.float().std()
+        t2s *= std
+        d, D = projectors.s2t.in_features, projectors.s2t.out_features
+        block = least_squares(shared.student_embedding, shared.teacher_embedding).T / std
+        projectors.query.weight.zero_()
+        projectors.query.weight[:D, :d] = block
+        projectors.query.weight[D:, d:] = block
+    projectors.t2s.weight.copy_(t2s)
 
 
 class ProjectorOptimizer:

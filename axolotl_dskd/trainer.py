@@ -19,13 +19,19 @@ from axolotl_dskd.data import (
     DualCollator,
     load_teacher_tokenizer,
     resolve_alignment,
+    shared_tokens,
     vocabulary_size,
 )
 from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.projectors import (
+    ProjectorOptimizer,
+    Projectors,
+    SharedTokens,
+    start_from_shared_tokens,
+)
 from axolotl_dskd.teacher import LiveTeacher, load_teacher
-from axolotl_dskd.types import DualBatch, LossOutput, Side, TeacherSignal
+from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side, TeacherSignal
 
 LOG = get_logger(__name__)
 
@@ -153,6 +159,7 @@ class DSKDTrainer(AxolotlTrainer):
             with_query=self.alignment == "cma",
             seed=self.args.seed,
         ).to(device)
+        self._start_projectors(self.projectors, head, self.teacher)
         self.projector_optimizer = ProjectorOptimizer(
             self.projectors,
             learning_rate=self.dskd.projector.learning_rate,
@@ -160,6 +167,35 @@ class DSKDTrainer(AxolotlTrainer):
             max_grad_norm=self.args.max_grad_norm,
         )
         self.add_callback(_StepProjectors(self))
+
+    def _start_projectors(
+        self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher
+    ) -> None:
+        """Least squares over the shared tokens, where configured and where these are enough."""
+        init = self.dskd.projector.init
+        if init == "random":
+            return
+        tokenizer = load_teacher_tokenizer(self.dskd)
+        ours, theirs = shared_tokens(self.processing_class, tokenizer)
+        needed = max(head.hidden_size, teacher.head.hidden_size)
+        if init == "auto" and len(ours) < needed:
+            LOG.info(
+                f"Projectors start at random: {len(ours)} tokens are shared, {needed} would "
+                "determine a least-squares start"
+            )
+            return
+        device = head.weight.device
+        embeddings = self.model.get_input_embeddings().weight, teacher.embedding.weight
+        start_from_shared_tokens(
+            projectors,
+            SharedTokens(
+                student_head=head.weight.detach()[ours],
+                student_embedding=embeddings[0].detach()[ours].to(device),
+                teacher_head=teacher.head.weight[theirs].to(device),
+                teacher_embedding=embeddings[1].detach()[theirs].to(device),
+            ),
+        )
+        LOG.info(f"Projectors start in least squares over {len(ours)} shared tokens")
 
     def _loss_settings(self) -> LossSettings:
         config = self.dskd

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.projectors import (
+    ProjectorOptimizer,
+    Projectors,
+    SharedTokens,
+    least_squares,
+    start_from_shared_tokens,
+)
 
 
 def optimizer(**overrides) -> ProjectorOptimizer:
@@ -100,3 +107,45 @@ def test_a_step_without_any_gradient_is_a_step_of_zeros():
     start = weights(which)
     which.step(1.0)
     torch.testing.assert_close(weights(which), start)
+
+
+def shared(k: int, d: int = 4, D: int = 6) -> SharedTokens:
+    generator = torch.Generator().manual_seed(0)
+    return SharedTokens(*(torch.randn(k, n, generator=generator) for n in (d, d, D, D)))
+
+
+def test_least_squares_is_the_pseudo_inverse():
+    rows = shared(500, 40, 60)
+    expected = torch.linalg.pinv(rows.student_head.double()) @ rows.teacher_head.double()
+    torch.testing.assert_close(
+        least_squares(rows.student_head, rows.teacher_head), expected.float(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_projected_states_keep_the_logits_of_shared_tokens():
+    """Where an exact map exists, the start finds it."""
+    rows = shared(50)
+    exact = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    rows = dataclasses.replace(rows, teacher_head=rows.student_head @ exact)
+    projectors = Projectors(4, 6, with_query=False, seed=0)
+    start_from_shared_tokens(projectors, rows)
+    states = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        projectors.t2s(states) @ rows.student_head.T,
+        states @ rows.teacher_head.T,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_equal_tokens_attend_to_each_other_from_the_start():
+    rows = shared(400, 40, 60)
+    mixing = torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
+    rows = dataclasses.replace(rows, student_embedding=rows.teacher_embedding @ mixing)
+    projectors = Projectors(40, 60, with_query=True, seed=0)
+    start_from_shared_tokens(projectors, rows)
+    x, y = torch.arange(0, 20), torch.arange(1, 21)
+    query = projectors.query(torch.cat([rows.student_embedding[i] for i in (x, y)], 1))
+    key = torch.cat([rows.teacher_embedding[i] for i in (x, y)], 1)
+    scores = query @ (key / key.std()).T
+    assert torch.equal(scores.argmax(1), torch.arange(20))

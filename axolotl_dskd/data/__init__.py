@@ -5,6 +5,7 @@ Knows tokenizers, rows and batches; nothing of models, heads or losses.
 
 from axolotl_dskd.data.collator import DualCollator
 from axolotl_dskd.data.hooks import install_hooks
+from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
     resolve_alignment,
@@ -17,6 +18,7 @@ __all__ = [
     "install_hooks",
     "load_teacher_tokenizer",
     "resolve_alignment",
+    "shared_tokens",
     "teacher_position_limit",
     "vocabulary_size",
 ]

@@ -86,3 +86,20 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         else:
             table[index] = token.replace("▁", " ").encode()
     return table
+
+
+def shared_tokens(student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+    """Ids of the tokens that stand for the same bytes in both vocabularies, student's first.
+
+    The end tokens, which stand for no bytes, are a pair too. Where several ids of a vocabulary
+    spell the same bytes (a byte token and a letter), the last is taken: byte tokens come first.
+
+    Raises:
+        ValueError: one of the tokenizers can't be undone, see `token_bytes`.
+    """
+    by_bytes = {spelled: i for i, spelled in enumerate(token_bytes(teacher)) if spelled}
+    ours = {spelled: i for i, spelled in enumerate(token_bytes(student)) if spelled}
+    pairs = [(i, by_bytes[spelled]) for spelled, i in ours.items() if spelled in by_bytes]
+    if student.eos_token_id is not None and teacher.eos_token_id is not None:
+        pairs.append((student.eos_token_id, teacher.eos_token_id))
+    return [a for a, _ in pairs], [b for _, b in pairs]
