@@ -234,6 +234,20 @@ def _refusals(data: dict[str, Any]) -> list[str]:
     return found
 
 
+def _check_paths(block: Any) -> None:
+    """A teacher that looks like a path must be there."""
+    teacher = block.get("teacher") if isinstance(block, dict) else None
+    if not isinstance(teacher, dict) or block.get("kd_ratio") == 0:
+        return
+    for key in ("base_model", "tokenizer", "adapter"):
+        value = str(teacher.get(key) or "")
+        if value.startswith((".", "/", "~")) and not Path(value).expanduser().exists():
+            raise ValueError(
+                f"dskd.teacher.{key}: there is no {value} (looked from {Path.cwd()}). "
+                "Correct the path, or name a model of the hub."
+            )
+
+
 class DSKDArgs(BaseModel):
     """What the plugin adds to Axolotl's schema (method names unique: the classes are merged)."""
 
@@ -269,20 +283,5 @@ class DSKDArgs(BaseModel):
             raise ValueError(
                 "this configuration does not combine with `dskd:`:\n- " + "\n- ".join(refusals)
             )
+        _check_paths(data["dskd"])
         return data
-
-    @model_validator(mode="after")
-    def dskd_check_teacher_exists(self) -> DSKDArgs:
-        """A teacher that looks like a path must be there."""
-        elsewhere = getattr(self, "merge_lora", None) or getattr(self, "inference", None)
-        if self.dskd is None or not self.dskd.uses_teacher or elsewhere:
-            return self
-        teacher = self.dskd.teacher
-        for key in ("base_model", "tokenizer", "adapter"):
-            value = getattr(teacher, key)
-            if value and value.startswith((".", "/")) and not Path(value).exists():
-                raise ValueError(
-                    f"dskd.teacher.{key}: there is no {value} (looked from {Path.cwd()}). "
-                    "Correct the path, or name a model of the hub."
-                )
-        return self
