@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from axolotl.prompt_tokenizers import PromptTokenizingStrategy
@@ -23,6 +24,7 @@ from axolotl_dskd import __version__
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.paired import PairedStrategy
 from axolotl_dskd.data.reconcile import Reconcile, reconcile_dataset
+from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
@@ -145,10 +147,13 @@ def _strategy(get_wrapper: Callable[..., Any], call: dict[str, Any]) -> PromptTo
     )
 
 
-def data_fingerprint(config: DSKDConfig, student: PreTrainedTokenizerBase | None = None) -> str:
+def data_fingerprint(config: DSKDConfig) -> str:
     """What decides the teacher's side of prepared rows, for the key of Axolotl's dataset cache."""
     tokenizer = load_teacher_tokenizer(config)
     teacher = config.teacher
+    jinja = teacher.chat_template_jinja or str(tokenizer.chat_template)
+    if len(jinja) < 4096 and "{" not in jinja and Path(jinja).is_file():
+        jinja = Path(jinja).read_text(encoding="utf-8")
     payload = {
         "version": __version__,
         "tokenizer": tokenizer.name_or_path,
@@ -156,7 +161,7 @@ def data_fingerprint(config: DSKDConfig, student: PreTrainedTokenizerBase | None
         if getattr(tokenizer, "backend_tokenizer", None)
         else "",
         "template": teacher.chat_template or "",
-        "jinja": teacher.chat_template_jinja or str(tokenizer.chat_template),
+        "jinja": jinja,
         "eot_tokens": teacher.eot_tokens,
         "limit": teacher_position_limit(config),
         "alignment": config.alignment,
@@ -191,7 +196,8 @@ class _Hooks:
             if config is None:
                 return key
             return hashlib.md5(
-                f"{key}|{data_fingerprint(config)}".encode(), usedforsecurity=False
+                f"{key}|{data_fingerprint(config)}|{cfg.excess_length_strategy or 'drop'}".encode(),
+                usedforsecurity=False,
             ).hexdigest()
 
         return generate_dataset_hash_from_config
@@ -207,9 +213,12 @@ class _Hooks:
             assert student is not None, "rows were handled before any dataset was tokenized"
             alignment, _ = resolve_alignment(config, student, teacher)
             strategy = (cfg.excess_length_strategy or "drop").lower()
+            ours, theirs = token_bytes(student), token_bytes(teacher)
             reconcile = Reconcile(
-                student_bytes=token_bytes(student),
-                teacher_bytes=token_bytes(teacher),
+                student_bytes=ours,
+                teacher_bytes=theirs,
+                student_dummy_spaces=writes_dummy_space(student, ours),
+                teacher_dummy_spaces=writes_dummy_space(teacher, theirs),
                 teacher_limit=teacher_position_limit(config),
                 truncate_teacher=strategy == "truncate",
                 same_ids=alignment == "positions",

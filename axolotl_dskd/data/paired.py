@@ -13,7 +13,7 @@ from axolotl_dskd.types import IGNORE_INDEX
 
 Row = dict[str, list[int]]
 
-#: A row that a strategy could make nothing of; the reconciliation drops it and counts it.
+#: A row that a strategy could make nothing of; Axolotl drops it as too short.
 _NOTHING: Row = {"input_ids": [0], "labels": [IGNORE_INDEX]}
 
 
@@ -73,12 +73,13 @@ class PairedStrategy(PromptTokenizingStrategy):
         spans = strategy.tokenizer(
             text, truncation=True, max_length=strategy.max_length, return_offsets_mapping=True
         )["offset_mapping"]
-        # An end token that Axolotl appended stands behind the text.
-        spans += [(spans[-1][1], spans[-1][1])] * (len(ids) - len(spans))
+        # Special tokens, also an end token that Axolotl appended, have no place in the text.
+        spans += [(0, 0)] * (len(ids) - len(spans))
         pairs = []
         for start in range(0, len(ids), strategy.sequence_len):
             end = min(start + strategy.sequence_len, len(ids))
-            piece = text[spans[start][0] : spans[end - 1][1]]
+            inside = [span for span in spans[start:end] if span[0] < span[1]]
+            piece = text[inside[0][0] : inside[-1][1]] if inside else ""
             theirs = _plain(teacher._tokenize(piece, add_eos_token=end == len(ids)))
             chunk = {"input_ids": ids[start:end], "labels": ids[start:end]}
             pairs.append((chunk, theirs) if theirs else (_NOTHING, _NOTHING))

@@ -15,6 +15,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
 from axolotl_dskd import __version__
+from axolotl_dskd.data.shared_text import Run, common_positions, joined, supervised_runs
 from axolotl_dskd.types import IGNORE_INDEX
 
 LOG = get_logger(__name__)
@@ -28,99 +29,6 @@ _STATUS = "dskd_status"
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Supervised tokens in a row without a gap: their positions and where each ends in `text`."""
-
-    positions: list[int]
-    ends: list[int]
-    text: bytes
-
-    def variants(self) -> list[_Run]:
-        """The run, and if its text starts with a space the run without that space.
-
-        A sentencepiece tokenizer writes a space before a text that has none, so one leading space
-        on one side alone is no difference.
-        """
-        if not self.text.startswith(b" "):
-            return [self]
-        return [self, _Run(self.positions, [max(e - 1, 0) for e in self.ends], self.text[1:])]
-
-    def within(self, offset: int, low: int, high: int) -> list[int]:
-        """Positions of the tokens inside [low, high], both counted from `offset` in the text.
-
-        A token that stands for no text (an end token) is kept where its place is inside; at the
-        very end only if the run's text ends there too.
-        """
-        ends_there = offset + high == len(self.text)
-        kept, start = [], -offset
-        for position, end in zip(self.positions, (e - offset for e in self.ends), strict=True):
-            textless_at_cut = start == end == high and not ends_there
-            if start >= low and end <= high and not textless_at_cut:
-                kept.append(position)
-            start = end
-        return kept
-
-
-def _supervised_runs(ids: list[int], labels: list[int], table: list[bytes]) -> list[_Run]:
-    """Runs of supervised tokens; the first token of a row is predicted by nothing."""
-    runs: list[_Run] = []
-    positions: list[int] = []
-    for i in range(1, len(labels) + 1):
-        if i < len(labels) and labels[i] != IGNORE_INDEX:
-            positions.append(i)
-        elif positions:
-            pieces = [table[ids[p]] for p in positions]
-            ends, total = [], 0
-            for piece in pieces:
-                total += len(piece)
-                ends.append(total)
-            runs.append(_Run(positions, ends, b"".join(pieces)))
-            positions = []
-    return runs
-
-
-def _joined(runs: list[_Run]) -> _Run:
-    positions, ends, text = [], [], b""
-    for run in runs:
-        positions += run.positions
-        ends += [len(text) + end for end in run.ends]
-        text += run.text
-    return _Run(positions, ends, text)
-
-
-def _offset(text: bytes, other: bytes) -> int | None:
-    """Where `other` begins inside `text` such that they agree as far as both go, or None."""
-    at = text.find(other[:64]) if other else -1
-    while at >= 0:
-        shared = min(len(text) - at, len(other))
-        if text[at : at + shared] == other[:shared]:
-            return at
-        at = text.find(other[:64], at + 1)
-    return None
-
-
-def _common(a: _Run, b: _Run) -> tuple[list[int], list[int]] | None:
-    """Positions on both sides that spell one and the same text, or None if the texts differ."""
-    variants = [(x, y) for x in a.variants() for y in b.variants()]
-    if any(x.text == y.text for x, y in variants):
-        return a.positions, b.positions
-    for x, y in variants:
-        at_x, at_y = _offset(x.text, y.text), _offset(y.text, x.text)
-        if at_x is None and at_y is None:
-            continue
-        at_x, at_y = (at_x, 0) if at_x is not None else (0, at_y)
-        assert at_x is not None and at_y is not None
-        length = min(len(x.text) - at_x, len(y.text) - at_y)
-        bounds = {e - at_x for e in [0, *x.ends]} & {e - at_y for e in [0, *y.ends]}
-        shared = sorted(e for e in bounds if 0 <= e <= length)
-        if len(shared) < 2:
-            return [], []  # no place but one where both have a token's edge
-        low, high = shared[0], shared[-1]
-        return x.within(at_x, low, high), y.within(at_y, low, high)
-    return None
-
-
-@dataclass(frozen=True)
 class Reconcile:
     """Maps a two-sided row to one whose sides supervise the same text, with its status.
 
@@ -129,6 +37,7 @@ class Reconcile:
         teacher_limit: longest teacher side, in tokens.
         truncate_teacher: cut longer ones instead of dropping the row.
         same_ids: additionally require the same ids (position-wise alignment).
+        student_dummy_spaces, teacher_dummy_spaces: see `writes_dummy_space`.
     """
 
     student_bytes: list[bytes]
@@ -136,6 +45,8 @@ class Reconcile:
     teacher_limit: int
     truncate_teacher: bool
     same_ids: bool
+    student_dummy_spaces: bool = False
+    teacher_dummy_spaces: bool = False
     version: str = __version__  # part of the fingerprint under which rows are cached
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -163,18 +74,20 @@ class Reconcile:
     def _cut(
         self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
     ) -> tuple[str, list[int], list[int]]:
-        ours = _supervised_runs(ids, labels, self.student_bytes)
-        theirs = _supervised_runs(teacher_ids, teacher_labels, self.teacher_bytes)
-        ours = [run for run in ours if run.text] or ours
-        theirs = [run for run in theirs if run.text] or theirs
+        our_runs = supervised_runs(ids, labels, self.student_bytes, self.student_dummy_spaces)
+        their_runs = supervised_runs(
+            teacher_ids, teacher_labels, self.teacher_bytes, self.teacher_dummy_spaces
+        )
+        ours = [run for run in our_runs if run.text] or our_runs
+        theirs = [run for run in their_runs if run.text] or their_runs
         if not ours or not theirs:
             return EMPTY, labels, teacher_labels
         if len(ours) != len(theirs):
-            ours, theirs = [_joined(ours)], [_joined(theirs)]
+            ours, theirs = [joined(ours)], [joined(theirs)]
         keep: list[int] = []
         keep_teacher: list[int] = []
         for a, b in zip(ours, theirs, strict=True):
-            common = _common(a, b)
+            common = common_positions(a, b)
             if common is None:
                 return DIFFERENT, labels, teacher_labels
             if all(common):
@@ -182,13 +95,32 @@ class Reconcile:
                 keep_teacher += common[1]
         if not keep:
             return EMPTY, labels, teacher_labels
-        before = sum(len(r.positions) for r in ours), sum(len(r.positions) for r in theirs)
+        whole = len(keep) == _count(ours) and len(keep_teacher) == _count(theirs)
+        # End tokens that stand apart from any text: all of them, or those before a cut.
+        apart = _apart(our_runs, ours, keep, whole)
+        apart_teacher = _apart(their_runs, theirs, keep_teacher, whole)
+        if not self.same_ids or [labels[i] for i in apart] == [
+            teacher_labels[i] for i in apart_teacher
+        ]:
+            keep, keep_teacher = sorted(keep + apart), sorted(keep_teacher + apart_teacher)
+        before = _count(our_runs), _count(their_runs)
         status = KEPT if before == (len(keep), len(keep_teacher)) else CUT
         labels = _only(labels, keep)
         teacher_labels = _only(teacher_labels, keep_teacher)
         if self.same_ids and [labels[i] for i in keep] != [teacher_labels[i] for i in keep_teacher]:
             return DIFFERENT, labels, teacher_labels
         return status, labels, teacher_labels
+
+
+def _count(runs: list[Run]) -> int:
+    return sum(len(run.positions) for run in runs)
+
+
+def _apart(runs: list[Run], matched: list[Run], keep: list[int], whole: bool) -> list[int]:
+    """Positions of the runs without text that no text was matched with."""
+    taken = {p for run in matched for p in run.positions}
+    places = [p for run in runs for p in run.positions if p not in taken]
+    return places if whole else [p for p in places if p < keep[-1]]
 
 
 def _only(labels: list[int], positions: list[int]) -> list[int]:
@@ -207,6 +139,11 @@ def reconcile_dataset(
         ValueError: no row is left; more than a tenth of them differ in text (with three
             examples); a teacher side is too long and `raise_if_long`.
     """
+    if not len(dataset):
+        raise ValueError(
+            "no row is left to distil on: Axolotl dropped all of them as longer than sequence_len "
+            "or as empty. Raise sequence_len, or set excess_length_strategy: truncate."
+        )
     dataset = dataset.map(reconcile, num_proc=num_proc, desc="Matching Teacher and Student Text")
     statuses = dataset[_STATUS]
     counts = Counter(statuses)
@@ -244,7 +181,7 @@ def reconcile_dataset(
 
 def _example(row: dict[str, Any], reconcile: Reconcile) -> str:
     def spelled(ids: list[int], labels: list[int], table: list[bytes]) -> str:
-        run = _joined(_supervised_runs(ids, labels, table))
+        run = joined(supervised_runs(ids, labels, table))
         text = run.text.decode(errors="replace")
         return repr(text if len(text) <= 160 else f"{text[:100]} … {text[-50:]}")
 
