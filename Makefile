@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 export AXOLOTL_DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install demo test test-fast lint clean
+.PHONY: install demo test test-fast bench lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,9 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not gpu"
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/bench_loss.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -131,7 +131,8 @@ class DSKDTrainer(AxolotlTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Load the teacher, build the projectors, then train as Axolotl does."""
-        self._set_up_distillation()
+        if self.teacher is None:
+            self._set_up_distillation()
         return super().train(*args, **kwargs)
 
     def _set_up_distillation(self) -> None:

@@ -132,12 +132,15 @@ def tiny_llama(vocab_size: int, hidden: int, seed: int, **overrides: Any) -> Lla
     return LlamaForCausalLM(config).eval()
 
 
-def save_pair(folder: Path, same_vocabulary: bool = False) -> tuple[Path, Path]:
+def save_pair(
+    folder: Path, same_vocabulary: bool = False, hidden_sizes: tuple[int, int] = (32, 48)
+) -> tuple[Path, Path]:
     """Student and teacher as folders with weights and tokenizer, as users have them."""
     student, teacher = folder / "student", folder / "teacher"
     ours = byte_level_tokenizer()
     theirs = ours if same_vocabulary else sentencepiece_tokenizer()
-    for path, tokenizer, hidden, seed in ((student, ours, 32, 0), (teacher, theirs, 48, 1)):
+    sides = ((student, ours), (teacher, theirs))
+    for seed, ((path, tokenizer), hidden) in enumerate(zip(sides, hidden_sizes, strict=True)):
         model = tiny_llama(len(tokenizer), hidden, seed)
         model.config.eos_token_id = tokenizer.eos_token_id
         model.save_pretrained(path)
