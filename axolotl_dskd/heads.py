@@ -56,8 +56,9 @@ def _scale_of(config: Any) -> float:
     """Factor between the linear head's output and the logits."""
     if getattr(config, "logits_scaling", None) is not None:  # Granite divides
         return 1.0 / float(config.logits_scaling)
-    if getattr(config, "logit_scale", None) is not None:  # Cohere multiplies
-        return float(config.logit_scale)
+    scale = getattr(config, "logit_scale", None)
+    if isinstance(scale, int | float):  # Cohere multiplies; MPT's may be a name
+        return float(scale)
     return 1.0
 
 
@@ -102,8 +103,17 @@ def output_head(model: Any, vocab_size: int | None = None) -> OutputHead:
         adapter = _active(module)
         adapters = getattr(module, "lora_A", {})
         if adapter in adapters and not module.disable_adapters and not module.merged:
-            if getattr(module, "use_dora", {}).get(adapter):
-                raise ValueError("DoRA on the output head is not supported; use plain LoRA there.")
+            variants = (getattr(module, "use_dora", {}), getattr(module, "lora_variant", {}))
+            if any(v.get(adapter) for v in variants if isinstance(v, dict)):
+                raise ValueError(
+                    "DoRA and other LoRA variants on the output head are not supported; use plain "
+                    "LoRA there."
+                )
+            if module.lora_B[adapter].bias is not None:
+                raise ValueError(
+                    "lora_bias on the output head is not supported; remove it, or keep lm_head "
+                    "out of lora_target_modules."
+                )
             lora_A, lora_B = adapters[adapter].weight, module.lora_B[adapter].weight
             lora_scale = float(module.scaling[adapter])
     weight = _dequantized(base)
@@ -135,13 +145,23 @@ def captured_head_input(model: Any) -> Iterator[list[Tensor]]:
         if torch.is_autocast_enabled(device):  # the dtype in which the head would have computed
             hidden = hidden.to(torch.get_autocast_dtype(device))
         captured.append(hidden)
-        return hidden[..., :1]
+        out = hidden[..., :1]
+        # DDP looks for the parameters that a forward used: the head's are used, by the loss.
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                out = out + 0.0 * parameter.flatten()[:1].to(out)
+        return out
 
-    module.forward = keep  # on the instance, so the class stays as it is
+    # On the instance, so the class stays as it is; accelerate's hooks live there too.
+    before = module.__dict__.get("forward")
+    module.forward = keep
     try:
         yield captured
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def single(captured: list[Tensor], model: Any) -> Tensor:
@@ -179,6 +199,11 @@ def check_output_head(model: Any, name: str, tolerance: float = 0.02) -> None:
     hidden = single(captured, model)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
+    if not torch.isfinite(theirs).all():
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) gives logits that are not finite on eight plain "
+            "tokens. Its weights are damaged, or its dtype is too narrow: use bfloat16 or float32."
+        )
     head = output_head(model)
     ours = head.frozen().logits(hidden.to(head.weight.device)).float()
     if ours.shape != theirs.shape:

@@ -35,6 +35,16 @@ from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side, TeacherS
 
 LOG = get_logger(__name__)
 
+#: Per-token values that the loss reports (`dual_space_loss`).
+TERMS = (
+    "ce",
+    "student_space",
+    "projector_ce",
+    "teacher_space",
+    "projector_accuracy",
+    "teacher_accuracy",
+)
+
 
 class _MetricSums:
     """Term sums and token counts since the last log, divided once, over all ranks."""
@@ -53,18 +63,20 @@ class _MetricSums:
     def means(self, device: torch.device) -> dict[str, float]:
         """Every term per supervised *student* token, as it enters the loss, except
         `teacher_accuracy`, which is a share of the teacher's tokens."""
-        names = sorted(self.sums)
         counts = [float(self.student_tokens), float(self.teacher_tokens)]
-        values = [float(self.sums[name]) for name in names]
-        packed = torch.tensor(counts + values, dtype=torch.float64, device=device)
+        values = [float(self.sums.get(name, 0.0)) for name in TERMS]
+        present = [float(name in self.sums) for name in TERMS]
+        # The same length on every rank, whatever this one has seen.
+        packed = torch.tensor(counts + values + present, dtype=torch.float64, device=device)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(packed)
-        students, teachers, *totals = packed.tolist()
+        students, teachers, *rest = packed.tolist()
         if not students:
             return {}
         means = {
             f"dskd/{name}": total / (max(teachers, 1) if name == "teacher_accuracy" else students)
-            for name, total in zip(names, totals, strict=True)
+            for name, total, seen in zip(TERMS, rest, rest[len(TERMS) :], strict=False)
+            if seen
         }
         return means | {"dskd/supervised_tokens": students}
 
@@ -75,11 +87,18 @@ class _StepProjectors(TrainerCallback):
     def __init__(self, trainer: DSKDTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Training may begin again after running out of memory (auto_find_batch_size)."""
+        assert self.trainer.projector_optimizer is not None
+        self.trainer.projector_optimizer.adamw.zero_grad(set_to_none=True)
+        self.trainer._sums.clear()
+
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After backward of the last micro-batch, before the student's optimizer steps."""
         assert self.trainer.projector_optimizer is not None
         group = self.trainer.optimizer.param_groups[0]
-        initial = group.get("initial_lr") or group["lr"]
+        # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
+        initial = group.get("initial_lr") or self.trainer.args.learning_rate
         scaler = self.trainer.accelerator.scaler
         self.trainer.projector_optimizer.step(
             schedule_factor=float(group["lr"] / initial) if initial else 1.0,
@@ -136,11 +155,18 @@ class DSKDTrainer(AxolotlTrainer):
         return super().train(*args, **kwargs)
 
     def _set_up_distillation(self) -> None:
-        check_output_head(self.model, "student")
         device = self.accelerator.device
+        placed = set((getattr(self.model, "hf_device_map", None) or {"": device}).values())
+        if len(placed) > 1:
+            raise ValueError(
+                f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
+                "not supported. Start one process per GPU, or use one GPU."
+            )
+        # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
+        with self.accelerator.autocast():
+            check_output_head(self.model, "student")
         model = load_teacher(self.dskd.teacher, device)
-        check_output_head(model, "teacher")
-        self.teacher = LiveTeacher(model, self.teacher_vocab_size)
+        self.teacher = LiveTeacher(model, self.teacher_vocab_size, device)
         head = output_head(self.model, self.student_vocab_size)
         embedding = self.model.get_input_embeddings().weight
         if head.weight.shape[0] < self.student_vocab_size:
@@ -262,7 +288,7 @@ class DSKDTrainer(AxolotlTrainer):
             self._batch, self._captured = None, []
 
     def _dual_space_loss(
-        self, _outputs: Any, _labels: Tensor, num_items_in_batch: Tensor | None = None
+        self, outputs: Any, _labels: Tensor, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         batch = self._batch
         assert batch is not None
@@ -270,7 +296,7 @@ class DSKDTrainer(AxolotlTrainer):
         mask_BL = batch.student_mask()
         student = batch.student_side(mask_BL)
         if len(student) == 0:
-            return hidden_BLd.sum() * 0.0
+            return outputs["logits"].sum() * 0.0  # reaches every parameter, the head's too
         hidden_Nd = hidden_BLd[mask_BL]
         head = output_head(self.model, self.student_vocab_size)
         settings = self._loss_settings()

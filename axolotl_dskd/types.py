@@ -15,7 +15,7 @@ state at the position is what predicts that label.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,6 +94,12 @@ class OutputHead:
             scale=self.scale,
             softcap=self.softcap,
         )
+
+    def to(self, device: torch.device) -> OutputHead:
+        """The head on a device (itself if it is there already)."""
+        names = ("weight", "bias", "lora_A", "lora_B")
+        moved = {n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
+        return replace(self, **moved)
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """[N, d] -> [N, vocab_size], in the dtype of the hidden states."""

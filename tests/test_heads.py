@@ -111,6 +111,14 @@ def test_the_check_refuses_a_model_that_changes_its_logits_in_another_way():
         check_output_head(model, "teacher")
 
 
+def test_the_check_refuses_a_damaged_model():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"logits that are not finite.*damaged"):
+        check_output_head(model, "teacher")
+
+
 def test_projector_sizes_come_from_the_head_not_from_the_config():
     assert output_head(build("opt_projected")).hidden_size == 16
 
@@ -211,3 +219,48 @@ def test_capture_takes_the_dtype_of_autocast():
     with torch.autocast("cpu", torch.bfloat16), captured_head_input(model) as captured:
         model(input_ids=ids())
     assert single(captured, model).dtype == torch.bfloat16
+
+
+def test_capture_keeps_a_forward_that_stood_on_the_instance():
+    """accelerate puts its device hooks there."""
+    model = build("llama")
+    expected = model(input_ids=ids()).logits
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda x: original(x) + 1.0
+    with captured_head_input(model):
+        model(input_ids=ids())
+    torch.testing.assert_close(model(input_ids=ids()).logits, expected + 1.0)
+
+
+def test_a_float32_head_on_a_bfloat16_body_is_checked_under_autocast():
+    model = build("llama").bfloat16()
+    for module in (model.lm_head, model.model.norm, model.model.embed_tokens):
+        module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        check_output_head(model, "student")
+
+
+@pytest.fixture
+def single_rank(tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_a_trained_head_is_no_surprise_to_ddp(single_rank, find_unused: bool, tie: bool):
+    """The loss uses the head's parameters outside the forward that DDP watches."""
+    model = build("llama_tied" if tie else "llama").train()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+    for step in range(3):
+        with captured_head_input(model) as captured:
+            out = wrapped(input_ids=ids())
+        if step == 1:  # a batch without supervised tokens
+            loss = out.logits.sum() * 0.0
+        else:
+            loss = output_head(model).logits(single(captured, model)).square().mean()
+        loss.backward()
+        assert model.lm_head.weight.grad is not None
+        model.zero_grad()

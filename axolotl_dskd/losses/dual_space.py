@@ -12,8 +12,9 @@ from (alignment), nor what the sums are divided by (trainer).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -63,6 +64,17 @@ class LossSettings:
         return self.kd_ratio * self.teacher_space_weight
 
 
+def _dtypes_as_given(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run outside autocast, which would round a float32 head's products."""
+
+    @wraps(forward)
+    def run(ctx: Any, states: Tensor, *args: Any) -> Any:
+        with torch.autocast(states.device.type, enabled=False):
+            return forward(ctx, states, *args)
+
+    return run
+
+
 def _chunks(tokens: int, size: int) -> Iterator[slice]:
     for start in range(0, tokens, size):
         yield slice(start, min(start + size, tokens))
@@ -91,6 +103,7 @@ class _StudentVocabularyPass(torch.autograd.Function):
     """
 
     @staticmethod
+    @_dtypes_as_given
     def forward(
         ctx: Any,
         student_Nd: Tensor,
@@ -103,16 +116,14 @@ class _StudentVocabularyPass(torch.autograd.Function):
         wants = ctx.needs_input_grad
         frozen, T = head.frozen(student_Nd.dtype), settings.temperature
         buffers = tuple(
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
-            if t is not None and needed
-            else None
+            torch.zeros_like(t, dtype=_wide(t.dtype)) if t is not None and needed else None
             for t, needed in zip(head_tensors, wants[5:], strict=True)
         )
         grad_student = torch.empty_like(student_Nd) if wants[0] else None
         grad_projected = (
             torch.empty_like(projected_Nd) if projected_Nd is not None and wants[1] else None
         )
-        wide = torch.promote_types(student_Nd.dtype, torch.float32)
+        wide = _wide(student_Nd.dtype)
         ce, projector_ce, divergence, correct = student_Nd.new_zeros(
             (4, len(labels_N)), dtype=wide
         ).unbind(0)
@@ -163,6 +174,7 @@ class _TeacherVocabularyPass(torch.autograd.Function):
     """KL(teacher ‖ projected student): the term over the teacher's vocabulary."""
 
     @staticmethod
+    @_dtypes_as_given
     def forward(
         ctx: Any,
         projected_MD: Tensor,
@@ -173,7 +185,7 @@ class _TeacherVocabularyPass(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         T = settings.temperature
         grad_projected = torch.empty_like(projected_MD) if ctx.needs_input_grad[0] else None
-        wide = torch.promote_types(projected_MD.dtype, torch.float32)
+        wide = _wide(projected_MD.dtype)
         divergence, correct = projected_MD.new_zeros((2, len(labels_M)), dtype=wide).unbind(0)
         for rows in _chunks(len(labels_M), settings.chunk_tokens):
             teacher_logits = head.logits(teacher_MD[rows])
@@ -196,12 +208,16 @@ class _TeacherVocabularyPass(torch.autograd.Function):
         return _scaled(ctx, grad_loss)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _scaled(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """The stored gradients times the incoming one, in `ctx.dtypes` where those are given."""
     if ctx.grads is None:
         raise RuntimeError("the dual-space loss was differentiated twice; run its forward again")
     scaled = tuple(
-        None if g is None else (g * grad_loss.to(g.dtype)).to(dtype or g.dtype)
+        None if g is None else (g * grad_loss.to(_wide(g.dtype))).to(dtype or g.dtype)
         for g, dtype in zip(ctx.grads, ctx.dtypes, strict=True)
     )
     ctx.grads = None

@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 
-from axolotl_dskd.heads import captured_head_input, output_head, single
+from axolotl_dskd.heads import (
+    captured_head_input,
+    check_output_head,
+    head_module,
+    output_head,
+    single,
+)
 from axolotl_dskd.types import (
     DualBatch,
     OutputHead,
@@ -24,29 +30,37 @@ class LiveTeacher:
     """Runs the teacher on each batch.
 
     Args:
-        model: frozen, in eval mode.
+        model: frozen, in eval mode, on one device or spread over several.
         vocab_size: ids that its tokenizer can emit.
+        device: where the loss is computed; the output head is copied there if it is elsewhere.
 
     Raises:
-        ValueError: the tokenizer can emit ids that the model's head has no row for.
+        ValueError: head or embedding are offloaded; the head does something unknown to its
+            logits; the tokenizer can emit ids that the head has no row for.
     """
 
-    def __init__(self, model: Any, vocab_size: int) -> None:
+    def __init__(self, model: Any, vocab_size: int, device: torch.device) -> None:
         self.model = model
-        self.head: OutputHead = output_head(model, vocab_size).frozen()
+        self.embedding = model.get_input_embeddings()
+        for module, name in ((head_module(model), "output head"), (self.embedding, "embedding")):
+            if any(p.is_meta for p in module.parameters()):
+                raise ValueError(
+                    f"dskd.teacher.device_map offloads the teacher's {name}, which every step "
+                    "needs. Give a device_map that keeps it on a device; layers may be offloaded."
+                )
+        check_output_head(model, "teacher")
+        self.head: OutputHead = output_head(model, vocab_size).frozen().to(device)
         rows = self.head.weight.shape[0]
         if rows < vocab_size:
             raise ValueError(
                 f"the teacher's tokenizer has ids up to {vocab_size - 1}, but its output head only "
                 f"{rows} rows. Set dskd.teacher.tokenizer to the model's own tokenizer."
             )
-        embedding = model.get_input_embeddings()
-        if embedding.weight.shape[1] != self.head.hidden_size:
+        if self.embedding.weight.shape[1] != self.head.hidden_size:
             raise ValueError(
-                f"the teacher embeds tokens in {embedding.weight.shape[1]} numbers but its head "
-                f"takes {self.head.hidden_size}; such models are not supported as teachers."
+                f"the teacher embeds tokens in {self.embedding.weight.shape[1]} numbers but its "
+                f"head takes {self.head.hidden_size}; such models are not supported as teachers."
             )
-        self.embedding = embedding
 
     @torch.no_grad()
     def __call__(self, batch: DualBatch) -> TeacherSignal:
@@ -63,7 +77,9 @@ class LiveTeacher:
         lengths = batch.teacher_attention_mask.sum(1).tolist()
         for rows in _groups(lengths, MAX_TOKENS_PER_FORWARD):
             cut = slice(None, max(lengths[row] for row in rows))
-            with captured_head_input(self.model) as captured:
+            # The teacher's dtype is its own, not that of the student's autocast.
+            apart = torch.autocast(device.type, enabled=False)
+            with apart, captured_head_input(self.model) as captured:
                 self.model(
                     input_ids=batch.teacher_input_ids[rows, cut].to(device),
                     attention_mask=batch.teacher_attention_mask[rows, cut].to(device),
