@@ -104,7 +104,6 @@ def _pair(get_wrapper: Callable[..., Any], config: DSKDConfig, call: dict[str, A
     _refuse_unusable(dataset, dataset_config)
     tokenizer = load_teacher_tokenizer(config)
     teacher_cfg, teacher_dataset_config = _teacher_side(config, cfg, dataset_config)
-    # A dataset type that is a block is read off the config; a named one may not be changed.
     teacher_call = {
         **call,
         "cfg": teacher_cfg,

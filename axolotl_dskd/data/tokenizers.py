@@ -33,6 +33,19 @@ def load_teacher_tokenizer(config: DSKDConfig) -> PreTrainedTokenizerBase:
     return _load_tokenizer(teacher.tokenizer_name, revision, teacher.trust_remote_code)
 
 
+@lru_cache(maxsize=4)
+def _position_limit(name: str, revision: str | None, trust: bool) -> int:
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the teacher {name!r} cannot be loaded: {error}\n"
+            "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`, "
+            "one with code of its own dskd.teacher.trust_remote_code: true."
+        ) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
 def teacher_position_limit(config: DSKDConfig) -> int:
     """Longest teacher side of a row: `sequence_len`, or what the model's config allows.
 
@@ -40,20 +53,7 @@ def teacher_position_limit(config: DSKDConfig) -> int:
         ValueError: the teacher's config cannot be loaded, or allows less than `sequence_len`.
     """
     teacher = config.teacher
-    try:
-        model_config = AutoConfig.from_pretrained(
-            teacher.base_model,
-            revision=teacher.revision,
-            trust_remote_code=teacher.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the teacher {teacher.base_model!r} cannot be loaded: {error}\n"
-            "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`, "
-            "one with code of its own dskd.teacher.trust_remote_code: true."
-        ) from error
-    text_config = model_config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or 1 << 20
+    limit = _position_limit(teacher.base_model, teacher.revision, teacher.trust_remote_code)
     if teacher.sequence_len and teacher.sequence_len > limit:
         raise ValueError(
             f"dskd.teacher.sequence_len is {teacher.sequence_len}, but {teacher.base_model} has "
