@@ -104,6 +104,22 @@ class TeacherConfig(_Block):
             )
         return self
 
+    def check_paths(self) -> None:
+        """Refuse what looks like a path and is not there.
+
+        Not part of validation: merging or running the student needs no teacher.
+
+        Raises:
+            ValueError: a path does not exist.
+        """
+        for key in ("base_model", "tokenizer", "adapter"):
+            value = getattr(self, key) or ""
+            if value.startswith((".", "/")) and not Path(value).exists():
+                raise ValueError(
+                    f"dskd.teacher.{key}: there is no {value} (looked from {Path.cwd()}). "
+                    "Correct the path, or name a model of the hub."
+                )
+
     @property
     def tokenizer_name(self) -> str:
         """Where the teacher's tokenizer comes from."""
@@ -234,20 +250,6 @@ def _refusals(data: dict[str, Any]) -> list[str]:
     return found
 
 
-def _check_paths(block: Any) -> None:
-    """A teacher that looks like a path must be there."""
-    teacher = block.get("teacher") if isinstance(block, dict) else None
-    if not isinstance(teacher, dict) or block.get("kd_ratio") == 0:
-        return
-    for key in ("base_model", "tokenizer", "adapter"):
-        value = str(teacher.get(key) or "")
-        if value.startswith((".", "/", "~")) and not Path(value).expanduser().exists():
-            raise ValueError(
-                f"dskd.teacher.{key}: there is no {value} (looked from {Path.cwd()}). "
-                "Correct the path, or name a model of the hub."
-            )
-
-
 class DSKDArgs(BaseModel):
     """What the plugin adds to Axolotl's schema (method names unique: the classes are merged)."""
 
@@ -283,5 +285,4 @@ class DSKDArgs(BaseModel):
             raise ValueError(
                 "this configuration does not combine with `dskd:`:\n- " + "\n- ".join(refusals)
             )
-        _check_paths(data["dskd"])
         return data

@@ -82,7 +82,6 @@ WRONG = {
         {"teacher": {"base_model": "x", "chat_template": "chatml", "chat_template_jinja": "{}"}},
         "Remove one of them",
     ),
-    "missing folder": ({"teacher": {"base_model": "./no/such/teacher"}}, "there is no ./no/such"),
 }
 
 
@@ -147,8 +146,18 @@ def test_inference_and_merging_need_no_teacher(pair_folder: Path, validated: Val
     import shutil
 
     shutil.rmtree(pair_folder / "teacher")
-    for elsewhere in ({"merge_lora": True}, {"inference": True}):
+    for elsewhere in ({"merge_lora": True}, {"inference": True}, {}):
         validated(tiny.base_config(pair_folder, **elsewhere))
+
+
+@pytest.mark.parametrize("key", ["base_model", "tokenizer", "adapter"])
+def test_a_path_that_is_not_there_is_named_before_weights_load(pair_folder: Path, key: str):
+    from axolotl_dskd.data import load_teacher_tokenizer
+
+    paths = {"base_model": str(pair_folder / "teacher"), key: "./no/such/folder"}
+    config = DSKDConfig(teacher=TeacherConfig(**paths))
+    with pytest.raises(ValueError, match=rf"dskd\.teacher\.{key}: there is no \./no/such/folder"):
+        load_teacher_tokenizer(config)
 
 
 def test_the_home_folder_is_expanded():

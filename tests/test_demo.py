@@ -115,11 +115,11 @@ def test_teacher_and_student_are_what_the_demo_says(demo: dict[str, ModuleType],
     assert config["vocab_size"] == 49152
     assert config["eos_token_id"] == tokenizer.eos_token_id
     demo["student"].build_student(
-        tmp_path / "teacher", FOLDER / "train.jsonl", tmp_path / "student", 42, layers=2
+        tmp_path / "teacher", FOLDER / "train.jsonl", tmp_path / "student", 42
     )
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     own = AutoTokenizer.from_pretrained(tmp_path / "student")
-    assert student.config.num_hidden_layers == 2
+    assert student.config.num_hidden_layers == 4
     assert student.config.vocab_size == len(own) == 3000
     assert own.get_vocab() != tokenizer.get_vocab()
     score = demo["score"].score(tmp_path / "student", FOLDER / "heldout.jsonl")

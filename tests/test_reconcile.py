@@ -141,7 +141,7 @@ def test_a_truncated_side_cuts_the_other_to_the_same_text(
 ) -> None:
     whole = side(student, [("Why?", ANSWER)]), side(teacher, [("Why?", ANSWER)])
     prompts = [len(s.ids) - len(labelled(s.labels)) for s in whole]
-    for tokens in range(8, len(labelled(whole[0 if cut_student else 1].labels)), 5):
+    for tokens in range(8, len(labelled(whole[0 if cut_student else 1].labels)) - 1, 5):
         lengths = [prompts[0] + tokens if cut_student else LONG]
         lengths += [LONG if cut_student else prompts[1] + tokens]
         ours, theirs = (

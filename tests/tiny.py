@@ -90,9 +90,11 @@ def sentencepiece_tokenizer(vocab_size: int = 600) -> PreTrainedTokenizerFast:
         vocab_size=vocab_size,
         special_tokens=specials,
         show_progress=False,
-        limit_alphabet=60,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    # Other characters are left to byte fallback. (The trainer's own limit_alphabet picks among
+    # equally rare ones at random.)
+    known = ("".join(c for c in text if ord(c) < 0x100) for text in CORPUS)
+    backend.train_from_iterator(known, trainer)
     # Byte tokens are ordinary tokens of the model, not added ones.
     spec = json.loads(backend.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]

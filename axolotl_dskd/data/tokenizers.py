@@ -26,9 +26,10 @@ def load_teacher_tokenizer(config: DSKDConfig) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer, loaded once per process.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or a path of the teacher's does not exist.
     """
     teacher = config.teacher
+    teacher.check_paths()
     revision = teacher.revision if teacher.tokenizer is None else None
     return _load_tokenizer(teacher.tokenizer_name, revision, teacher.trust_remote_code)
 
