@@ -24,6 +24,7 @@ from axolotl_dskd.data import (
 )
 from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
+from axolotl_dskd.metrics import MetricSums
 from axolotl_dskd.projectors import (
     ProjectorOptimizer,
     Projectors,
@@ -34,51 +35,6 @@ from axolotl_dskd.teacher import LiveTeacher, load_teacher
 from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side, TeacherSignal
 
 LOG = get_logger(__name__)
-
-#: Per-token values that the loss reports (`dual_space_loss`).
-TERMS = (
-    "ce",
-    "student_space",
-    "projector_ce",
-    "teacher_space",
-    "projector_accuracy",
-    "teacher_accuracy",
-)
-
-
-class _MetricSums:
-    """Term sums and token counts since the last log, divided once, over all ranks."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.student_tokens = 0
-        self.teacher_tokens = 0
-
-    def add(self, out: LossOutput) -> None:
-        for name, value in out.sums().items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.student_tokens += out.student_tokens
-        self.teacher_tokens += out.teacher_tokens
-
-    def means(self, device: torch.device) -> dict[str, float]:
-        """Every term per supervised *student* token, as it enters the loss, except
-        `teacher_accuracy`, which is a share of the teacher's tokens."""
-        counts = [float(self.student_tokens), float(self.teacher_tokens)]
-        values = [float(self.sums.get(name, 0.0)) for name in TERMS]
-        present = [float(name in self.sums) for name in TERMS]
-        # The same length on every rank, whatever this one has seen.
-        packed = torch.tensor(counts + values + present, dtype=torch.float64, device=device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(packed)
-        students, teachers, *rest = packed.tolist()
-        if not students:
-            return {}
-        means = {
-            f"dskd/{name}": total / (max(teachers, 1) if name == "teacher_accuracy" else students)
-            for name, total, seen in zip(TERMS, rest, rest[len(TERMS) :], strict=False)
-            if seen
-        }
-        return means | {"dskd/supervised_tokens": students}
 
 
 class _StepProjectors(TrainerCallback):
@@ -142,7 +98,7 @@ class DSKDTrainer(AxolotlTrainer):
         self.teacher: LiveTeacher | None = None
         self.projectors: Projectors | None = None
         self.projector_optimizer: ProjectorOptimizer | None = None
-        self._sums: dict[str, _MetricSums] = defaultdict(_MetricSums)
+        self._sums: dict[str, MetricSums] = defaultdict(MetricSums)
         self._batch: DualBatch | None = None
         self._captured: list[Tensor] = []
 
@@ -364,7 +320,7 @@ class DSKDTrainer(AxolotlTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to training logs."""
         if "loss" in logs:
-            logs |= self._sums.pop("train", _MetricSums()).means(self.accelerator.device)
+            logs |= self._sums.pop("train", MetricSums()).means(self.accelerator.device)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -374,7 +330,7 @@ class DSKDTrainer(AxolotlTrainer):
             LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._sums.pop("eval", _MetricSums()).means(self.accelerator.device)
+        means = self._sums.pop("eval", MetricSums()).means(self.accelerator.device)
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
 

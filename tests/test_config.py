@@ -147,7 +147,8 @@ def test_inference_and_merging_need_no_teacher(pair_folder: Path, validated: Val
 
     shutil.rmtree(pair_folder / "teacher")
     for elsewhere in ({"merge_lora": True}, {"inference": True}, {}):
-        validated(tiny.base_config(pair_folder, **elsewhere))
+        cfg = validated(tiny.base_config(pair_folder, **elsewhere))
+        assert DSKDConfig.of(cfg) is not None
 
 
 @pytest.mark.parametrize("key", ["base_model", "tokenizer", "adapter"])

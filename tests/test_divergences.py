@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
+from axolotl_dskd.config import DivergenceName
 from axolotl_dskd.losses import make_divergence
 from tests import naive
 
-NAMES = [
-    "forward_kl",
-    "reverse_kl",
-    "js_divergence",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "adaptive_kl",
-    "tvd",
-]
+NAMES = get_args(DivergenceName)
 
 
 def logits(seed: int, shape: tuple[int, ...] = (5, 37), scale: float = 2.0) -> torch.Tensor:

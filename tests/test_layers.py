@@ -17,6 +17,7 @@ ALLOWED = {
     "config": set(),
     "projectors": set(),
     "heads": {"types"},
+    "metrics": {"types"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},
     "data": {"types", "config"},

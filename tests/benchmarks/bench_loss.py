@@ -22,11 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from axolotl_dskd.config import DivergenceName
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.types import OutputHead
 from tests import naive
@@ -37,15 +39,7 @@ SIZES = {
     "middle": (512, 576, 896, 49_152, 151_936),
     "large": (4096, 2048, 3584, 128_256, 151_936),
 }
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "js_divergence",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "adaptive_kl",
-    "tvd",
-)
+DIVERGENCES = get_args(DivergenceName)
 
 
 @dataclass
