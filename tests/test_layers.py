@@ -21,7 +21,9 @@ ALLOWED = {
     "losses": {"types"},
     "alignment": {"types", "projectors"},
     "data": {"types", "config"},
-    "teacher": {"types", "config", "heads"},
+    "progress": set(),
+    "cache": {"types"},
+    "teacher": {"types", "config", "heads", "cache", "progress"},
 }
 
 
