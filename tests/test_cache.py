@@ -101,7 +101,7 @@ def test_keys_of_a_dataset_are_those_of_its_rows():
     assert lengths.tolist() == [4, 3]
 
 
-CODEC = Codec("bfloat16", 8)
+WIDTH = 16
 
 
 def sample(number: int) -> tuple[bytes, np.ndarray]:
@@ -110,7 +110,7 @@ def sample(number: int) -> tuple[bytes, np.ndarray]:
 
 
 def written(folder: Path, numbers: range, per_shard: int = 10) -> RowStore:
-    store = RowStore(folder, CODEC)
+    store = RowStore(folder, WIDTH)
     for number in numbers:
         store.add(*sample(number))
         if number % per_shard == per_shard - 1:
@@ -136,7 +136,7 @@ def shards(folder: Path) -> list[Path]:
 def test_every_sample_comes_back_from_any_reader(tmp_path: Path):
     written(tmp_path, range(57))
     assert len(shards(tmp_path)) == 6
-    reader = RowReader(tmp_path, CODEC)
+    reader = RowReader(tmp_path, WIDTH)
     copied = pickle.loads(pickle.dumps(reader))
     for number in range(57):
         assert found(reader, number)
@@ -147,7 +147,7 @@ def test_every_sample_comes_back_from_any_reader(tmp_path: Path):
 
 
 def test_a_reader_sees_what_another_process_writes_later(tmp_path: Path):
-    reader = RowReader(tmp_path / "later", CODEC)
+    reader = RowReader(tmp_path / "later", WIDTH)
     assert not found(reader, 3)
     written(tmp_path / "later", range(5))
     assert found(reader, 3)
@@ -156,10 +156,10 @@ def test_a_reader_sees_what_another_process_writes_later(tmp_path: Path):
 
 
 def test_samples_that_wait_to_be_written_can_be_read_by_their_writer_alone(tmp_path: Path):
-    store = RowStore(tmp_path, CODEC)
+    store = RowStore(tmp_path, WIDTH)
     store.add(*sample(1))
     assert found(store, 1)
-    assert not found(RowReader(tmp_path, CODEC), 1)
+    assert not found(RowReader(tmp_path, WIDTH), 1)
 
 
 def test_shards_are_plain_safetensors(tmp_path: Path):
@@ -178,23 +178,23 @@ def test_any_flipped_byte_costs_samples_but_never_gives_a_wrong_one(tmp_path: Pa
         damaged = bytearray(intact)
         damaged[at] ^= 1 << (at % 8)
         path.write_bytes(damaged)
-        reader = RowReader(tmp_path, CODEC)
+        reader = RowReader(tmp_path, WIDTH)
         there = [found(reader, number) for number in range(6)]
         if not all(there):
             assert str(path) in reader.damage[path]
     path.write_bytes(intact)
-    assert all(found(RowReader(tmp_path, CODEC), number) for number in range(6))
+    assert all(found(RowReader(tmp_path, WIDTH), number) for number in range(6))
 
 
 def test_a_file_cut_anywhere_also_while_it_is_open_is_noticed(tmp_path: Path):
     written(tmp_path, range(6), per_shard=6)
     path = shards(tmp_path)[0]
     intact = path.read_bytes()
-    open_before = RowReader(tmp_path, CODEC)
+    open_before = RowReader(tmp_path, WIDTH)
     assert found(open_before, 0)
     for size in range(0, len(intact), 7):
         os.truncate(path, size)
-        reader = RowReader(tmp_path, CODEC)
+        reader = RowReader(tmp_path, WIDTH)
         assert not any(found(reader, number) for number in range(6))
         assert path in reader.damage
         path.write_bytes(intact)
@@ -211,28 +211,29 @@ def test_a_sample_written_again_is_read_from_the_intact_shard(tmp_path: Path):
     for damaged in (first, second):
         intact = damaged.read_bytes()
         damaged.write_bytes(intact[:-30] + bytes(30))
-        assert all(found(RowReader(tmp_path, CODEC), number) for number in range(3))
+        assert all(found(RowReader(tmp_path, WIDTH), number) for number in range(3))
         damaged.write_bytes(intact)
 
 
 def test_a_shard_that_was_pruned_under_a_reader_is_no_error(tmp_path: Path):
     written(tmp_path, range(3))
-    reader = RowReader(tmp_path, CODEC)
+    reader = RowReader(tmp_path, WIDTH)
     shards(tmp_path)[0].unlink()
     assert not found(reader, 1)
     written(tmp_path, range(3))
     assert found(reader, 1)
 
 
-def test_max_size_is_kept_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    store = RowStore(tmp_path, CODEC, max_bytes=3000)
+def test_max_size_is_kept_and_said(tmp_path: Path, cache_warnings: list[str]):
+    store = RowStore(tmp_path, WIDTH, max_bytes=3000)
     for number in range(100):
         store.add(*sample(number))
         store.flush()
     assert store.full is not None
     assert 1500 < folder_status(tmp_path).used <= 3000
-    assert caplog.text.count("takes no more samples") == 1
-    assert "max_size" in caplog.text
+    assert len(cache_warnings) == 1
+    assert "takes no more samples" in cache_warnings[0]
+    assert "would exceed max_size" in cache_warnings[0]
 
 
 def test_a_disk_that_takes_no_more_leaves_whole_files_only(
@@ -244,7 +245,7 @@ def test_a_disk_that_takes_no_more_leaves_whole_files_only(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(store_module, "SHARD_BYTES", 400)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    store = RowStore(tmp_path, CODEC)
+    store = RowStore(tmp_path, WIDTH)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # smaller than any shard here
     try:
         for number in range(50):

@@ -99,7 +99,9 @@ def cached(tmp_path: Path, storage: str, loads: list[int]) -> CachedTeacher:
     first = body()
     loads.clear()
     table = EmbeddingTable.of(first.embedding)
-    return CachedTeacher(RowStore(tmp_path, Codec(storage, 32)), first.head, table, body)
+    codec = Codec(storage, 32)
+    store = RowStore(tmp_path, codec.bytes_per_token)
+    return CachedTeacher(store, codec, first.head, table, body)
 
 
 def collated(teacher: CachedTeacher, plain: DualBatch) -> DualBatch:
@@ -357,7 +359,7 @@ def test_without_a_cache_block_nothing_is_written(pair_folder: Path, train: Trai
 
 
 def test_a_teacher_that_differs_in_dtype_is_told_apart_in_words(
-    pair_folder: Path, caplog: pytest.LogCaptureFixture
+    pair_folder: Path, cache_warnings: list[str]
 ):
     def opened(dtype: str) -> CachedTeacher:
         config = block(pair_folder, {}, dtype=dtype)["teacher"]
@@ -366,5 +368,5 @@ def test_a_teacher_that_differs_in_dtype_is_told_apart_in_words(
     one = opened("float32")
     two = opened("bfloat16")
     assert one.store.folder != two.store.folder
-    assert "differs in dtype" in caplog.text
+    assert "differs in dtype" in cache_warnings[0]
     assert opened("float32").body is None

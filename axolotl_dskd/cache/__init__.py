@@ -15,19 +15,25 @@ from axolotl_dskd.cache.files import (
 )
 from axolotl_dskd.cache.keys import dataset_keys, sample_key, supervised_positions
 from axolotl_dskd.cache.store import RowReader, RowStore
+from axolotl_dskd.cache.upkeep import Plan, plan_prune, prune, shard_paths, verify_shard
 
 __all__ = [
     "Codec",
     "Damaged",
     "FolderStatus",
+    "Plan",
     "RowReader",
     "RowStore",
     "dataset_keys",
     "folder_status",
     "hash_file",
+    "plan_prune",
+    "prune",
     "read_json",
     "sample_key",
+    "shard_paths",
     "supervised_positions",
+    "verify_shard",
     "write_atomically",
     "write_json",
 ]

@@ -101,8 +101,12 @@ def write_shard(folder: Path, keys: Sequence[bytes], states: Sequence[np.ndarray
     return path
 
 
-def open_shard(path: Path, bytes_per_token: int) -> Shard:
+def open_shard(path: Path, bytes_per_token: int | None = None) -> Shard:
     """Read and check the index of a shard.
+
+    Args:
+        path: the file.
+        bytes_per_token: what its states must have, if that is known.
 
     Raises:
         Damaged: the index is not what was written, or the file is cut.
@@ -132,7 +136,7 @@ def open_shard(path: Path, bytes_per_token: int) -> Shard:
     if metadata["format"] != FORMAT:
         raise Damaged(path, f"it has format {metadata['format']}, this version reads {FORMAT}")
     tokens = int(arrays["ends"][-1]) if len(arrays["ends"]) else 0
-    if width != bytes_per_token or end - begin != tokens * width:
+    if width != (bytes_per_token or width) or end - begin != tokens * width:
         raise Damaged(path, f"it holds tokens of {width} bytes, expected {bytes_per_token}")
     if size < 8 + length + end:
         raise Damaged(path, f"it has {size} bytes, {8 + length + end} were written")

@@ -8,7 +8,6 @@ from the newest that is intact.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections import OrderedDict
@@ -17,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from axolotl.utils.logging import get_logger
 from torch import Tensor
 
-from axolotl_dskd.cache.codec import Codec
 from axolotl_dskd.cache.files import Damaged, folder_status
 from axolotl_dskd.cache.keys import KEY_BYTES, sample_key, supervised_positions
 from axolotl_dskd.cache.shards import Shard, is_shard, open_shard, write_shard
 
-LOG = logging.getLogger(__name__)
+LOG = get_logger(__name__)
 
 _OPEN_FILES = 64
 #: A shard is written when it has this many bytes or, if samples come slowly, after so many seconds:
@@ -38,13 +37,15 @@ class RowReader:
 
     Args:
         folder: where shards are; it need not exist yet.
-        codec: how their states are packed.
+        bytes_per_token: of their packed states; None takes any.
         quiet: leave it to another reader to report damage.
     """
 
-    def __init__(self, folder: Path, codec: Codec, *, quiet: bool = False) -> None:
+    def __init__(
+        self, folder: Path, bytes_per_token: int | None = None, *, quiet: bool = False
+    ) -> None:
         self.folder = folder
-        self.codec = codec
+        self.bytes_per_token = bytes_per_token
         self.quiet = quiet
         self.damage: dict[Path, str] = {}
         self._shards: dict[str, Shard] = {}
@@ -80,7 +81,7 @@ class RowReader:
             path = self.folder / name
             if (known := self._shards.get(name)) is None:
                 try:
-                    known = open_shard(path, self.codec.bytes_per_token)
+                    known = open_shard(path, self.bytes_per_token)
                 except Damaged as error:
                     self._report(error)
                     # Stands for the file, so that it is not opened again at every look.
@@ -141,7 +142,8 @@ class RowReader:
         """
         sides = [(i.numpy(), y.numpy()) for i, y in zip(ids, labels, strict=True)]
         counts = [len(supervised_positions(y)) for _, y in sides]
-        packed = np.zeros((sum(counts), self.codec.bytes_per_token), np.uint8)
+        assert self.bytes_per_token is not None
+        packed = np.zeros((sum(counts), self.bytes_per_token), np.uint8)
         found, at = [], 0
         for (i, y), count in zip(sides, counts, strict=True):
             found.append(not count or self.read_into(sample_key(i, y), packed[at : at + count]))
@@ -185,13 +187,18 @@ class RowStore(RowReader):
     """A reader that also writes.
 
     Args:
-        folder, codec: see `RowReader`.
+        folder, bytes_per_token: see `RowReader`.
         root: the folder whose size `max_bytes` limits.
         max_bytes: stop writing where the folder would grow beyond.
     """
 
     def __init__(
-        self, folder: Path, codec: Codec, *, root: Path | None = None, max_bytes: int | None = None
+        self,
+        folder: Path,
+        bytes_per_token: int,
+        *,
+        root: Path | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self.root = root or folder
         self.max_bytes = max_bytes
@@ -199,7 +206,7 @@ class RowStore(RowReader):
         self._pending: dict[bytes, np.ndarray] = {}
         self._pending_bytes = 0
         self._since = time.monotonic()
-        super().__init__(folder, codec)
+        super().__init__(folder, bytes_per_token)
 
     def read_into(self, key: bytes, out: np.ndarray) -> bool:
         """As `RowReader.read_into`; sees samples that are not written yet, too."""

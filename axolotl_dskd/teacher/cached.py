@@ -27,7 +27,8 @@ class CachedTeacher:
     gives the same loss whether it was cached before the run or during it.
 
     Args:
-        store: where states are read and written.
+        store: where packed states are read and written.
+        codec: how they are packed.
         head, embedding: the teacher's, on the device where the loss is computed.
         load_body: loads the teacher; called when a sample has to be computed.
     """
@@ -35,21 +36,18 @@ class CachedTeacher:
     def __init__(
         self,
         store: RowStore,
+        codec: Codec,
         head: OutputHead,
         embedding: EmbeddingTable,
         load_body: Callable[[], LiveTeacher],
     ) -> None:
-        assert store.codec.hidden_size == head.hidden_size
+        assert codec.hidden_size == head.hidden_size
         self.store = store
+        self.codec = codec
         self.head = head
         self.embedding = embedding
         self.body: LiveTeacher | None = None
         self._load_body = load_body
-
-    @property
-    def codec(self) -> Codec:
-        """How states are packed."""
-        return self.store.codec
 
     @torch.no_grad()
     def __call__(self, batch: DualBatch) -> TeacherSignal:

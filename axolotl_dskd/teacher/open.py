@@ -52,8 +52,7 @@ def open_cached_teacher(
     """
     assert config.cache is not None
     root = Path(config.cache.path)
-    identity = teacher_identity(config, resolve_dtype(config.dtype, device), root)
-    folder = root / f"{identity.digest}-{config.cache.storage}"
+    identity, folder = cache_folder(config, device)
     bodies: list[LiveTeacher] = []
 
     def load_body() -> LiveTeacher:
@@ -75,8 +74,20 @@ def open_cached_teacher(
     head, embedding = tables
     check_sizes(head, embedding.weight, vocab_size)
     codec = Codec(config.cache.storage, head.hidden_size)
-    store = RowStore(folder, codec, root=root, max_bytes=config.cache.max_bytes)
-    return CachedTeacher(store, head, embedding, load_body)
+    store = RowStore(folder, codec.bytes_per_token, root=root, max_bytes=config.cache.max_bytes)
+    return CachedTeacher(store, codec, head, embedding, load_body)
+
+
+def cache_folder(config: TeacherConfig, device: torch.device) -> tuple[TeacherIdentity, Path]:
+    """Whose states a configuration reads and writes, and the folder they are in.
+
+    Raises:
+        ValueError: there is no such teacher.
+    """
+    assert config.cache is not None
+    root = Path(config.cache.path)
+    identity = teacher_identity(config, resolve_dtype(config.dtype, device), root)
+    return identity, root / f"{identity.digest}-{config.cache.storage}"
 
 
 def _keep_tables(
@@ -144,7 +155,7 @@ class CacheRun:
 
     def reader(self) -> RowReader:
         """For the data workers."""
-        return RowReader(self.teacher.store.folder, self.teacher.codec, quiet=True)
+        return RowReader(self.teacher.store.folder, self.teacher.codec.bytes_per_token, quiet=True)
 
     def start(self) -> None:
         """Free the body if nothing is missing; else load it, and say what is to come."""
