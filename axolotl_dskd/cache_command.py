@@ -89,7 +89,7 @@ def write_cache(cfg: Any, config: DSKDConfig, part: tuple[int, int] = (0, 1)) ->
     rows = _rows(cfg)
     vocab_size = vocabulary_size(load_teacher_tokenizer(config))
     teacher = open_cached_teacher(teacher_config, vocab_size, device)
-    missing = missing_rows(teacher, rows)[part[0] :: part[1]]
+    missing = missing_rows(teacher, rows, part)
     width = teacher.codec.bytes_per_token
     print(f"{teacher.store.folder}: {describe(rows, missing_rows(teacher, rows), width)}")
     if len(missing):

@@ -64,10 +64,20 @@ class CacheableRows:
         )
 
 
-def missing_rows(teacher: CachedTeacher, rows: CacheableRows) -> np.ndarray:
-    """Indices of the samples that no shard holds."""
+def missing_rows(
+    teacher: CachedTeacher, rows: CacheableRows, part: tuple[int, int] = (0, 1)
+) -> np.ndarray:
+    """Indices of the samples that no shard holds.
+
+    Args:
+        teacher, rows: whose samples.
+        part: only those of this process, (its number from 0, how many there are). Which these are
+            does not depend on what the others have written meanwhile.
+    """
     teacher.store.rescan()
-    return np.flatnonzero(teacher.store.missing(rows.keys))
+    missing = np.flatnonzero(teacher.store.missing(rows.keys))
+    number, parts = part
+    return missing[missing % parts == number]
 
 
 def fill(

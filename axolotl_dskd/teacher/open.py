@@ -165,7 +165,7 @@ class CacheRun:
             f"Teacher cache {self.teacher.store.folder}: {describe(self.rows, missing, width)}"
         )
         if 0 < len(missing) <= _FEW * len(self.rows):
-            missing = self._complete(missing)
+            missing = self._complete()
         if not len(missing):
             self.teacher.free_body()
             return
@@ -183,13 +183,14 @@ class CacheRun:
             return
         missing = missing_rows(self.teacher, self.rows)
         if len(missing):
-            missing = self._complete(missing)
+            missing = self._complete()
         if not len(missing):
             self.teacher.free_body()
 
-    def _complete(self, missing: np.ndarray) -> np.ndarray:
-        rank, world = self.part
-        fill(self.teacher, self.rows, missing[rank::world], self.device)
+    def _complete(self) -> np.ndarray:
+        """Compute what is missing, each process its part; what is missing then."""
+        mine = missing_rows(self.teacher, self.rows, self.part)
+        fill(self.teacher, self.rows, mine, self.device)
         self.wait()
         return missing_rows(self.teacher, self.rows)
 
