@@ -65,7 +65,7 @@ class CacheConfig(_Block):
     @field_validator("path")
     @classmethod
     def _expand_home(cls, value: str) -> str:
-        return str(Path(value).expanduser())
+        return str(Path(value).expanduser()) if value.startswith("~") else value
 
     @field_validator("max_size", mode="before")
     @classmethod

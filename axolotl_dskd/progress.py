@@ -49,7 +49,7 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=self._rate())
-        elif now - self._said >= _PLAIN_SECONDS:
+        elif now - self._said >= _PLAIN_SECONDS and self.done < self.total:
             self._said = now
             left = (now - self._began) * (self.total - self.done) / max(self.done, 1)
             self._print(f"{self._rate()}, {duration(left)} left")
@@ -67,6 +67,7 @@ class Progress:
 
     def _print(self, rest: str) -> None:
         done, total = quantity(self.done, self.unit), quantity(self.total, self.unit)
+        done = done.removesuffix(f" {self.unit}")
         share = self.done / self.total
         print(f"{self.what}: {done} of {total} ({share:.0%}), {rest}", file=sys.stderr, flush=True)
 

@@ -188,7 +188,9 @@ class DSKDTrainer(AxolotlTrainer):
             [dataset for dataset in datasets if dataset is not None],
             device,
             part=(self.args.process_index, self.args.world_size),
-            wait=self.accelerator.wait_for_everyone,
+            most=lambda number: int(
+                self.accelerator.gather(torch.tensor([number], device=device)).max()
+            ),
         )
         run.start()
         for collator in self._collators:

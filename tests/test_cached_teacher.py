@@ -370,3 +370,18 @@ def test_a_teacher_that_differs_in_dtype_is_told_apart_in_words(
     assert one.store.folder != two.store.folder
     assert "differs in dtype" in cache_warnings[0]
     assert opened("float32").body is None
+
+
+@pytest.mark.slow
+def test_a_teacher_in_four_bits_is_cached_as_it_is(tmp_path: Path, train: Train, loads: list[int]):
+    tiny.save_pair(tmp_path, hidden_sizes=(32, 64))
+    pair_folder, four = tmp_path, {"load_in_4bit": True}
+    settings = {"num_epochs": 1, "max_steps": None}
+    plain = losses(
+        train(tiny.base_config(pair_folder, dskd=block(pair_folder, None, **four), **settings))[1]
+    )
+    cached = block(pair_folder, {"dtype": "float32"}, **four)
+    for _ in range(2):
+        found = losses(train(tiny.base_config(pair_folder, dskd=cached, **settings))[1])
+        assert found == pytest.approx(plain, rel=1e-5)
+    assert len(loads) == 1

@@ -135,7 +135,7 @@ class CacheRun:
         datasets: the rows that training and evaluation will see.
         device: where the loss is computed.
         part: this process' number and how many there are.
-        wait: returns when every process has called it.
+        most: the largest of a number over all processes; returns when each has given its own.
     """
 
     def __init__(
@@ -145,13 +145,13 @@ class CacheRun:
         device: torch.device,
         *,
         part: tuple[int, int] = (0, 1),
-        wait: Callable[[], None] = lambda: None,
+        most: Callable[[int], int] = lambda number: number,
     ) -> None:
         self.teacher = teacher
         self.rows = CacheableRows(datasets)
         self.device = device
         self.part = part
-        self.wait = wait
+        self.most = most
 
     def reader(self) -> RowReader:
         """For the data workers."""
@@ -164,7 +164,8 @@ class CacheRun:
         LOG.info(
             f"Teacher cache {self.teacher.store.folder}: {describe(self.rows, missing, width)}"
         )
-        if 0 < len(missing) <= _FEW * len(self.rows):
+        # Files may show on one process later than on another: all must decide the same.
+        if 0 < self.most(len(missing)) <= _FEW * len(self.rows):
             missing = self._complete()
         if not len(missing):
             self.teacher.free_body()
@@ -178,11 +179,11 @@ class CacheRun:
         Rows that the epoch left out (the last ones of an uneven batch) are computed now.
         """
         self.teacher.store.flush()
-        self.wait()
-        if not more or self.teacher.body is None:
+        if not more:
             return
+        self.most(0)  # all have written
         missing = missing_rows(self.teacher, self.rows)
-        if len(missing):
+        if self.most(len(missing)):
             missing = self._complete()
         if not len(missing):
             self.teacher.free_body()
@@ -191,7 +192,7 @@ class CacheRun:
         """Compute what is missing, each process its part; what is missing then."""
         mine = missing_rows(self.teacher, self.rows, self.part)
         fill(self.teacher, self.rows, mine, self.device)
-        self.wait()
+        self.most(0)
         return missing_rows(self.teacher, self.rows)
 
     def _warn_of_space(self, needed: int) -> None:

@@ -67,10 +67,10 @@ def reading(teacher: str | None, console: Console) -> None:
         )
     body = LiveTeacher(model.eval(), 49152, CPU)
     generator = np.random.default_rng(0)
-    ids = [generator.integers(3, 49000, generator.integers(60, 200)).tolist() for _ in range(32)]
+    ids = [generator.integers(3, 49000, generator.integers(60, 200)).tolist() for _ in range(16)]
     labels = [[-100] * 40 + i[40:] for i in ids]
     rows = CacheableRows([Dataset.from_dict({"teacher_input_ids": ids, "teacher_labels": labels})])
-    batches = [np.arange(at, at + 8) for at in range(0, 32, 8)]
+    batches = [np.arange(at, at + 8) for at in range(0, 16, 8)]
     collated = [rows.batch(batch, 0, CPU) for batch in batches]
     tokens = int(rows.tokens.sum())
     live = timed(lambda: [body(batch) for batch in collated], 1)
