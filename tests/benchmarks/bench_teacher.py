@@ -175,8 +175,8 @@ def steps(console: Console) -> None:
         teacher.save_pretrained(folder / "teacher")
         chance = random.Random(0)
         rows = []
-        for number in range(48):
-            answer = " ".join(chance.sample(tiny.CORPUS[:8], 3))
+        for number in range(24):
+            answer = " ".join(chance.sample(tiny.CORPUS[:8], 1))
             turns = [{"role": "user", "content": f"Say it ({number})."}]
             rows.append({"messages": [*turns, {"role": "assistant", "content": answer}]})
         tiny.write_rows(folder / "rows.jsonl", rows)
@@ -187,7 +187,7 @@ def steps(console: Console) -> None:
                 block["cache"] = {"path": str(folder / cache)}
             settings = {
                 "dskd": {"teacher": block},
-                "micro_batch_size": 8,
+                "micro_batch_size": 4,
                 "sequence_len": 512,
                 "max_steps": None,
                 "num_epochs": 2,
