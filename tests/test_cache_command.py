@@ -51,6 +51,7 @@ def test_written_ahead_it_gives_the_live_runs_losses_and_no_teacher_is_loaded(
     assert len(loads) == 1
 
 
+@pytest.mark.slow
 def test_parts_make_up_the_whole(pair_folder: Path):
     one = command(pair_folder, config(pair_folder), "--part", "1/2")
     assert "samples are other parts'" in one.output
@@ -83,6 +84,7 @@ def test_verify_names_the_damaged_files_and_the_next_run_computes_what_they_lost
     assert "Complete" in repaired.output
 
 
+@pytest.mark.slow
 def test_info_shows_every_teacher_and_prune_keeps_only_what_the_config_uses(pair_folder: Path):
     command(pair_folder, config(pair_folder, dtype="int4"))
     cached = config(pair_folder)
@@ -103,6 +105,7 @@ def test_info_shows_every_teacher_and_prune_keeps_only_what_the_config_uses(pair
     assert "Nothing to remove" in command(pair_folder, fewer, "--prune").output
 
 
+@pytest.mark.slow
 def test_too_little_room_and_missing_blocks_are_refused_before_the_teacher_runs(
     pair_folder: Path,
 ):

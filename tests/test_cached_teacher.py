@@ -263,7 +263,7 @@ PACKED = {
     "sample_packing": True,
     "eval_sample_packing": True,
     "micro_batch_size": 1,
-    "sequence_len": 512,
+    "sequence_len": 256,
 }
 
 
@@ -273,9 +273,8 @@ PACKED = {
         ({}, "float32", 1e-6),
         ({}, "bfloat16", 1e-3),
         pytest.param(PACKED, "float32", 1e-6, marks=pytest.mark.slow),
-        pytest.param(PACKED, "bfloat16", 1e-3, marks=pytest.mark.slow),
     ],
-    ids=["padded-float32", "padded-bfloat16", "packed-float32", "packed-bfloat16"],
+    ids=["padded-float32", "padded-bfloat16", "packed-float32"],
 )
 def test_twenty_steps_from_the_cache_give_the_live_runs_losses(
     pair_folder: Path,
