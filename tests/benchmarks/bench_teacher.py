@@ -2,9 +2,9 @@
 
 - reading: tokens per second from files to states on the device, over the live teacher's forward,
   and `pread` against the memory map of safetensors;
-- steps: median processor time of a training step from the cache, and of the second epoch where the first
-  one fills it, over plain fine-tuning with the same YAML, on a student whose forward and backward
-  dominate;
+- steps: median processor time of a training step from the cache, and of the second epoch where
+  the first one fills it, over plain fine-tuning with the same YAML, on a student whose forward and
+  backward dominate;
 - memory: bytes of all tensors alive at the end of a step.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_teacher.py   # a random teacher of 135M
