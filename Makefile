@@ -30,6 +30,7 @@ test-fast: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_teacher.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

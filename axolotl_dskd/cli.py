@@ -7,6 +7,7 @@ answers at once.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,51 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
             "dskd:\n  teacher:\n    base_model: <hub id or folder>"
         )
     return cfg, config
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--verify", "action", flag_value="verify", help="Read every byte; take damage out.")
+@click.option("--info", "action", flag_value="info", help="Show what the cache holds.")
+@click.option("--prune", "action", flag_value="prune", help="Remove what CONFIG does not use.")
+@click.option("--yes", is_flag=True, help="Prune without asking.")
+@click.option("--part", default="1/1", metavar="I/N", help="Do the I-th of N parts of the rows.")
+def cache(config: Path, action: str | None, yes: bool, part: str) -> None:
+    """Run the teacher of CONFIG once over its data and keep its hidden states.
+
+    Training on CONFIG then never loads the teacher's layers. What is cached already is skipped, so
+    a run that was killed goes on where it was. Several may run at once: one per GPU with
+    CUDA_VISIBLE_DEVICES and --part.
+    """
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if match is None or int(match[1]) > int(match[2]):
+        raise click.BadParameter(f"{part!r} is no part such as 1/4", param_hint="--part")
+    cfg, dskd = read_config(config)
+
+    from axolotl_dskd import cache_command as work
+
+    try:
+        if action == "verify":
+            damage = work.verify_cache(dskd)
+            for line in damage:
+                click.echo(line)
+            if damage:
+                raise click.ClickException(
+                    f"{len(damage)} damaged files, now without their damaged parts. "
+                    f"`axolotl-dskd cache {config}` computes what was lost."
+                )
+            click.echo("No damage.")
+        elif action == "info":
+            work.show_cache(cfg, dskd)
+        elif action == "prune":
+            plan, lines = work.prune_cache(cfg, dskd)
+            for line in lines:
+                click.echo(line)
+            if lines and (yes or click.confirm(f"Remove these {plan.saved:,} bytes?")):
+                work.carry_out(plan)
+            elif not lines:
+                click.echo("Nothing to remove.")
+        else:
+            work.write_cache(cfg, dskd, part=(int(match[1]) - 1, int(match[2])))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error

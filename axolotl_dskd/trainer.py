@@ -31,7 +31,13 @@ from axolotl_dskd.projectors import (
     SharedTokens,
     start_from_shared_tokens,
 )
-from axolotl_dskd.teacher import LiveTeacher, load_teacher
+from axolotl_dskd.teacher import (
+    CachedTeacher,
+    CacheRun,
+    LiveTeacher,
+    load_teacher,
+    open_cached_teacher,
+)
 from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side, TeacherSignal
 
 LOG = get_logger(__name__)
@@ -62,6 +68,21 @@ class _StepProjectors(TrainerCallback):
         )
 
 
+class _KeepTeacherCache(TrainerCallback):
+    """Writes what the epoch has computed, and frees the teacher once everything is cached."""
+
+    def __init__(self, run: CacheRun) -> None:
+        self.run = run
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the last step of an epoch, before the next one's data workers start."""
+        self.run.end_epoch(more=state.global_step < state.max_steps)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Also where training stops within an epoch."""
+        self.run.teacher.store.flush()
+
+
 class DSKDTrainer(AxolotlTrainer):
     """Trains the student with the dual-space loss.
 
@@ -84,6 +105,7 @@ class DSKDTrainer(AxolotlTrainer):
         LOG.info(f"Alignment of student and teacher tokens: {why}")
         self.student_vocab_size = vocabulary_size(student)
         self.teacher_vocab_size = vocabulary_size(teacher)
+        self._collators = []
         for key in ("data_collator", "eval_data_collator"):
             if kwargs.get(key) is not None:
                 kwargs[key] = DualCollator(
@@ -91,11 +113,12 @@ class DSKDTrainer(AxolotlTrainer):
                     padding_side=student.padding_side,
                     teacher_pad_id=teacher.pad_token_id or 0,
                 )
+                self._collators.append(kwargs[key])
         super().__init__(*args, **kwargs)
         # Hugging Face's own hook for a loss of sums: no division by accumulation steps, no labels
         # for the model (so no patched forward computes a loss of its own).
         self.compute_loss_func = self._dual_space_loss
-        self.teacher: LiveTeacher | None = None
+        self.teacher: LiveTeacher | CachedTeacher | None = None
         self.projectors: Projectors | None = None
         self.projector_optimizer: ProjectorOptimizer | None = None
         self._sums: dict[str, MetricSums] = defaultdict(MetricSums)
@@ -121,8 +144,7 @@ class DSKDTrainer(AxolotlTrainer):
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
         with self.accelerator.autocast():
             check_output_head(self.model, "student")
-        model = load_teacher(self.dskd.teacher, device)
-        self.teacher = LiveTeacher(model, self.teacher_vocab_size, device)
+        self.teacher = self._open_teacher(device)
         head = output_head(self.model, self.student_vocab_size)
         embedding = self.model.get_input_embeddings().weight
         if head.weight.shape[0] < self.student_vocab_size:
@@ -151,8 +173,33 @@ class DSKDTrainer(AxolotlTrainer):
         )
         self.add_callback(_StepProjectors(self))
 
+    def _open_teacher(self, device: torch.device) -> LiveTeacher | CachedTeacher:
+        """The live teacher or, where a cache is configured, one that reads it."""
+        config = self.dskd.teacher
+        if config.cache is None:
+            return LiveTeacher(load_teacher(config, device), self.teacher_vocab_size, device)
+        with self.accelerator.local_main_process_first():  # the others find the weights hashed
+            teacher = open_cached_teacher(config, self.teacher_vocab_size, device)
+        evaluation = self.eval_dataset
+        datasets = [self.train_dataset]
+        datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+        run = CacheRun(
+            teacher,
+            [dataset for dataset in datasets if dataset is not None],
+            device,
+            part=(self.args.process_index, self.args.world_size),
+            most=lambda number: int(
+                self.accelerator.gather(torch.tensor([number], device=device)).max()
+            ),
+        )
+        run.start()
+        for collator in self._collators:
+            collator.read_cached = run.reader().read_samples
+        self.add_callback(_KeepTeacherCache(run))
+        return teacher
+
     def _start_projectors(
-        self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher
+        self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher | CachedTeacher
     ) -> None:
         """Least squares over the shared tokens, where configured and where these are enough."""
         init = self.dskd.projector.init

@@ -229,6 +229,9 @@ class DualBatch:
         input_ids, labels, segment_ids: [B, L]; `segment_ids` numbers the samples of the whole
             batch from 0 and is -1 on padding.
         teacher_input_ids, teacher_labels, teacher_attention_mask: [S, L'], row s is sample s.
+        cached_states, cached: from the teacher's cache, or None: [M, bytes] uint8, the packed
+            states of the supervised teacher tokens, and [S] bool, which samples were found (the
+            others' states are zeros).
     """
 
     input_ids: Tensor
@@ -237,6 +240,8 @@ class DualBatch:
     teacher_input_ids: Tensor
     teacher_labels: Tensor
     teacher_attention_mask: Tensor
+    cached_states: Tensor | None = None
+    cached: Tensor | None = None
 
     #: Batch keys of ours, which no model's forward may see.
     EXTRA_KEYS = (
@@ -245,12 +250,14 @@ class DualBatch:
         "dskd_teacher_labels",
         "dskd_teacher_attention_mask",
     )
+    CACHE_KEYS = ("dskd_cached_states", "dskd_cached")
 
     @classmethod
     def pop_from(cls, inputs: dict[str, Any]) -> DualBatch:
         """Take our tensors out of a collated batch; the rest is what the student's forward gets."""
         segment_ids, *teacher = (inputs.pop(key) for key in cls.EXTRA_KEYS)
-        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher)
+        cache = (inputs.pop(key, None) for key in cls.CACHE_KEYS)
+        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher, *cache)
 
     def student_mask(self) -> Tensor:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""
@@ -261,6 +268,13 @@ class DualBatch:
         return Side(
             self.input_ids[mask_BL], labels_ahead(self.labels)[mask_BL], self.segment_ids[mask_BL]
         )
+
+    def teacher_side(self) -> tuple[Tensor, Side]:
+        """[S, L'] bool, the positions that predict a supervised token, and these tokens."""
+        segments = self.teacher_segment_ids()
+        mask = supervised_mask(self.teacher_labels, segments)
+        labels = labels_ahead(self.teacher_labels)
+        return mask, Side(self.teacher_input_ids[mask], labels[mask], segments[mask])
 
     def teacher_segment_ids(self) -> Tensor:
         """[S, L'] the row's number where there is a token, -1 on padding."""

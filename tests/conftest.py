@@ -59,3 +59,15 @@ def train(validated: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
         return model, trainer
 
     return run
+
+
+@pytest.fixture
+def cache_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the teacher's cache warns of (Axolotl's logging lets nothing through to caplog)."""
+    from axolotl_dskd.cache import store
+    from axolotl_dskd.teacher import identity, open
+
+    said: list[str] = []
+    for module in (store, identity, open):
+        monkeypatch.setattr(module.LOG, "warning", said.append)
+    return said

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from axolotl_dskd.config import DSKDConfig, ProjectorConfig, TeacherConfig
+from axolotl_dskd.config import CacheConfig, DSKDConfig, ProjectorConfig, TeacherConfig
 from tests import tiny
 
 Validated = Callable[[dict[str, Any]], Any]
@@ -29,12 +29,12 @@ def test_a_run_without_a_block_is_not_ours(pair_folder: Path, validated: Validat
     assert DSKDConfig.of(cfg) is None
 
 
-@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, ProjectorConfig])
+@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, CacheConfig, ProjectorConfig])
 def test_every_field_has_a_description(model: type[BaseModel]):
     assert all(field.description for field in model.model_fields.values())
 
 
-@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, ProjectorConfig])
+@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, CacheConfig, ProjectorConfig])
 def test_the_readme_names_every_key_with_its_default(model: type[BaseModel]):
     text = README.read_text()
     for name, field in model.model_fields.items():
@@ -163,3 +163,22 @@ def test_a_path_that_is_not_there_is_named_before_weights_load(pair_folder: Path
 
 def test_the_home_folder_is_expanded():
     assert TeacherConfig(base_model="~/teacher").base_model == str(Path("~/teacher").expanduser())
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("50GB", 50 * 10**9), ("200GiB", 200 << 30), ("1.5 tb", 15 * 10**11), (4096, 4096)],
+)
+def test_the_caches_size_is_read_as_people_write_it(written: str | int, size: int):
+    assert CacheConfig.model_validate({"path": "x", "max_size": written}).max_bytes == size
+
+
+@pytest.mark.parametrize("written", ["many", "GB", "-5GB", "5 GB more", "5 bananas"])
+def test_a_size_that_is_none_is_refused(written: str):
+    with pytest.raises(ValueError, match=r"max_size: .* is no size"):
+        CacheConfig.model_validate({"path": "x", "max_size": written})
+
+
+def test_max_memory_without_a_device_map_is_refused():
+    with pytest.raises(ValueError, match="does nothing without a device_map"):
+        TeacherConfig.model_validate({"base_model": "x", "max_memory": {0: "10GiB"}})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -64,9 +66,9 @@ CONFIGS = {
 }
 
 
-def build(name: str) -> PreTrainedModel:
+def build(name: str, config: Any = None) -> PreTrainedModel:
     torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    model = AutoModelForCausalLM.from_config(config or CONFIGS[name]).eval()
     with torch.no_grad():  # biases start at 0 and would hide
         for parameter_name, parameter in model.named_parameters():
             if "bias" in parameter_name:

@@ -21,7 +21,9 @@ ALLOWED = {
     "losses": {"types"},
     "alignment": {"types", "projectors"},
     "data": {"types", "config"},
-    "teacher": {"types", "config", "heads"},
+    "progress": set(),
+    "cache": {"types"},
+    "teacher": {"types", "config", "heads", "cache", "progress"},
 }
 
 
@@ -48,7 +50,7 @@ def test_only_plugin_and_trainer_join_the_units(unit: str):
 
 def test_every_unit_has_its_place_in_the_order():
     units = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert units == {*ALLOWED, "__init__", "plugin", "trainer", "cli"}
+    assert units == {*ALLOWED, "__init__", "plugin", "trainer", "cli", "cache_command"}
 
 
 def test_importing_the_package_imports_nothing_heavy():

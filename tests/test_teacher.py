@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -76,3 +78,27 @@ def test_an_offloaded_head_is_refused_in_words():
 def test_a_tokenizer_larger_than_the_head_is_refused():
     with pytest.raises(ValueError, match=r"ids up to 99.*only 97 rows"):
         LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 100, CPU)
+
+
+def test_layers_may_be_offloaded_and_the_head_stays(pair_folder: Path):
+    """accelerate moves them in for each forward; a CPU has only the disk to offload to."""
+    from axolotl_dskd.config import TeacherConfig
+    from axolotl_dskd.teacher import load_teacher
+
+    device_map = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
+    whole = {"base_model": str(pair_folder / "teacher"), "dtype": "float32"}
+    here, spread = (
+        load_teacher(TeacherConfig.model_validate({**whole, **more}), CPU)
+        for more in ({}, {"device_map": device_map})
+    )
+    assert any(parameter.is_meta for parameter in spread.model.layers[1].parameters())
+    expected = LiveTeacher(here, 600, CPU)(batch([9, 14]))
+    found = LiveTeacher(spread, 600, CPU)(batch([9, 14]))
+    torch.testing.assert_close(found.hidden, expected.hidden)

@@ -120,17 +120,15 @@ def sentencepiece_tokenizer(vocab_size: int = 600) -> PreTrainedTokenizerFast:
 def tiny_llama(vocab_size: int, hidden: int, seed: int, **overrides: Any) -> LlamaForCausalLM:
     """Two layers, four heads, random weights of ordinary size."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        **overrides,
-    )
+    sizes = {
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+    }
+    config = LlamaConfig(vocab_size=vocab_size, hidden_size=hidden, **{**sizes, **overrides})
     return LlamaForCausalLM(config).eval()
 
 

@@ -20,7 +20,13 @@ class DualCollator:
     The inner collator may pad rows (a list of rows) or pack them (a list of lists of rows). Ours
     is one teacher row per sample, padded on the right, and the number of each student token's
     sample, -1 on padding. `input_ids` stays the batch's first key.
+
+    Attributes:
+        read_cached: looks up a batch's samples in the teacher's cache: lists of ids and labels
+            to `DualBatch.cached_states` and `.cached`. Called in the data workers. None: no cache.
     """
+
+    read_cached: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self, inner: Callable[..., Any], *, padding_side: str, teacher_pad_id: int
@@ -63,6 +69,8 @@ class DualCollator:
         batch["dskd_teacher_input_ids"] = pad_sequence(ids, True, self.teacher_pad_id)
         batch["dskd_teacher_labels"] = pad_sequence(labels, True, IGNORE_INDEX)
         batch["dskd_teacher_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True)
+        if self.read_cached is not None:
+            batch["dskd_cached_states"], batch["dskd_cached"] = self.read_cached(ids, labels)
         return batch
 
     def _segment_ids(self, lengths: list[list[int]], shape: torch.Size) -> Tensor:

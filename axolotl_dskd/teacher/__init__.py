@@ -1,9 +1,22 @@
 """The teacher: loading it apart from the student, and reading its signal from a batch.
 
-Knows models and batches; nothing of alignment, losses or training.
+Knows models, batches and the cache; nothing of alignment, losses or training.
 """
 
+from axolotl_dskd.teacher.cached import CachedTeacher
+from axolotl_dskd.teacher.fill import CacheableRows, describe, fill, missing_rows
 from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.teacher.load import load_teacher
+from axolotl_dskd.teacher.open import CacheRun, open_cached_teacher
 
-__all__ = ["LiveTeacher", "load_teacher"]
+__all__ = [
+    "CacheRun",
+    "CacheableRows",
+    "CachedTeacher",
+    "LiveTeacher",
+    "describe",
+    "fill",
+    "load_teacher",
+    "missing_rows",
+    "open_cached_teacher",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from axolotl_dskd.heads import (
     captured_head_input,
@@ -13,14 +14,7 @@ from axolotl_dskd.heads import (
     output_head,
     single,
 )
-from axolotl_dskd.types import (
-    DualBatch,
-    OutputHead,
-    Side,
-    TeacherSignal,
-    labels_ahead,
-    supervised_mask,
-)
+from axolotl_dskd.types import DualBatch, OutputHead, TeacherSignal
 
 #: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
 MAX_TOKENS_PER_FORWARD = 8192
@@ -41,6 +35,7 @@ class LiveTeacher:
 
     def __init__(self, model: Any, vocab_size: int, device: torch.device) -> None:
         self.model = model
+        self.max_tokens_per_forward: int | None = None
         self.embedding = model.get_input_embeddings()
         for module, name in ((head_module(model), "output head"), (self.embedding, "embedding")):
             if any(p.is_meta for p in module.parameters()):
@@ -50,32 +45,18 @@ class LiveTeacher:
                 )
         check_output_head(model, "teacher")
         self.head: OutputHead = output_head(model, vocab_size).frozen().to(device)
-        rows = self.head.weight.shape[0]
-        if rows < vocab_size:
-            raise ValueError(
-                f"the teacher's tokenizer has ids up to {vocab_size - 1}, but its output head only "
-                f"{rows} rows. Set dskd.teacher.tokenizer to the model's own tokenizer."
-            )
-        if self.embedding.weight.shape[1] != self.head.hidden_size:
-            raise ValueError(
-                f"the teacher embeds tokens in {self.embedding.weight.shape[1]} numbers but its "
-                f"head takes {self.head.hidden_size}; such models are not supported as teachers."
-            )
+        check_sizes(self.head, self.embedding.weight, vocab_size)
 
     @torch.no_grad()
     def __call__(self, batch: DualBatch) -> TeacherSignal:
         """Final hidden states [M, D] at the supervised teacher positions, with embeddings."""
         home = batch.teacher_input_ids.device
         device = self.embedding.weight.device
-        segments = batch.teacher_segment_ids()
-        mask = supervised_mask(batch.teacher_labels, segments)
-        side = Side(
-            batch.teacher_input_ids[mask], labels_ahead(batch.teacher_labels)[mask], segments[mask]
-        )
+        mask, side = batch.teacher_side()
         hidden = self.head.weight.new_empty((len(side), self.head.hidden_size), device=home)
         order = (mask.flatten().cumsum(0) - 1).view_as(mask)  # where a position's state belongs
         lengths = batch.teacher_attention_mask.sum(1).tolist()
-        for rows in _groups(lengths, MAX_TOKENS_PER_FORWARD):
+        for rows in _groups(lengths, self.max_tokens_per_forward or MAX_TOKENS_PER_FORWARD):
             cut = slice(None, max(lengths[row] for row in rows))
             # The teacher's dtype is its own, not that of the student's autocast.
             apart = torch.autocast(device.type, enabled=False)
@@ -93,6 +74,25 @@ class LiveTeacher:
             tokens=side,
             embedded_inputs=self.embedding(side.input_ids.to(device)).to(home),
             embedded_labels=self.embedding(side.labels.to(device)).to(home),
+        )
+
+
+def check_sizes(head: OutputHead, embedding: Tensor, vocab_size: int) -> None:
+    """Refuse a teacher whose parts do not fit each other or its tokenizer.
+
+    Raises:
+        ValueError: with what does not fit.
+    """
+    rows = head.weight.shape[0]
+    if rows < vocab_size:
+        raise ValueError(
+            f"the teacher's tokenizer has ids up to {vocab_size - 1}, but its output head only "
+            f"{rows} rows. Set dskd.teacher.tokenizer to the model's own tokenizer."
+        )
+    if embedding.shape[1] != head.hidden_size:
+        raise ValueError(
+            f"the teacher embeds tokens in {embedding.shape[1]} numbers but its "
+            f"head takes {head.hidden_size}; such models are not supported as teachers."
         )
 
 

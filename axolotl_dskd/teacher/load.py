@@ -70,6 +70,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
         "trust_remote_code": config.trust_remote_code,
         "dtype": dtype,
         "device_map": config.device_map or {"": device},
+        "max_memory": config.max_memory,
         "quantization_config": quantization,
         "attn_implementation": config.attn_implementation,
     }
