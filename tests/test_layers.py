@@ -22,6 +22,8 @@ ALLOWED = {
     "alignment": {"types", "projectors"},
     "data": {"types", "config"},
     "teacher": {"types", "config", "heads"},
+    # Like the trainer, it joins the units; nothing but the command line knows it.
+    "inspect": {"types", "config", "heads", "projectors", "losses", "alignment", "data", "teacher"},
 }
 
 

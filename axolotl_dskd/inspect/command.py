@@ -1,0 +1,50 @@
+"""The command itself: options to report, report to terminal, page and file, errors to words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.inspect.card import configured_for, find_card, parse_memory
+from axolotl_dskd.inspect.doctor import inspect_run
+from axolotl_dskd.inspect.terminal import print_report
+
+ReadConfig = Callable[[Path], tuple[Any, DSKDConfig]]
+
+
+def run_inspect(
+    read_config: ReadConfig,
+    config: Path,
+    gpu_memory: str | None,
+    rows: int,
+    html: Path | None,
+    json_path: Path | None,
+    probe: int | None,
+    console: Console | None = None,
+) -> None:
+    """Inspect a configuration; see the options of `axolotl-dskd inspect`.
+
+    Raises:
+        click.ClickException: the configuration or one of the options cannot be used, in words.
+    """
+    console = console or Console()
+    try:
+        card = find_card(parse_memory(gpu_memory) if gpu_memory else None)
+        with configured_for(card):
+            cfg, dskd = read_config(config)
+        with console.status("tokenizers") as status:
+            report = inspect_run(
+                str(config), cfg, dskd, card=card, rows=rows, progress=status.update
+            )
+        print_report(report, console)
+        if json_path is not None:
+            json_path.parent.mkdir(parents=True, exist_ok=True)
+            json_path.write_text(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
