@@ -13,6 +13,7 @@ from rich.console import Console
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.inspect.card import configured_for, find_card, parse_memory
 from axolotl_dskd.inspect.doctor import inspect_run
+from axolotl_dskd.inspect.page import html_page
 from axolotl_dskd.inspect.terminal import print_report
 
 ReadConfig = Callable[[Path], tuple[Any, DSKDConfig]]
@@ -40,11 +41,25 @@ def run_inspect(
             cfg, dskd = read_config(config)
         with console.status("tokenizers") as status:
             report = inspect_run(
-                str(config), cfg, dskd, card=card, rows=rows, progress=status.update
+                str(config),
+                cfg,
+                dskd,
+                card=card,
+                rows=rows,
+                probe_count=probe,
+                progress=status.update,
             )
         print_report(report, console)
+        page = html or Path(cfg.output_dir) / "dskd-inspect.html"
+        _write(page, html_page(report))
+        console.print(f"The page with pictures: {page}", markup=False, highlight=False)
         if json_path is not None:
-            json_path.parent.mkdir(parents=True, exist_ok=True)
-            json_path.write_text(json.dumps(report.as_dict(), ensure_ascii=False, indent=1))
+            _write(json_path, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Text of rows may hold lone surrogates, which no encoding takes.
+    path.write_text(text, encoding="utf-8", errors="replace")

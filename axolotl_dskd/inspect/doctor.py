@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from axolotl.loaders import load_tokenizer
 
 from axolotl_dskd.config import DSKDConfig
@@ -21,6 +22,7 @@ from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.heads import output_head
 from axolotl_dskd.inspect.card import Card
 from axolotl_dskd.inspect.fit import Run, memory_report, supervised
+from axolotl_dskd.inspect.probe import check_quantised, probe, probe_rows
 from axolotl_dskd.inspect.report import (
     Coverage,
     Report,
@@ -40,6 +42,7 @@ def inspect_run(
     *,
     card: Card,
     rows: int,
+    probe_count: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """The report of one configuration.
@@ -48,6 +51,7 @@ def inspect_run(
         path: of the configuration, for the report's title.
         cfg: Axolotl's validated configuration; `config`: its `dskd:` block.
         rows: sampled of each dataset.
+        probe_count: rows on which to compare the quantised teacher with its unquantised form.
         progress: told what is being done.
 
     Raises:
@@ -55,6 +59,8 @@ def inspect_run(
     """
     if not config.uses_teacher:
         raise ValueError("dskd.kd_ratio is 0: this run uses no teacher, so there is no pair.")
+    if probe_count:
+        check_quantised(config.teacher)
     progress("tokenizers")
     try:
         student_tokenizer = load_tokenizer(cfg)
@@ -97,6 +103,12 @@ def inspect_run(
     progress("memory")
     run = Run(cfg, config, card, samples, alignment, shared, tokenizers)
     memory = memory_report(run, student, teacher)
+    fidelity = None
+    if probe_count:
+        chosen = probe_rows([row for sample in samples for row in sample.rows], probe_count)
+        device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
+        found_of = probe(config.teacher, chosen, facts[1].vocabulary, device, progress)
+        fidelity = found_of.words("4 bits" if config.teacher.load_in_4bit else "8 bits")
     return Report(
         config=path,
         student=facts[0],
@@ -111,6 +123,7 @@ def inspect_run(
         examples=pick_examples(samples, [groups for _, groups in found], tables, tokenizers),
         memory=memory,
         remarks=_remarks(facts, coverage, recommended, alignment),
+        probe=fidelity,
     )
 
 

@@ -18,7 +18,7 @@ from axolotl_dskd.inspect.card import Card
 from axolotl_dskd.inspect.memory import BatchShape, PlanSettings, make_plan
 from axolotl_dskd.inspect.report import MemoryReport, Step
 from axolotl_dskd.inspect.sample import DatasetSample
-from axolotl_dskd.inspect.skeleton import teacher_skeleton
+from axolotl_dskd.inspect.skeleton import model_bytes, teacher_skeleton
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, make_divergence
 from axolotl_dskd.types import IGNORE_INDEX
 
@@ -150,6 +150,7 @@ def memory_report(run: Run, student: Any, teacher: Any) -> MemoryReport:
         at_peak=plan.at_peak,
         phases={name: held + sum(parts.values()) for name, parts in plan.phases.items()},
         batch=batch,
+        teacher_weights=_teacher_weights(run),
         notes=notes,
     )
     if not report.fits:
@@ -244,6 +245,18 @@ def _ladder(run: Run, student: Any, teacher: Any, total: int) -> Iterator[Step]:
             run, teacher, total = changed, body, found
             if total <= run.card.memory:
                 return
+
+
+def _teacher_weights(run: Run) -> dict[str, int]:
+    """Bytes of the teacher's weights in 16, 8 and 4 bits (32 where there is no GPU)."""
+    found = {}
+    for bits in (16 if run.card.gpu else 32, 8, 4):
+        changed = run.with_teacher(
+            load_in_4bit=bits == 4, load_in_8bit=bits == 8, dtype="auto", adapter=None
+        )
+        model = teacher_skeleton(changed.config.teacher, on_gpu=run.card.gpu)
+        found[f"{bits} bits"] = model_bytes([*model.parameters(), *model.buffers()])
+    return found
 
 
 def _quantization(teacher: TeacherConfig) -> tuple[bool, bool]:

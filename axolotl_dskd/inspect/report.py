@@ -93,9 +93,11 @@ class Coverage:
 class ExampleGroup:
     """Tokens of both sides that begin and end at the same bytes, as shown to people.
 
-    A token is its text, or `‹name›` where it stands for no text, or `‹xNN›` for loose bytes.
+    A token is its text, or `‹name›` where it stands for no text, or `‹E2 82›` for loose bytes.
+    `text` is what they spell together.
     """
 
+    text: str
     student: list[str]
     teacher: list[str]
     exact: bool
@@ -129,6 +131,7 @@ class MemoryReport:
         at_peak: part -> bytes at the fullest moment, which is in `peak_phase`.
         phases: phase -> bytes in all at that phase's fullest moment.
         batch: what the largest batch is, in words.
+        teacher_weights: how it may be loaded -> bytes of all of its weights.
         steps: changes, each on top of those before it, until it fits.
     """
 
@@ -139,6 +142,7 @@ class MemoryReport:
     at_peak: dict[str, int]
     phases: dict[str, int]
     batch: str
+    teacher_weights: dict[str, int]
     notes: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -165,6 +169,7 @@ class Report:
     examples: list[Example]
     memory: MemoryReport
     remarks: list[str] = field(default_factory=list)
+    probe: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`, with the derived numbers."""
@@ -205,8 +210,22 @@ def _shown(
         try:
             shown.append(spelled.decode() if spelled else f"‹{_name(tokenizer, ids[i])}›")
         except UnicodeDecodeError:
-            shown.append("‹" + " ".join(f"x{byte:02X}" for byte in spelled) + "›")
+            shown.append(f"‹{spelled.hex(' ').upper()}›")
     return shown
+
+
+def _text(
+    row: dict[str, list[int]], group: Group, tables: tuple[Sequence[bytes], Sequence[bytes]]
+) -> str:
+    """What a group spells, by the side with more bytes: one may lack a space that it implies."""
+    spelled = [
+        b"".join(table[row[ids][i]] for i in positions)
+        for table, ids, positions in (
+            (tables[0], "input_ids", group.student),
+            (tables[1], "teacher_input_ids", group.teacher),
+        )
+    ]
+    return min(spelled, key=lambda s: (not s, len(s))).decode(errors="replace")
 
 
 def _name(tokenizer: Any, index: int) -> str:
@@ -236,6 +255,7 @@ def pick_examples(
             name,
             [
                 ExampleGroup(
+                    _text(row, g, tables),
                     _shown(row["input_ids"], g.student, tables[0], tokenizers[0]),
                     _shown(row["teacher_input_ids"], g.teacher, tables[1], tokenizers[1]),
                     g.exact,

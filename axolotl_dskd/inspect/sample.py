@@ -108,7 +108,7 @@ def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> 
                 )
             except (OSError, KeyError) as error:
                 raise ValueError(f"dataset {name} cannot be read: {error}") from error
-        sample = DatasetSample(name, *sizes)
+        sample = DatasetSample(name, total=sizes[0], sampled=sizes[1])
         sample.outcomes[UNTOKENIZED] = max(0, sample.sampled - len(rows))
         _follow(sample, rows, cfg, reconcile)
         samples.append(sample)

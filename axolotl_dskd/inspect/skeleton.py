@@ -28,7 +28,7 @@ def stored_bytes(tensor: Tensor) -> int:
     count = tensor.numel()
     if kind == "Params4bit":
         blocks = -(-count // _BLOCK)
-        if tensor.compress_statistics:
+        if getattr(tensor, "compress_statistics", True):
             return -(-count // 2) + blocks + 4 * -(-blocks // _NESTED_BLOCK)
         return -(-count // 2) + 4 * blocks
     if kind == "Int8Params":

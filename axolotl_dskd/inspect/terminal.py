@@ -18,7 +18,10 @@ _BAR = 30
 
 def gib(count: int) -> str:
     """Bytes for people."""
-    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    mib = count / (1 << 20)
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
 def _count(number: int) -> str:
@@ -175,6 +178,8 @@ def _memory(memory: MemoryReport) -> Group:
     )
     phases = ", ".join(f"{name} {gib(size)}" for name, size in memory.phases.items())
     lines.append(Text(f"All phases: {phases}.", style="dim"))
+    weights = ", ".join(f"{gib(size)} in {bits}" for bits, size in memory.teacher_weights.items())
+    lines.append(Text(f"The teacher's weights: {weights}.", style="dim"))
     lines += [Text(f"Note: {note}.", style="dim") for note in memory.notes]
     lines.append(Text(verdict(memory), style="bold green" if memory.fits else "bold red"))
     if not memory.fits:
@@ -204,3 +209,5 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_memory(report.memory))
     for remark in report.remarks:
         console.print(Text(f"• {remark}"))
+    if report.probe:
+        console.print(Text(f"\n{report.probe}"))

@@ -1,0 +1,108 @@
+"""A real training in a process of its own: its plan, and the most memory that it held.
+
+`python -m tests.measured_memory CONFIG.yaml` prints both as JSON. On a CPU it is the growth of
+the resident set from just before the student is loaded; on a GPU, PyTorch's own count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def measure(config: Path, *, gpu: bool = False) -> dict[str, Any]:
+    """Plan and measurement of one config, in a new process: `plan`, `measured`, `at_peak`, …"""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Freed blocks go back to the system at once, so the resident set is what is alive.
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    if not gpu:
+        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.measured_memory", str(config)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Watch(threading.Thread):
+    """The largest resident set, looked at every two milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest, self.stop = 0, False
+
+    def run(self) -> None:
+        while not self.stop:
+            self.largest = max(self.largest, _resident())
+            time.sleep(0.002)
+
+
+def _main(path: str) -> None:
+    import gc
+
+    import torch
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import train
+
+    from axolotl_dskd.config import DSKDConfig
+    from axolotl_dskd.inspect.card import find_card
+    from axolotl_dskd.inspect.doctor import inspect_run
+
+    cfg = load_cfg(path)
+    config = DSKDConfig.of(cfg)
+    assert config is not None
+    card = find_card(None)
+    memory = inspect_run(path, cfg, config, card=card, rows=1000).memory
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    gc.collect()
+    watch = _Watch()
+    before = _resident()
+    watch.start()
+    train(cfg=cfg, dataset_meta=meta)
+    watch.stop = True
+    measured = watch.largest - before
+    if card.gpu:
+        measured = torch.cuda.max_memory_allocated()
+    print(
+        json.dumps(
+            {
+                "plan": memory.total,
+                "measured": measured,
+                "phase": memory.peak_phase,
+                "at_peak": memory.at_peak,
+                "phases": memory.phases,
+                "batch": memory.batch,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
