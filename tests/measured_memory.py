@@ -1,7 +1,8 @@
 """A real training in a process of its own: its plan, and the most memory that it held.
 
 `python -m tests.measured_memory CONFIG.yaml` prints both as JSON. On a CPU it is the growth of
-the resident set from just before the student is loaded; on a GPU, PyTorch's own count.
+the resident set from before the student is loaded to the fullest moment of training; on a GPU,
+PyTorch's own count.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def _main(path: str) -> None:
     from axolotl_dskd.config import DSKDConfig
     from axolotl_dskd.inspect.card import find_card
     from axolotl_dskd.inspect.doctor import inspect_run
+    from axolotl_dskd.trainer import DSKDTrainer
 
     cfg = load_cfg(path)
     config = DSKDConfig.of(cfg)
@@ -83,6 +85,16 @@ def _main(path: str) -> None:
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
     gc.collect()
     watch = _Watch()
+    compute_loss = DSKDTrainer.compute_loss
+
+    def training_begins(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loading maps whole weight files, which count as resident; training is what is planned."""
+        DSKDTrainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        gc.collect()
+        watch.largest = 0
+        return compute_loss(trainer, *args, **kwargs)
+
+    DSKDTrainer.compute_loss = training_begins  # type: ignore[method-assign]
     before = _resident()
     watch.start()
     train(cfg=cfg, dataset_meta=meta)

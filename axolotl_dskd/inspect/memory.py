@@ -189,8 +189,7 @@ def _checkpointing(student: Any, settings: PlanSettings) -> None:
 def _student_step(student: Any, settings: PlanSettings) -> Tensor:
     batch = settings.batch
     ids = torch.zeros((batch.rows, batch.length), dtype=torch.long, device="meta")
-    padded = attention(settings.attention, padded=batch.padded)
-    with padded, captured_head_input(student) as captured:
+    with captured_head_input(student) as captured:
         student(input_ids=ids, use_cache=False)
     return single(captured, student)
 
@@ -257,7 +256,9 @@ def _simulated(
     models: tuple[nn.Module, ...] = (student, teacher, projectors)
     static = [t for m in models for t in (*m.parameters(), *m.buffers())]
     phases: dict[str, dict[str, int]] = {}
-    with simulation(static, settings.autocast) as memory:
+    # The student's attention in backward too: checkpointed layers run again there.
+    kind = attention(settings.attention, padded=settings.batch.padded)
+    with kind, simulation(static, settings.autocast) as memory:
         for _ in range(2 if settings.accumulate else 1):
             phases = _micro_step(student, teacher, projectors, settings, memory)
     for model in models:
@@ -303,7 +304,7 @@ def _start_bytes(student: Any, teacher: Any, settings: PlanSettings) -> int:
     if settings.start == "random" or (settings.start == "auto" and shared < max(d, D)):
         return 0
     rows = 2 * shared * (d * ours.element_size() + D * theirs.element_size())
-    return rows + 8 * 8192 * (d + D) + 3 * 8 * max(d, D) ** 2
+    return rows + 8 * min(shared, 8192) * (d + D) + 3 * 8 * max(d, D) ** 2
 
 
 def make_projectors(student: Any, teacher: Any, alignment: str) -> Projectors:

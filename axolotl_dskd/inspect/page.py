@@ -60,10 +60,10 @@ def visible(text: str) -> str:
     return "".join(out)
 
 
-def _token(text: str) -> str:
+def _token(text: str, kind: str = "tok") -> str:
     if text.startswith("‹") and text.endswith("›") and len(text) > 2:
-        return f'<bdi class="tok name">{escape(text[1:-1])}</bdi>'
-    return f'<bdi class="tok">{visible(text)}</bdi>'
+        return f'<bdi class="{kind} name">{escape(text[1:-1])}</bdi>'
+    return f'<bdi class="{kind}">{visible(text)}</bdi>'
 
 
 def _group(group: ExampleGroup) -> str:
@@ -75,8 +75,8 @@ def _group(group: ExampleGroup) -> str:
         for side in (group.student, group.teacher)
     )
     kind = "exact" if group.exact else "group"
-    text = visible(group.text) or "&nbsp;"
-    return f'<span class="g {kind}" title="{words}"><bdi class="text">{text}</bdi>{sides}</span>'
+    text = _token(group.text, "text") if group.text else "&nbsp;"
+    return f'<span class="g {kind}" title="{words}">{text}{sides}</span>'
 
 
 def _example(example: Example) -> str:
@@ -143,7 +143,8 @@ def _memory(memory: MemoryReport) -> str:
     )
     phases = "".join(
         f'<tr><th>{escape(name)}</th><td class="num">{gib(size)}</td><td class="wide">'
-        f"{_bar([(name, size, 'peak' if name == memory.peak_phase else 'phase')], memory.total)}</td></tr>"
+        + _bar([(name, size, "peak" if name == memory.peak_phase else "phase")], memory.total)
+        + "</td></tr>"
         for name, size in memory.phases.items()
     )
     weights = "".join(

@@ -204,20 +204,24 @@ def cover(
 def _shown(
     ids: Sequence[int], positions: Sequence[int], table: Sequence[bytes], tokenizer: Any
 ) -> list[str]:
-    shown = []
-    for i in positions:
-        spelled = table[ids[i]]
-        try:
-            shown.append(spelled.decode() if spelled else f"‹{_name(tokenizer, ids[i])}›")
-        except UnicodeDecodeError:
-            shown.append(f"‹{spelled.hex(' ').upper()}›")
-    return shown
+    return [
+        _spelled(table[ids[i]]) if table[ids[i]] else f"‹{tokenizer.convert_ids_to_tokens(ids[i])}›"
+        for i in positions
+    ]
+
+
+def _spelled(data: bytes) -> str:
+    """Text, or the bytes in hexadecimal where they are a part of a character."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return f"‹{data.hex(' ').upper()}›"
 
 
 def _text(
     row: dict[str, list[int]], group: Group, tables: tuple[Sequence[bytes], Sequence[bytes]]
 ) -> str:
-    """What a group spells, by the side with more bytes: one may lack a space that it implies."""
+    """What a group spells. One side may have a space more, which its tokenizer wrote itself."""
     spelled = [
         b"".join(table[row[ids][i]] for i in positions)
         for table, ids, positions in (
@@ -225,11 +229,7 @@ def _text(
             (tables[1], "teacher_input_ids", group.teacher),
         )
     ]
-    return min(spelled, key=lambda s: (not s, len(s))).decode(errors="replace")
-
-
-def _name(tokenizer: Any, index: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(index))
+    return _spelled(min(spelled, key=lambda s: (not s, len(s))))
 
 
 def pick_examples(
