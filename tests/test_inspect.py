@@ -222,7 +222,9 @@ def test_the_plan_follows_what_the_configuration_says(pair_folder: Path, inspect
         2 * kept, rel=0.05
     )
     assert "optimizer states" not in plan(optimizer="sgd").at_peak
-    assert plain.at_peak["optimizer states"] == 2 * plain.at_peak["student weights"]
+    assert plain.at_peak["optimizer states"] == pytest.approx(
+        2 * plain.at_peak["student weights"], rel=1e-3
+    )
     quantised = {"teacher": {"base_model": str(pair_folder / "teacher"), "load_in_4bit": True}}
     teacher = plan(dskd=quantised).at_peak
     assert teacher["teacher layers"] < 0.35 * plain.at_peak["teacher layers"]

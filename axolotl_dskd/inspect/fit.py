@@ -15,7 +15,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl_dskd.config import DSKDConfig, TeacherConfig
 from axolotl_dskd.data import vocabulary_size
 from axolotl_dskd.inspect.card import Card
-from axolotl_dskd.inspect.memory import BatchShape, PlanSettings, make_plan
+from axolotl_dskd.inspect.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
 from axolotl_dskd.inspect.report import MemoryReport, Step
 from axolotl_dskd.inspect.sample import DatasetSample
 from axolotl_dskd.inspect.skeleton import model_bytes, teacher_skeleton
@@ -230,7 +230,7 @@ CHANGES: tuple[Change, ...] = (
 def _ladder(run: Run, student: Any, teacher: Any, total: int) -> Iterator[Step]:
     """Changes, each on top of those before it, until it fits or none is left.
 
-    A change that saves less than 1% is left out.
+    A change that saves less than 1% of what the run itself holds is left out.
     """
     for change in CHANGES:
         while proposal := change(run):
@@ -239,7 +239,7 @@ def _ladder(run: Run, student: Any, teacher: Any, total: int) -> Iterator[Step]:
             if _quantization(changed.config.teacher) != _quantization(run.config.teacher):
                 body = teacher_skeleton(changed.config.teacher, on_gpu=run.card.gpu)
             found = make_plan(student, body, plan_settings(changed)).total
-            if found > 0.99 * total:
+            if total - found < 0.01 * (total - CUDA_CONTEXT):
                 break
             yield Step(words, found, total - found, cost)
             run, teacher, total = changed, body, found
