@@ -19,6 +19,57 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
+ADAPTER = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
+
+
+def large_run(
+    folder: Path,
+    *,
+    student: tuple[int, int, int],
+    teacher: tuple[int, int, int],
+    words: int,
+    **overrides: Any,
+) -> Path:
+    """A config in `folder` with random models large enough to measure, and rows of one length.
+
+    Args:
+        student, teacher: rows of the output head (more than the tokenizer has ids), hidden size,
+            layers.
+        words: of every answer.
+    """
+    import torch
+    import yaml
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests import tiny
+
+    tokenizers = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()
+    for name, size, tokenizer in zip(
+        ("student", "teacher"), (student, teacher), tokenizers, strict=True
+    ):
+        rows, hidden, layers = size
+        config = LlamaConfig(
+            vocab_size=rows,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            num_key_value_heads=hidden // 128,
+            max_position_embeddings=4096,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = LlamaForCausalLM(config).to(torch.bfloat16)  # see _resident
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    answer = " ".join(["water", "boils", "because", "molecules", "move"] * (words // 5))
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
+    tiny.write_rows(folder / "rows.jsonl", [{"messages": turns}] * 32)
+    settings = {"max_steps": 3, "micro_batch_size": 4, "sequence_len": 512, **overrides}
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump(tiny.base_config(folder, **settings)))
+    return path
+
+
 def measure(config: Path, *, gpu: bool = False) -> dict[str, Any]:
     """Plan and measurement of one config, in a new process: `plan`, `measured`, `at_peak`, …"""
     environment = {

@@ -101,7 +101,7 @@ def inspect_run(
     automatic = config.model_copy(update={"alignment": "auto"})
     recommended, recommended_why = resolve_alignment(automatic, *tokenizers)
     progress("memory")
-    run = Run(cfg, config, card, samples, alignment, shared, tokenizers)
+    run = Run(cfg, config, card, samples, alignment, shared, tokenizers, facts[1].hidden_size)
     memory = memory_report(run, student, teacher)
     fidelity = None
     if probe_count:

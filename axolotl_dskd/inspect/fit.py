@@ -18,7 +18,7 @@ from axolotl_dskd.inspect.card import Card
 from axolotl_dskd.inspect.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
 from axolotl_dskd.inspect.report import MemoryReport, Step
 from axolotl_dskd.inspect.sample import DatasetSample
-from axolotl_dskd.inspect.skeleton import model_bytes, teacher_skeleton
+from axolotl_dskd.inspect.skeleton import model_bytes, teacher_dtype, teacher_skeleton
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, make_divergence
 from axolotl_dskd.types import IGNORE_INDEX
 
@@ -34,6 +34,7 @@ class Run:
     alignment: str
     shared: int
     tokenizers: tuple[Any, Any]
+    teacher_hidden_size: int
 
     def with_cfg(self, **changes: Any) -> Run:
         """The run with other top-level values."""
@@ -96,14 +97,15 @@ def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape,
 def plan_settings(run: Run) -> PlanSettings:
     cfg, config = run.cfg, run.config
     vocab_sizes = vocabulary_size(run.tokenizers[0]), vocabulary_size(run.tokenizers[1])
+    low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
     chunk = config.chunk_tokens
     if chunk == "auto":
-        chunk = auto_chunk_tokens(run.card.memory, vocab_sizes)
-    low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
+        dtypes = low or cfg.torch_dtype, teacher_dtype(config.teacher, on_gpu=run.card.gpu)
+        chunk = auto_chunk_tokens(run.card.memory, vocab_sizes, torch.promote_types(*dtypes))
     checkpointing = cfg.gradient_checkpointing
     kwargs = cfg.gradient_checkpointing_kwargs or {}
     batch, _ = batch_shape(cfg, run.samples)
-    if run.alignment == "positions":
+    if run.alignment != "cma":
         batch = replace(batch, teacher_supervised=batch.supervised)
     return PlanSettings(
         batch=batch,
@@ -115,6 +117,7 @@ def plan_settings(run: Run) -> PlanSettings:
         teacher_attention=config.teacher.attn_implementation,
         autocast=low,
         alignment=run.alignment,
+        teacher_cached=bool(getattr(config.teacher, "cache", None)),
         start=config.projector.init,
         shared_tokens=run.shared,
         loss=LossSettings(
@@ -159,10 +162,11 @@ def memory_report(run: Run, student: Any, teacher: Any) -> MemoryReport:
 
 
 #: What to write, what it costs, and the run with it; None where it changes nothing.
-Change = Callable[[Run], tuple[str, str, Run] | None]
+Proposal = tuple[str, str, Run]
+Change = Callable[[Run], Proposal | None]
 
 
-def _checkpointing(run: Run) -> tuple[str, str, Run] | None:
+def _checkpointing(run: Run) -> Proposal | None:
     if run.cfg.gradient_checkpointing:
         return None
     return (
@@ -172,7 +176,7 @@ def _checkpointing(run: Run) -> tuple[str, str, Run] | None:
     )
 
 
-def _teacher_4bit(run: Run) -> tuple[str, str, Run] | None:
+def _teacher_4bit(run: Run) -> Proposal | None:
     teacher = run.config.teacher
     if teacher.load_in_4bit or teacher.adapter:
         return None
@@ -183,7 +187,23 @@ def _teacher_4bit(run: Run) -> tuple[str, str, Run] | None:
     )
 
 
-def _small_optimizer(run: Run) -> tuple[str, str, Run] | None:
+def _cached_teacher(run: Run) -> Proposal | None:
+    if "cache" not in TeacherConfig.model_fields or getattr(run.config.teacher, "cache", None):
+        return None
+    tokens = sum(
+        len(supervised(row["teacher_labels"])) * sample.total / max(1, sample.sampled)
+        for sample in run.samples
+        for row in sample.rows
+    )
+    size = 2 * tokens * run.teacher_hidden_size / 1e9
+    return (
+        "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache` first",
+        f"about {size:.1f} GB on disk; later steps run no teacher",
+        run.with_teacher(cache={"path": "./outputs/teacher-cache"}),
+    )
+
+
+def _small_optimizer(run: Run) -> Proposal | None:
     if "8bit" in str(run.cfg.optimizer) or "adam" not in str(run.cfg.optimizer):
         return None
     return (
@@ -193,7 +213,7 @@ def _small_optimizer(run: Run) -> tuple[str, str, Run] | None:
     )
 
 
-def _smaller_batch(run: Run) -> tuple[str, str, Run] | None:
+def _smaller_batch(run: Run) -> Proposal | None:
     size, accumulation = run.cfg.micro_batch_size or 1, run.cfg.gradient_accumulation_steps or 1
     if size == 1:
         return None
@@ -206,7 +226,7 @@ def _smaller_batch(run: Run) -> tuple[str, str, Run] | None:
     )
 
 
-def _shorter_rows(run: Run) -> tuple[str, str, Run] | None:
+def _shorter_rows(run: Run) -> Proposal | None:
     half = run.cfg.sequence_len // 2
     if half < 256:
         return None
@@ -220,6 +240,7 @@ def _shorter_rows(run: Run) -> tuple[str, str, Run] | None:
 #: Those that change the result least first; each is repeated for as long as it saves.
 CHANGES: tuple[Change, ...] = (
     _checkpointing,
+    _cached_teacher,
     _smaller_batch,
     _small_optimizer,
     _teacher_4bit,

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from axolotl_dskd.alignment import align_positions, align_with_attention
 from axolotl_dskd.heads import captured_head_input, head_module, output_head, single
+from axolotl_dskd.inspect.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.inspect.simulate import LiveBytes, attention, simulation
 from axolotl_dskd.inspect.skeleton import frozen_tensors, model_bytes, trained_tensors
-from axolotl_dskd.losses import LossSettings, dual_space_loss
+from axolotl_dskd.losses import LossSettings, dual_space_loss, elementwise
 from axolotl_dskd.projectors import Projectors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Side, TeacherSignal
@@ -29,45 +31,6 @@ GIB = 1 << 30
 CUDA_CONTEXT = int(0.6 * GIB)
 #: Of what a step allocates and frees, the share that PyTorch's allocator keeps on top in pieces.
 FRAGMENTATION = 0.05
-
-#: One byte a state, and one float32 absmax per 256 of them.
-_BYTE = 1 + 4 / 256
-#: Optimizers by Axolotl's names: states per trained parameter, each in the parameter's own dtype.
-_PLAIN = {
-    "sgd": 0,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "muon": 1,
-    "lion_pytorch": 1,
-    "lion_32bit": 1,
-    "paged_lion_32bit": 1,
-    "adamw_hf": 2,
-    "adamw_torch": 2,
-    "adamw_torch_fused": 2,
-    "adamw_apex_fused": 2,
-    "paged_adamw_32bit": 2,
-    "optimi_adamw": 2,
-    "schedule_free_adamw": 2,
-    "ademamix": 3,
-    "paged_ademamix_32bit": 3,
-}
-#: The same for quantised states: bytes per trained parameter.
-_QUANTIZED = {
-    "lion_8bit": _BYTE,
-    "paged_lion_8bit": _BYTE,
-    "ao_adamw_4bit": 1.0,
-    "ao_adamw_fp8": 2.0,
-    "ao_adamw_8bit": 2 * _BYTE,
-    "adamw_8bit": 2 * _BYTE,
-    "adamw_bnb_8bit": 2 * _BYTE,
-    "paged_adamw_8bit": 2 * _BYTE,
-    "ademamix_8bit": 3 * _BYTE,
-    "paged_ademamix_8bit": 3 * _BYTE,
-}
-#: Those that keep float32 sums of a matrix' rows and columns, and how many of them.
-_FACTORED = {"adafactor": 1, "came_pytorch": 2}
-#: The quantised optimizers keep float32 states for tensors smaller than this.
-_SMALL = 4096
 
 
 @dataclass(frozen=True)
@@ -101,7 +64,8 @@ class PlanSettings:
         gradient_checkpointing: Axolotl's value; `reentrant` its kind.
         attention, teacher_attention: implementations, None for the library's choice.
         autocast: dtype of mixed precision, or None.
-        alignment: how tokens meet.
+        alignment: how tokens meet; eta is planned as if every token had an exact partner.
+        teacher_cached: its states come from disk, so its layers are never loaded.
         start: how the projectors start; `shared_tokens`: pairs that a least-squares one reads.
         loss: the trainer's settings, chunk size included.
         vocab_sizes: ids that the two tokenizers emit.
@@ -117,6 +81,7 @@ class PlanSettings:
     teacher_attention: str | None
     autocast: torch.dtype | None
     alignment: str
+    teacher_cached: bool
     start: str
     shared_tokens: int
     loss: LossSettings
@@ -152,29 +117,6 @@ class Plan:
     def total(self) -> int:
         """Bytes at the fullest moment."""
         return sum(self.at_peak.values())
-
-
-def optimizer_bytes(name: str, parameters: list[nn.Parameter]) -> tuple[int, str | None]:
-    """Bytes of the optimizer's states, and a note where `name` is not known."""
-    if name in _FACTORED:
-        sums = (
-            4 * _FACTORED[name] * (sum(p.shape) if p.dim() > 1 else p.numel()) for p in parameters
-        )
-        return sum(sums), None
-    if name in _QUANTIZED:
-        each = _QUANTIZED[name]
-        return int(sum(p.numel() * (each if p.numel() >= _SMALL else 8) for p in parameters)), None
-    note = None if name in _PLAIN else f"optimizer {name} is not known here: counted as AdamW"
-    return _PLAIN.get(name, 2) * sum(p.numel() * p.element_size() for p in parameters), note
-
-
-def _optimizer_temporaries(settings: PlanSettings, parameters: list[nn.Parameter]) -> int:
-    """What an optimizer step allocates and frees: PyTorch's own ones work on all tensors at once
-    on a GPU (fused ones in place), on one after the other on a CPU."""
-    sizes = [p.numel() * p.element_size() for p in parameters]
-    if settings.on_gpu:
-        return sum(sizes) if settings.optimizer in ("adamw_torch", "adamw_hf") else 0
-    return 2 * max(sizes, default=0)
 
 
 def _checkpointing(student: Any, settings: PlanSettings) -> None:
@@ -229,7 +171,7 @@ def _loss(
     )
     states = [teacher_head.weight.new_empty((M, teacher_head.hidden_size)) for _ in range(3)]
     signal = TeacherSignal(states[0], theirs, states[1], states[2])
-    if settings.alignment == "positions":
+    if settings.alignment != "cma":
         aligned = align_positions(hidden_Nd, ours, signal, projectors)
     else:
         weight = student.get_input_embeddings().weight.detach()
@@ -258,7 +200,9 @@ def _simulated(
     phases: dict[str, dict[str, int]] = {}
     # The student's attention in backward too: checkpointed layers run again there.
     kind = attention(settings.attention, padded=settings.batch.padded)
-    with kind, simulation(static, settings.autocast) as memory:
+    # Between the loss' products one kernel works in place, or small blocks of rows do.
+    blocks = mock.patch.dict(elementwise._BLOCK, meta=elementwise._BLOCK["cpu"])
+    with kind, blocks, simulation(static, settings.autocast) as memory:
         for _ in range(2 if settings.accumulate else 1):
             phases = _micro_step(student, teacher, projectors, settings, memory)
     for model in models:
@@ -273,7 +217,9 @@ def _micro_step(
     with torch.autocast("meta"):
         hidden, forward_peak = memory.peak_of(lambda: _student_step(student, settings))
         kept = memory.live - gradients
-        _, teacher_peak = memory.peak_of(lambda: _teacher_step(teacher, settings))
+        _, teacher_peak = memory.peak_of(
+            lambda: None if settings.teacher_cached else _teacher_step(teacher, settings)
+        )
         states = [hidden]
         del hidden
         loss, loss_peak = memory.peak_of(
@@ -341,14 +287,14 @@ def make_plan(student: Any, teacher: Any, settings: PlanSettings) -> Plan:
         "adapters": weights if adapted else 0,
         "optimizer states": states,
         "projectors with their optimizer": 3 * mapped,
-        "teacher layers": body,
+        "teacher layers": 0 if settings.teacher_cached else body,
         "teacher embedding and head": ends,
     }
     notes = [note] if note else []
     _checkpointing(student, settings)
     phases = _simulated(student, teacher, projectors, settings)
-    phases["optimizer step"]["optimizer's temporaries"] = _optimizer_temporaries(
-        settings, [*trained, *projectors.parameters()]
+    phases["optimizer step"]["optimizer's temporaries"] = step_bytes(
+        settings.optimizer, [*trained, *projectors.parameters()], on_gpu=settings.on_gpu
     )
     # Before the first step there are no optimizer states yet.
     start = _start_bytes(student, teacher, settings) - held["optimizer states"] - 2 * mapped

@@ -102,11 +102,18 @@ def student_skeleton(cfg: Any, tokenizer: Any) -> Any:
     return loader.model
 
 
+def teacher_dtype(config: TeacherConfig, *, on_gpu: bool) -> torch.dtype:
+    """What `dtype` means there: `auto` is bfloat16 on a GPU, float32 on a CPU."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if on_gpu else torch.float32
+    return getattr(torch, config.dtype)
+
+
 def teacher_skeleton(config: TeacherConfig, *, on_gpu: bool) -> Any:
     """The frozen teacher on the meta device, quantised as configured.
 
     Args:
-        on_gpu: `dtype: auto` means bfloat16 there, float32 on a CPU.
+        on_gpu: what is planned for, see `teacher_dtype`.
 
     Raises:
         ValueError: its config cannot be loaded.
@@ -120,8 +127,7 @@ def teacher_skeleton(config: TeacherConfig, *, on_gpu: bool) -> Any:
             f"the teacher {config.base_model!r} cannot be loaded: {error}\n"
             "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`."
         ) from error
-    auto = torch.bfloat16 if on_gpu else torch.float32
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = teacher_dtype(config, on_gpu=on_gpu)
     quantization = quantization_of(config, dtype)
     model = _on_meta(model_config, dtype, quantization, config.trust_remote_code)
     return model.eval().requires_grad_(False)
