@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 #: Of what was measured. On a CPU the interpreter and the libraries allocate besides tensors.
 TOLERANCE = 0.15
 
+SIZES: dict[str, Any] = {"student": (16000, 512, 6), "teacher": (24000, 768, 6), "words": 150}
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "lora-accumulated": {**ADAPTER, "gradient_accumulation_steps": 2},
@@ -28,8 +29,5 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_plan_is_near_what_a_training_holds(tmp_path: Path, case: str):
-    path = large_run(
-        tmp_path, student=(16000, 512, 6), teacher=(24000, 768, 6), words=150, **CASES[case]
-    )
-    found = measure(path)
+    found = measure(large_run(tmp_path, **SIZES, **CASES[case]))
     assert found["plan"] == pytest.approx(found["measured"], rel=TOLERANCE), found

@@ -125,11 +125,17 @@ def _example(report: Report, width: int) -> Text:
     text = Text()
     if not report.examples:
         return text
-    example = report.examples[len(report.examples) // 2]
-    text.append(f"A row of {example.dataset}: student above, teacher below, | between tokens\n")
+    # One that is like the data as a whole.
+    example = min(
+        report.examples,
+        key=lambda e: abs(sum(g.exact for g in e.groups) / len(e.groups) - report.coverage.share),
+    )
+    text.append(f"A row of {example.dataset}, · a space, | between tokens of one text:\n")
     upper, lower = Text(), Text()
     for group in example.groups:
-        ours, theirs = (visible("|".join(side)) for side in (group.student, group.teacher))
+        ours, theirs = (
+            visible("|".join(side)).replace(" ", "·") for side in (group.student, group.teacher)
+        )
         size = max(len(ours), len(theirs))
         if len(upper) + size + 1 > width:
             break
