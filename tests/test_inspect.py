@@ -360,6 +360,8 @@ def changed(config: dict[str, Any], what: str) -> dict[str, Any]:
         config["datasets"][0]["path"] = "./not/there.jsonl"
     if what == "kd_ratio 0":
         config["dskd"]["kd_ratio"] = 0
+    if what == "bf16 without a GPU":
+        config["bf16"] = True
     if what == "wrong type":
         config["datasets"][0]["type"] = "no_such_type"
     return config
@@ -374,6 +376,7 @@ def changed(config: dict[str, Any], what: str) -> dict[str, Any]:
         ("no data", (), "not/there.jsonl"),
         ("kd_ratio 0", (), "uses no teacher"),
         ("wrong type", (), "no_such_type"),
+        ("bf16 without a GPU", (), "--gpu-memory 24GiB"),
         ("", ("--gpu-memory", "24"), "with its unit"),
         ("", ("--gpu-memory", "much"), "no amount of memory"),
         ("", ("--probe", "4"), "neither load_in_4bit nor load_in_8bit"),

@@ -225,8 +225,9 @@ def _micro_step(
         loss, loss_peak = memory.peak_of(
             lambda: _loss(student, teacher, projectors, states.pop(), settings)
         )
-    after_loss = memory.live
-    _, backward_peak = memory.peak_of(loss.backward)
+        after_loss = memory.live
+        # Checkpointed layers run again in backward, under autocast as before.
+        _, backward_peak = memory.peak_of(loss.backward)
     del loss
     held = {"gradients": gradients, "student activations": kept}
     # In backward, gradients grow while activations go: what is there before, and the rest.
