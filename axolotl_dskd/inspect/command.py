@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.inspect.card import Card, configured_for, find_card, parse_memory
+from axolotl_dskd.inspect.card import configured_for, find_card, parse_memory
 from axolotl_dskd.inspect.doctor import inspect_run
 from axolotl_dskd.inspect.page import html_page
 from axolotl_dskd.inspect.terminal import print_report
@@ -38,7 +38,13 @@ def run_inspect(
     try:
         card = find_card(parse_memory(gpu_memory) if gpu_memory else None)
         with configured_for(card):
-            cfg, dskd = _read(read_config, config, card)
+            cfg, dskd = read_config(config)
+        if not card.gpu and (cfg.bf16 or cfg.fp16):
+            raise ValueError(
+                f"{config} computes in {'bf16' if cfg.bf16 else 'fp16'}, which is for a GPU, and "
+                "there is none here. Say which card to plan for, such as --gpu-memory 24GiB, or "
+                "set bf16: false and fp16: false to train on this machine's CPU."
+            )
         with console.status("tokenizers") as status:
             report = inspect_run(
                 str(config),
@@ -57,18 +63,6 @@ def run_inspect(
             _write(json_path, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def _read(read_config: ReadConfig, path: Path, card: Card) -> tuple[Any, DSKDConfig]:
-    try:
-        return read_config(path)
-    except click.ClickException as error:
-        if not card.gpu and "bf16" in error.message:
-            raise click.ClickException(
-                f"{error.message}\nThere is no GPU here. To plan for a card that is elsewhere, "
-                "say how large it is: --gpu-memory 24GiB"
-            ) from error
-        raise
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from axolotl_dskd.inspect.memory import GIB
-from axolotl_dskd.inspect.report import Coverage, MemoryReport, Report, SideFacts
+from axolotl_dskd.inspect.report import Coverage, Example, MemoryReport, Report, SideFacts
 from axolotl_dskd.inspect.sample import OUTCOMES
 
 _BAR = 30
@@ -120,16 +120,18 @@ def outcome_lines(part: Coverage) -> list[str]:
     ]
 
 
+def _unlike(report: Report, example: Example) -> tuple[bool, float]:
+    """How far a row is from the data as a whole; short ones show little."""
+    share = sum(group.exact for group in example.groups) / len(example.groups)
+    return len(example.groups) < 12, abs(share - report.coverage.share)
+
+
 def _example(report: Report, width: int) -> Text:
     """The first groups of a row: an exact pair on one ground, others on another."""
     text = Text()
     if not report.examples:
         return text
-    # One that is like the data as a whole.
-    example = min(
-        report.examples,
-        key=lambda e: abs(sum(g.exact for g in e.groups) / len(e.groups) - report.coverage.share),
-    )
+    example = min(report.examples, key=lambda e: _unlike(report, e))
     text.append(f"A row of {example.dataset}, · a space, | between tokens of one text:\n")
     upper, lower = Text(), Text()
     for group in example.groups:
