@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from axolotl_dskd.alignment import align_positions, align_with_attention
 from axolotl_dskd.heads import captured_head_input, head_module, output_head, single
 from axolotl_dskd.inspect.optimizers import optimizer_bytes, step_bytes
-from axolotl_dskd.inspect.simulate import LiveBytes, attention, simulation
+from axolotl_dskd.inspect.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.inspect.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.losses import LossSettings, dual_space_loss, elementwise
 from axolotl_dskd.projectors import Projectors
@@ -226,8 +227,7 @@ def _micro_step(
             lambda: _loss(student, teacher, projectors, states.pop(), settings)
         )
         after_loss = memory.live
-        # Checkpointed layers run again in backward, under autocast as before.
-        _, backward_peak = memory.peak_of(loss.backward)
+        _, backward_peak = memory.peak_of(partial(backward, loss))
     del loss
     held = {"gradients": gradients, "student activations": kept}
     # In backward, gradients grow while activations go: what is there before, and the rest.

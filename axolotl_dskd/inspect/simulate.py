@@ -206,6 +206,23 @@ class _Autocast(TorchFunctionMode):
             self.enabled = before
 
 
+def backward(loss: Tensor) -> None:
+    """`loss.backward()` in which checkpointed layers run again under the same autocast.
+
+    Called in the usual way, backward is itself one function under `_Autocast`, inside of which
+    that is off.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
 @contextmanager
 def simulation(static: Iterable[Tensor], autocast_dtype: torch.dtype | None) -> Iterator[LiveBytes]:
     """While open, code runs on meta tensors under a `LiveBytes`; quantised layers work too.
