@@ -7,7 +7,11 @@ answers at once.
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +93,47 @@ def cache(config: Path, action: str | None, yes: bool, part: str) -> None:
             work.write_cache(cfg, dskd, part=(int(match[1]) - 1, int(match[2])))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--gpu-memory", metavar="SIZE", help="Plan for a card of this size, such as 24GiB.")
+@click.option("--rows", default=200, show_default=True, type=click.IntRange(1), help="Per dataset.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Where the page goes."
+)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--probe",
+    metavar="N",
+    type=click.IntRange(1),
+    help="Also measure what quantising the teacher changes, on N rows (loads it twice).",
+)
+def inspect(**options: Any) -> None:
+    """Tokenizer pair, sample of your rows and memory plan of CONFIG, before anything is trained."""
+    with _quiet():
+        from axolotl_dskd.inspect import run_inspect
+
+        run_inspect(read_config, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, libraries log errors only, and datasets draws no bars: the report is the output.
+
+    Entered before they are imported, since some of them log while they are.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import datasets
+
+            bars = datasets.are_progress_bars_disabled()
+            datasets.disable_progress_bars()
+            yield
+    finally:
+        logging.disable(before)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -24,6 +24,8 @@ ALLOWED = {
     "progress": set(),
     "cache": {"types"},
     "teacher": {"types", "config", "heads", "cache", "progress"},
+    # Like the trainer, it joins the units; nothing but the command line knows it.
+    "inspect": {"types", "config", "heads", "projectors", "losses", "alignment", "data", "teacher"},
 }
 
 

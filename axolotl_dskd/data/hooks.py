@@ -168,6 +168,26 @@ def data_fingerprint(config: DSKDConfig) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
+def make_reconcile(cfg: Any, config: DSKDConfig, student: Any) -> Reconcile:
+    """What compares the two sides of this run's rows.
+
+    Args:
+        student: its tokenizer.
+    """
+    teacher = load_teacher_tokenizer(config)
+    alignment, _ = resolve_alignment(config, student, teacher)
+    ours, theirs = token_bytes(student), token_bytes(teacher)
+    return Reconcile(
+        student_bytes=ours,
+        teacher_bytes=theirs,
+        student_dummy_spaces=writes_dummy_space(student, ours),
+        teacher_dummy_spaces=writes_dummy_space(teacher, theirs),
+        teacher_limit=teacher_position_limit(config),
+        truncate_teacher=(cfg.excess_length_strategy or "drop").lower() == "truncate",
+        same_ids=alignment == "positions",
+    )
+
+
 class _Hooks:
     """The three wrappers; remembers the student's tokenizer between two of them."""
 
@@ -208,20 +228,9 @@ class _Hooks:
             config = _active(cfg)
             if config is None:
                 return dataset
-            student, teacher = self.student_tokenizer, load_teacher_tokenizer(config)
-            assert student is not None, "rows were handled before any dataset was tokenized"
-            alignment, _ = resolve_alignment(config, student, teacher)
+            assert self.student_tokenizer is not None, "rows come before any dataset"
             strategy = (cfg.excess_length_strategy or "drop").lower()
-            ours, theirs = token_bytes(student), token_bytes(teacher)
-            reconcile = Reconcile(
-                student_bytes=ours,
-                teacher_bytes=theirs,
-                student_dummy_spaces=writes_dummy_space(student, ours),
-                teacher_dummy_spaces=writes_dummy_space(teacher, theirs),
-                teacher_limit=teacher_position_limit(config),
-                truncate_teacher=strategy == "truncate",
-                same_ids=alignment == "positions",
-            )
+            reconcile = make_reconcile(cfg, config, self.student_tokenizer)
             return reconcile_dataset(
                 dataset,
                 reconcile,

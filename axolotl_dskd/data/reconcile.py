@@ -25,7 +25,8 @@ LOG = get_logger(__name__)
 MAX_DIFFERING_SHARE = 0.1
 
 KEPT, CUT, EMPTY, TOO_LONG, DIFFERENT = "kept", "cut", "empty", "teacher too long", "different text"
-_STATUS = "dskd_status"
+#: Column with a row's status until rows are dropped.
+STATUS = "dskd_status"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Reconcile:
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
             "teacher_labels": teacher_labels[:last],
-            _STATUS: status,
+            STATUS: status,
         }
 
     def _cut(
@@ -145,7 +146,7 @@ def reconcile_dataset(
             "or as empty. Raise sequence_len, or set excess_length_strategy: truncate."
         )
     dataset = dataset.map(reconcile, num_proc=num_proc, desc="Matching Teacher and Student Text")
-    statuses = dataset[_STATUS]
+    statuses = dataset[STATUS]
     counts = Counter(statuses)
     total = sum(counts.values())
     if raise_if_long and counts[TOO_LONG]:
@@ -176,7 +177,7 @@ def reconcile_dataset(
         f"{counts[TOO_LONG]} longer than {reconcile.teacher_limit} teacher tokens, "
         f"{counts[DIFFERENT]} whose texts differ"
     )
-    return kept.remove_columns(_STATUS)
+    return kept.remove_columns(STATUS)
 
 
 def _example(row: dict[str, Any], reconcile: Reconcile) -> str:

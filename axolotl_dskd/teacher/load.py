@@ -44,6 +44,18 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def quantization_of(config: TeacherConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the teacher is quantised, computing in `dtype`; None where it is not."""
+    if config.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if config.load_in_8bit else None
+
+
 def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
     """The teacher in eval mode with frozen weights, its adapter merged.
 
@@ -55,16 +67,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
         ValueError: it cannot be loaded; the message says from where and why.
     """
     dtype = resolve_dtype(config.dtype, device)
-    quantization = None
-    if config.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    elif config.load_in_8bit:
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    quantization = quantization_of(config, dtype)
     kwargs: dict[str, Any] = {
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,

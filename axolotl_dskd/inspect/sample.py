@@ -1,0 +1,129 @@
+"""A sample of the user's own rows, dataset by dataset, through the very pipeline that trains.
+
+Rows are chosen before anything is tokenized, so a dataset of millions costs what a sample costs.
+What happened to each row is counted: nothing disappears without a reason.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from axolotl.utils.data import sft
+from axolotl.utils.data.shared import datasets_with_name_generator
+from axolotl.utils.data.utils import handle_long_seq_in_dataset
+from axolotl.utils.dict import DictDefault
+from datasets import Dataset
+
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.data.hooks import make_reconcile
+from axolotl_dskd.data.reconcile import CUT, DIFFERENT, EMPTY, KEPT, STATUS, TOO_LONG
+
+#: Outcomes of a row beside those of `reconcile`.
+UNTOKENIZED, STUDENT_LENGTH = "not tokenized", "student too long or empty"
+
+#: Outcome -> what it means and what to do, for people.
+OUTCOMES = {
+    KEPT: "trained on as it is",
+    CUT: "trained on, cut to the text that both sides supervise",
+    STUDENT_LENGTH: "dropped: longer than sequence_len in student tokens, or nothing in it",
+    TOO_LONG: "dropped: longer than the teacher's limit in teacher tokens",
+    EMPTY: "dropped: one side supervises no text",
+    DIFFERENT: "dropped: the two sides do not supervise the same text",
+    UNTOKENIZED: "dropped: the dataset's `type:` made nothing of it",
+}
+
+
+@dataclass
+class DatasetSample:
+    """What became of the sampled rows of one dataset.
+
+    Attributes:
+        name: as in the configuration, with the subset's name where there is one.
+        total: rows that the dataset has; `sampled` of them were read.
+        outcomes: outcome -> rows (of the tokenized ones where a raw row becomes several).
+        rows: the two-sided rows that would be trained on.
+    """
+
+    name: str
+    total: int
+    sampled: int
+    outcomes: Counter[str] = field(default_factory=Counter)
+    rows: list[dict[str, list[int]]] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        """Rows that would be trained on."""
+        return self.outcomes[KEPT] + self.outcomes[CUT]
+
+
+@contextmanager
+def _first_choose(count: int, seed: int, sizes: list[int]) -> Iterator[None]:
+    """While open, Axolotl tokenizes `count` rows of each dataset; their sizes go into `sizes`."""
+    original = sft.get_dataset_wrapper
+
+    def choose(*args: Any, dataset: Any, **kwargs: Any) -> Any:
+        sizes.append(len(dataset))
+        if len(dataset) > count:
+            dataset = dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), count)))
+        sizes.append(len(dataset))
+        return original(*args, dataset=dataset, **kwargs)
+
+    sft.get_dataset_wrapper = choose
+    try:
+        yield
+    finally:
+        sft.get_dataset_wrapper = original
+
+
+def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> list[DatasetSample]:
+    """Up to `count` rows of every training dataset, prepared for both sides.
+
+    Args:
+        cfg: Axolotl's validated configuration; `tokenizer`: the student's.
+
+    Raises:
+        ValueError: a dataset cannot be loaded or prepared; the message says which and why.
+    """
+    cfg = DictDefault({**cfg, "dataset_num_proc": 1})
+    reconcile = make_reconcile(cfg, config, tokenizer)
+    samples = []
+    for dataset_config in datasets_with_name_generator(cfg.datasets):
+        name = str(dataset_config.path)
+        if dataset_config.name:
+            name += f" ({dataset_config.name})"
+        sizes: list[int] = []
+        with _first_choose(count, cfg.seed or 0, sizes):
+            try:
+                rows, _ = sft._load_and_process_single_dataset(
+                    dataset_config=dataset_config,
+                    cfg=cfg,
+                    tokenizer=tokenizer,
+                    split="train",
+                    seed=cfg.seed,
+                )
+            except (OSError, KeyError) as error:
+                raise ValueError(f"dataset {name} cannot be read: {error}") from error
+        sample = DatasetSample(name, total=sizes[0], sampled=sizes[1])
+        sample.outcomes[UNTOKENIZED] = max(0, sample.sampled - len(rows))
+        _follow(sample, rows, cfg, reconcile)
+        samples.append(sample)
+    return samples
+
+
+def _follow(sample: DatasetSample, rows: Dataset, cfg: Any, reconcile: Any) -> None:
+    """Length limits, then the comparison of the two sides, counted."""
+    before = len(rows)
+    if before:
+        rows = handle_long_seq_in_dataset(rows, cfg.sequence_len, cfg)
+    sample.outcomes[STUDENT_LENGTH] = before - len(rows)
+    for row in rows:
+        done = reconcile(row)
+        status = done.pop(STATUS)
+        sample.outcomes[status] += 1
+        if status in (KEPT, CUT):
+            sample.rows.append({"input_ids": list(row["input_ids"]), **done})

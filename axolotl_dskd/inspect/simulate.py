@@ -1,0 +1,251 @@
+"""How many bytes are alive while code runs on meta tensors: a training step without its numbers.
+
+A meta tensor has shape, dtype and lifetime but no storage, so a model of any size steps in about
+a second, and what autograd, checkpoints and chunks keep alive is found out instead of estimated.
+Knows tensors; nothing of configs or reports.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+PLAN_ATTENTION = "dskd_plan"
+
+#: Allocations are rounded up to this (PyTorch's CUDA allocator).
+_ROUND = 512
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "meta"
+
+
+def _joining_meta(tensor: Tensor) -> Tensor:
+    """Real ids may index meta states: who belongs to which sample decides shapes."""
+    real = tensor.device.type != "meta" and tensor.dim() > 0
+    return tensor.new_empty(tensor.shape, device="meta") if real else tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of meta storages that are alive, and the most that ever were.
+
+    Args:
+        static: tensors that count nothing (weights: they are counted elsewhere).
+    """
+
+    def __init__(self, static: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: t for t in static}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(_is_meta(leaf) for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map_only(Tensor, _joining_meta, (args, kwargs))
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if _is_meta(leaf):
+                self._see(leaf)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = -(-storage.nbytes() // _ROUND) * _ROUND
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """What `work` returns, and the most bytes alive at any moment of it."""
+        self.peak = self.live
+        result = work()
+        return result, self.peak
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that keeps what fused kernels keep: q, k, v, output, log-sum-exp, bias."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        batch, heads, length, _ = q.shape
+        out = q.new_empty((batch, length, heads, v.shape[-1]))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32), bias)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        # The query's gradient is accumulated in float32.
+        wide = torch.empty_like(q, dtype=torch.float32)
+        return wide.to(q.dtype), torch.empty_like(k), torch.empty_like(v), None
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Tensor:
+    if not masked:
+        return _Attention.apply(q, k, v, None)
+    # A padding mask: keys and values are repeated for the query's heads, the mask becomes a bias.
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    bias = q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2]))
+    return _Attention.apply(q, k, v, bias)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * 1.0
+    weights = F.softmax(scores + scores.new_empty(scores.shape[-2:]), dim=-1, dtype=torch.float32)
+    return (weights.to(q.dtype) @ v).transpose(1, 2).contiguous()
+
+
+class _Kind:
+    """Which attention the skeletons compute at the moment."""
+
+    eager = False
+    masked = False
+
+
+def _plan_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, None]:
+    if _Kind.eager:
+        return _eager(query, key, value), None
+    return _fused(query, key, value, _Kind.masked), None
+
+
+def register_plan_attention() -> None:
+    """Make `PLAN_ATTENTION` a known attention: no mask is built for it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(PLAN_ATTENTION, _plan_attention)
+
+
+@contextmanager
+def attention(implementation: str | None, *, padded: bool) -> Iterator[None]:
+    """While open, skeletons attend as `implementation` would, to padded batches or not."""
+    name = implementation or "sdpa"
+    before = _Kind.eager, _Kind.masked
+    _Kind.eager = name == "eager"
+    _Kind.masked = padded and name == "sdpa"
+    try:
+        yield
+    finally:
+        _Kind.eager, _Kind.masked = before
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """A product with a weight that is unpacked for it and dropped again, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.shape = shape
+        return F.linear(x, x.new_empty(shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ grad.new_empty(ctx.shape), None
+
+
+def _quantized_forward(module: Any, x: Tensor) -> Tensor:
+    dtype = getattr(module, "compute_dtype", None) or x.dtype
+    shape = (module.out_features, module.in_features)
+    out = _QuantizedLinear.apply(x.to(dtype), shape).to(x.dtype)
+    return out if module.bias is None else out + module.bias.to(out.dtype)
+
+
+_LOW = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.addmm}
+_WIDE = {F.layer_norm, torch.layer_norm, F.softmax, torch.softmax, Tensor.softmax}
+
+
+class _Autocast(TorchFunctionMode):
+    """torch.autocast for meta tensors, which it does not know: products low, norms wide."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.enabled = dtype, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.enabled and (func in _LOW or func in _WIDE):
+            dtype = self.dtype if func in _LOW else torch.float32
+
+            def cast(tensor: Tensor) -> Tensor:
+                return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+            args = tree_map_only(Tensor, cast, args)
+            kwargs = tree_map_only(Tensor, cast, kwargs)
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def switched(self, enabled: bool) -> Iterator[None]:
+        """Autocast on or off."""
+        before, self.enabled = self.enabled, enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+
+def backward(loss: Tensor) -> None:
+    """`loss.backward()` in which checkpointed layers run again under the same autocast.
+
+    Called in the usual way, backward is itself one function under `_Autocast`, inside of which
+    that is off.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
+@contextmanager
+def simulation(static: Iterable[Tensor], autocast_dtype: torch.dtype | None) -> Iterator[LiveBytes]:
+    """While open, code runs on meta tensors under a `LiveBytes`; quantised layers work too.
+
+    Args:
+        static: tensors that are counted elsewhere.
+        autocast_dtype: that of `torch.autocast` blocks, or None where training uses none.
+    """
+    import bitsandbytes as bnb
+
+    mode = _Autocast(autocast_dtype or torch.float32)
+
+    def autocast(device: str, *_: Any, enabled: bool = True, **__: Any) -> Any:
+        return mode.switched(enabled and autocast_dtype is not None)
+
+    with ExitStack() as stack:
+        for target, name, value in (
+            (torch, "autocast", autocast),
+            (torch, "is_autocast_enabled", lambda *_: mode.enabled),
+            (torch, "get_autocast_dtype", lambda *_: mode.dtype),
+            (bnb.nn.Linear4bit, "forward", _quantized_forward),
+            (bnb.nn.Linear8bitLt, "forward", _quantized_forward),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(mode)
+        yield stack.enter_context(LiveBytes(static))
