@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from axolotl_dskd.alignment import Aligned, align_positions, align_with_attention
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data import (
+    COLUMNS,
     DualCollator,
     load_teacher_tokenizer,
     resolve_alignment,
@@ -207,7 +208,7 @@ class DSKDTrainer(AxolotlTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += ["teacher_input_ids", "teacher_labels"]
+            self._signature_columns += COLUMNS
 
     # ---- the loss ----------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Dimension letters, used as suffixes everywhere:
     B  rows of a batch            L  tokens of a padded or packed row
     S  samples of a batch (a packed row holds several)
     N  supervised student tokens  M  supervised teacher tokens
+    P  exactly aligned pairs
     d  student hidden size        D  teacher hidden size
     V  student vocabulary         U  teacher vocabulary
 
@@ -200,6 +201,10 @@ class DualBatch:
         input_ids, labels, segment_ids: [B, L]; `segment_ids` numbers the samples of the whole
             batch from 0 and is -1 on padding.
         teacher_input_ids, teacher_labels, teacher_attention_mask: [S, L'], row s is sample s.
+        spans, teacher_spans: [N, 2], [M, 2] first byte and end of each supervised token in the
+            text of its sample that both sides share, or None where token i is token i of the
+            other side (`alignment: positions`).
+        pairs: [P, 2] which supervised tokens of the two sides have the same span, or None.
     """
 
     input_ids: Tensor
@@ -208,6 +213,9 @@ class DualBatch:
     teacher_input_ids: Tensor
     teacher_labels: Tensor
     teacher_attention_mask: Tensor
+    spans: Tensor | None = None
+    teacher_spans: Tensor | None = None
+    pairs: Tensor | None = None
 
     #: Batch keys of ours, which no model's forward may see.
     EXTRA_KEYS = (
@@ -216,12 +224,15 @@ class DualBatch:
         "dskd_teacher_labels",
         "dskd_teacher_attention_mask",
     )
+    #: Those that only some data sets have.
+    SPAN_KEYS = ("dskd_spans", "dskd_teacher_spans", "dskd_pairs")
 
     @classmethod
     def pop_from(cls, inputs: dict[str, Any]) -> DualBatch:
         """Take our tensors out of a collated batch; the rest is what the student's forward gets."""
         segment_ids, *teacher = (inputs.pop(key) for key in cls.EXTRA_KEYS)
-        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher)
+        spans = (inputs.pop(key, None) for key in cls.SPAN_KEYS)
+        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher, *spans)
 
     def student_mask(self) -> Tensor:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""

@@ -3,9 +3,9 @@
 Knows tokenizers, rows and batches; nothing of models, heads or losses.
 """
 
-from axolotl_dskd.data.collator import DualCollator
+from axolotl_dskd.data.collator import COLUMNS, DualCollator
 from axolotl_dskd.data.hooks import install_hooks
-from axolotl_dskd.data.token_bytes import shared_tokens
+from axolotl_dskd.data.token_bytes import shared_tokens, translation
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
     resolve_alignment,
@@ -14,11 +14,13 @@ from axolotl_dskd.data.tokenizers import (
 )
 
 __all__ = [
+    "COLUMNS",
     "DualCollator",
     "install_hooks",
     "load_teacher_tokenizer",
     "resolve_alignment",
     "shared_tokens",
     "teacher_position_limit",
+    "translation",
     "vocabulary_size",
 ]

@@ -36,6 +36,9 @@ LOG = get_logger(__name__)
 
 _MARK = "_dskd_wrapped"
 
+#: Raised when prepared rows change, so that none prepared by an older version is taken for them.
+ROW_FORMAT = 2
+
 
 def _active(cfg: Any) -> DSKDConfig | None:
     config = DSKDConfig.of(cfg)
@@ -163,7 +166,9 @@ def data_fingerprint(config: DSKDConfig) -> str:
         "jinja": jinja,
         "eot_tokens": teacher.eot_tokens,
         "limit": teacher_position_limit(config),
-        "alignment": config.alignment,
+        # eta and cma use the same rows; positions and auto (with one vocabulary) have no spans.
+        "alignment": "spans" if config.alignment in ("eta", "cma") else config.alignment,
+        "columns": ROW_FORMAT,
     }
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 

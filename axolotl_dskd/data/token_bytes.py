@@ -103,3 +103,19 @@ def shared_tokens(student: Any, teacher: Any) -> tuple[list[int], list[int]]:
     if student.eos_token_id is not None and teacher.eos_token_id is not None:
         pairs.append((student.eos_token_id, teacher.eos_token_id))
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def translation(source: Any, target: Any, untranslatable: int = -100) -> list[int]:
+    """For each id of the source's tokenizer the id of the same bytes in the target's.
+
+    The end tokens translate to each other. Ids without an equal (other special tokens, ids that
+    stand for no token) get `untranslatable`: never unk, never an end token.
+
+    Raises:
+        ValueError: one of the tokenizers can't be undone, see `token_bytes`.
+    """
+    ids = {spelled: i for i, spelled in enumerate(token_bytes(target)) if spelled}
+    table = [ids.get(spelled, untranslatable) for spelled in token_bytes(source)]
+    if source.eos_token_id is not None and target.eos_token_id is not None:
+        table[source.eos_token_id] = target.eos_token_id
+    return table

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.losses.divergences import Divergence, forward_kl
-from axolotl_dskd.types import LossOutput, OutputHead
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, OutputHead
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,15 @@ class _StudentVocabularyPass(torch.autograd.Function):
         labels_N: Tensor,
         head: OutputHead,
         settings: LossSettings,
+        projector_labels_N: Tensor | None,
+        space_mask_N: Tensor | None,
         *head_tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         wants = ctx.needs_input_grad
         frozen, T = head.frozen(student_Nd.dtype), settings.temperature
         buffers = tuple(
             torch.zeros_like(t, dtype=_wide(t.dtype)) if t is not None and needed else None
-            for t, needed in zip(head_tensors, wants[5:], strict=True)
+            for t, needed in zip(head_tensors, wants[7:], strict=True)
         )
         grad_student = torch.empty_like(student_Nd) if wants[0] else None
         grad_projected = (
@@ -135,15 +137,23 @@ class _StudentVocabularyPass(torch.autograd.Function):
             grad *= settings.ce_factor
             if projected_Nd is not None:
                 projected_logits = frozen.logits(projected_Nd[rows])
-                projector_ce[rows], projected_grad = _cross_entropy(projected_logits, labels)
-                hits = (projected_logits.argmax(-1) == labels).to(wide)
+                targets = labels if projector_labels_N is None else projector_labels_N[rows]
+                has_target = targets != IGNORE_INDEX
+                value, projected_grad = _cross_entropy(projected_logits, targets.clamp_min(0))
+                projector_ce[rows] = value * has_target
+                projected_grad *= has_target.unsqueeze(-1)
+                hits = (projected_logits.argmax(-1) == targets).to(wide)
                 correct[rows] = hits
                 value, divergence_grad = settings.divergence(
                     _log_softmax(projected_logits, T), _log_softmax(logits, T)
                 )
+                counts = torch.ones_like(hits)
+                if space_mask_N is not None:
+                    counts = counts * space_mask_N[rows]
                 if settings.mask_wrong_projections:
-                    value = value * hits
-                    divergence_grad *= hits.unsqueeze(-1)
+                    counts = counts * hits
+                value = value * counts
+                divergence_grad *= counts.unsqueeze(-1)
                 divergence[rows] = value
                 grad.add_(divergence_grad, alpha=settings.student_space_factor / T)
                 if grad_projected is not None:
@@ -156,9 +166,9 @@ class _StudentVocabularyPass(torch.autograd.Function):
                 if grad_student is not None:
                     grad_student[rows] = grad_hidden
 
-        ctx.grads = (grad_student, grad_projected, None, None, None, *buffers)
+        ctx.grads = (grad_student, grad_projected, *(None,) * 5, *buffers)
         head_dtypes = (None if t is None else t.dtype for t in head_tensors)
-        ctx.dtypes = (*(None,) * 5, *head_dtypes)
+        ctx.dtypes = (*(None,) * 7, *head_dtypes)
         loss = settings.ce_factor * ce.sum()
         loss = loss + settings.student_space_factor * (projector_ce.sum() + divergence.sum())
         ctx.set_materialize_grads(False)
@@ -235,6 +245,8 @@ def dual_space_loss(
     teacher_hidden: Tensor | None = None,
     teacher_labels: Tensor | None = None,
     teacher_head: OutputHead | None = None,
+    projector_labels: Tensor | None = None,
+    student_space_mask: Tensor | None = None,
 ) -> LossOutput:
     """Sum over tokens of the dual-space distillation loss (arXiv 2406.17328, §3).
 
@@ -260,6 +272,10 @@ def dual_space_loss(
         t2s_hidden: [N, d] teacher states in the student's space; None switches student space off.
         s2t_hidden: [M, D] student states in the teacher's space; None switches teacher space off.
         teacher_hidden: [M, D]; teacher_labels: [M]; teacher_head: frozen. With `s2t_hidden` only.
+        projector_labels: [N] int64, what the projected teacher is trained to say, -100 for nothing;
+            default `student_labels`.
+        student_space_mask: [N] bool, where False there is no student-space divergence; default
+            everywhere. A row of `t2s_hidden` with neither a label nor a divergence is not read.
 
     Returns:
         `LossOutput` with the differentiable sum and the per-token terms `ce`, `projector_ce`,
@@ -272,6 +288,8 @@ def dual_space_loss(
         student_labels,
         student_head,
         settings,
+        projector_labels,
+        student_space_mask,
         *student_head.tensors(),
     )
     out = LossOutput(loss, {"ce": ce}, student_tokens=len(student_labels))
