@@ -96,6 +96,23 @@ class OutputHead:
             softcap=self.softcap,
         )
 
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of the matrix and the bias that the logits (before a softcap) come from.
+
+        Args:
+            ids: [k] int64, on the head's device.
+
+        Returns:
+            [k, d] and [k] or None, detached, with LoRA and scale in.
+        """
+        weight = self.weight.detach()[ids]
+        if self.lora_A is not None and self.lora_B is not None:
+            low = self.lora_B.detach()[ids].float() @ self.lora_A.detach().float()
+            weight = weight + self.lora_scale * low.to(weight.dtype)
+        bias = None if self.bias is None else self.bias.detach()[ids] * self.scale
+        return weight * self.scale, bias
+
     def to(self, device: torch.device) -> OutputHead:
         """The head on a device (itself if it is there already)."""
         names = ("weight", "bias", "lora_A", "lora_B")
@@ -176,6 +193,10 @@ class Side:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    def at(self, rows: Tensor) -> Side:
+        """Some of the tokens."""
+        return Side(self.input_ids[rows], self.labels[rows], self.sample_ids[rows])
+
 
 @dataclass(frozen=True)
 class TeacherSignal:
@@ -233,6 +254,17 @@ class DualBatch:
         segment_ids, *teacher = (inputs.pop(key) for key in cls.EXTRA_KEYS)
         spans = (inputs.pop(key, None) for key in cls.SPAN_KEYS)
         return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher, *spans)
+
+    def checked_pairs(self) -> Tensor:
+        """[P, 2] the exact pairs."""
+        assert self.pairs is not None, "the rows were prepared for alignment: positions"
+        return self.pairs
+
+    def checked_spans(self) -> tuple[Tensor, Tensor]:
+        """[N, 2] and [M, 2]."""
+        assert self.spans is not None, "the rows were prepared for alignment: positions"
+        assert self.teacher_spans is not None
+        return self.spans, self.teacher_spans
 
     def student_mask(self) -> Tensor:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""

@@ -27,8 +27,10 @@ PAIRS = [
     ("tiny byte-level", "DeepSeek"),
     ("DeepSeek", "Mistral v1"),
     ("Mistral v3", "DeepSeek"),
-    ("Mistral v1", "tiny sentencepiece"),
+    ("tiny sentencepiece", "DeepSeek"),
 ]
+#: Where both write a space before a text, " x" of one side is no pair of the other's "x".
+BOTH_WITH_DUMMY_SPACES = ("Mistral v1", "tiny sentencepiece")
 
 FRAGMENTS = {
     "English": [
@@ -157,8 +159,7 @@ def test_the_pairs_are_those_that_character_offsets_allow(student: str, teacher:
         expected, at, teacher_at = [], 0, 0
         for _, answer in turns:
             ours, theirs = (spans_by_offsets(name, answer) for name in (student, teacher))
-            # Two sentencepiece tokenizers may write their space as a token of its own.
-            place = {span: j for j, span in enumerate(theirs) if span[0] < span[1] or j == 0}
+            place = {span: j for j, span in enumerate(theirs) if span[0] < span[1]}
             expected += [(at + i, teacher_at + place[s]) for i, s in enumerate(ours) if s in place]
             at, teacher_at = at + len(ours), teacher_at + len(theirs)
             expected.append((at, teacher_at))  # the end tokens
@@ -170,7 +171,7 @@ def test_the_pairs_are_those_that_character_offsets_allow(student: str, teacher:
     assert 0.2 < sum(shares) / len(shares) < 1
 
 
-@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+@pytest.mark.parametrize(("student", "teacher"), [*PAIRS, BOTH_WITH_DUMMY_SPACES])
 def test_both_tokens_of_a_pair_have_the_same_bytes(student: str, teacher: str) -> None:
     for turns in mixed_rows(60):
         row = prepared(student, teacher, turns)

@@ -20,6 +20,7 @@ ALLOWED = {
     "metrics": {"types"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},
+    "projector_start": {"types", "projectors", "alignment"},
     "data": {"types", "config"},
     "teacher": {"types", "config", "heads"},
 }

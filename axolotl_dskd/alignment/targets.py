@@ -24,8 +24,10 @@ def teacher_targets(
 
     That is the teacher's own most likely token, in the student's vocabulary: the student's label
     where the teacher would say its label (the two stand for the same bytes, or both end the turn),
-    else the token of the same bytes. -100 where there is none, and for tokens without a pair. A
-    token without equal is left out rather than mapped to one that says something else.
+    else the token of the same bytes. -100 where there is none, and for tokens without a pair: a
+    token without equal is left out rather than mapped to one that says something else. So is any
+    where one side's label has the space that sentencepiece writes before a text and the other's
+    has not: there the teacher's tokens all begin with a space too much.
 
     Args:
         greedy: [P] the teacher's most likely token of each pair.
@@ -34,6 +36,9 @@ def teacher_targets(
         translation: [U] student id of the same bytes for each teacher id, -100 for none.
     """
     ours, theirs = pairs.unbind(1)
-    as_labelled = greedy == teacher.labels[theirs]
-    targets = torch.where(as_labelled, student.labels[ours], translation[greedy])
+    labels, teacher_labels = student.labels[ours], teacher.labels[theirs]
+    label_translated = translation[teacher_labels]
+    comparable = (label_translated == labels) | (label_translated == IGNORE_INDEX)
+    translated = torch.where(comparable, translation[greedy], IGNORE_INDEX)
+    targets = torch.where(greedy == teacher_labels, labels, translated)
     return torch.full_like(student.labels, IGNORE_INDEX).index_copy(0, ours, targets)

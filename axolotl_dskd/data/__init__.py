@@ -7,6 +7,7 @@ from axolotl_dskd.data.collator import COLUMNS, DualCollator
 from axolotl_dskd.data.hooks import install_hooks
 from axolotl_dskd.data.token_bytes import shared_tokens, translation
 from axolotl_dskd.data.tokenizers import (
+    exact_share,
     load_teacher_tokenizer,
     resolve_alignment,
     teacher_position_limit,
@@ -16,6 +17,7 @@ from axolotl_dskd.data.tokenizers import (
 __all__ = [
     "COLUMNS",
     "DualCollator",
+    "exact_share",
     "install_hooks",
     "load_teacher_tokenizer",
     "resolve_alignment",
