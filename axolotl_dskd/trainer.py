@@ -13,14 +13,6 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from axolotl_dskd.alignment import (
-    Aligned,
-    align_exact_pairs,
-    align_positions,
-    align_with_attention,
-    greedy_tokens,
-    teacher_targets,
-)
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data import (
     COLUMNS,
@@ -32,20 +24,14 @@ from axolotl_dskd.data import (
     translation,
     vocabulary_size,
 )
+from axolotl_dskd.exchange import Exchange
 from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.metrics import MetricSums
 from axolotl_dskd.projector_start import HeadFollower, SharedIds, StartReport, shared_rows
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors, start_from_shared_tokens
 from axolotl_dskd.teacher import LiveTeacher, load_teacher
-from axolotl_dskd.types import (
-    IGNORE_INDEX,
-    DualBatch,
-    LossOutput,
-    OutputHead,
-    Side,
-    TeacherSignal,
-)
+from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side
 
 LOG = get_logger(__name__)
 
@@ -123,9 +109,7 @@ class DSKDTrainer(AxolotlTrainer):
         self.projectors: Projectors | None = None
         self.projector_optimizer: ProjectorOptimizer | None = None
         self.head_follower: HeadFollower | None = None
-        self._start_report: StartReport | None = None
-        self._first_step: int | None = None
-        self._translation: Tensor | None = None
+        self.exchange: Exchange | None = None
         self._sums: dict[str, MetricSums] = defaultdict(MetricSums)
         self._batch: DualBatch | None = None
         self._captured: list[Tensor] = []
@@ -170,10 +154,17 @@ class DSKDTrainer(AxolotlTrainer):
             with_query=self.alignment == "cma",
             seed=self.args.seed,
         ).to(device)
-        self._start_projectors(self.projectors, head, self.teacher)
-        if self.alignment == "eta":
-            table = translation(load_teacher_tokenizer(self.dskd), self.processing_class)
-            self._translation = torch.tensor(table, device=device)
+        report = self._start_projectors(self.projectors, head, self.teacher)
+        eta = self.alignment == "eta"
+        table = translation(load_teacher_tokenizer(self.dskd), self.processing_class) if eta else []
+        self.exchange = Exchange(
+            alignment=self.alignment,
+            projectors=self.projectors,
+            teacher_head=self.teacher.head,
+            causal=self.dskd.causal,
+            translation=torch.tensor(table, dtype=torch.long, device=device),
+            start_report=report,
+        )
         self.projector_optimizer = ProjectorOptimizer(
             self.projectors,
             learning_rate=self.dskd.projector.learning_rate,
@@ -184,18 +175,18 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _start_projectors(
         self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher
-    ) -> None:
+    ) -> StartReport | None:
         """Least squares over the shared tokens, where configured and where these are enough."""
         init = self.dskd.projector.init
         tokenizer = load_teacher_tokenizer(self.dskd)
         shared = shared_tokens(self.processing_class, tokenizer)
         ids = SharedIds(*(torch.tensor(side, device=head.weight.device) for side in shared))
-        self._start_report = StartReport(ids) if len(ids) else None
+        report = StartReport(ids) if len(ids) else None
         needed = max(head.hidden_size, teacher.head.hidden_size)
         if init == "random" or (init == "auto" and len(ids) < needed):
             why = f"{len(ids)} tokens are shared, {needed} would determine a least-squares start"
             LOG.info(f"Projectors start at random: {'as configured' if init == 'random' else why}")
-            return
+            return report
         embeddings = self.model.get_input_embeddings().weight, teacher.embedding.weight
         start_from_shared_tokens(projectors, shared_rows(ids, (head, teacher.head), embeddings))
         follows = ""
@@ -203,6 +194,7 @@ class DSKDTrainer(AxolotlTrainer):
             self.head_follower = HeadFollower(projectors, ids, teacher.head, head)
             follows = "; s2t follows the student's output head, which trains"
         LOG.info(f"Projectors start in least squares over {len(ids)} shared tokens{follows}")
+        return report
 
     def student_head(self) -> OutputHead:
         """The student's head as it is now."""
@@ -213,13 +205,16 @@ class DSKDTrainer(AxolotlTrainer):
         """Whether the projectors train alone at this step."""
         return self.state.global_step < self.dskd.projector.warmup_steps
 
-    def _loss_settings(self) -> LossSettings:
+    def _loss_settings(self, dtype: torch.dtype) -> LossSettings:
         config = self.dskd
         chunk = config.chunk_tokens
         if chunk == "auto":
             chunk = auto_chunk_tokens(
                 _total_memory(self.accelerator.device),
                 (self.student_vocab_size, self.teacher_vocab_size),
+                torch.promote_types(dtype, self.teacher.head.weight.dtype)
+                if self.teacher
+                else dtype,
             )
         return LossSettings(
             divergence=make_divergence(
@@ -290,100 +285,32 @@ class DSKDTrainer(AxolotlTrainer):
             return outputs["logits"].sum() * 0.0  # reaches every parameter, the head's too
         hidden_Nd = hidden_BLd[mask_BL]
         head = self.student_head()
-        settings = self._loss_settings()
+        settings = self._loss_settings(hidden_Nd.dtype)
         call: dict[str, Any] = {
             "student_hidden": hidden_Nd,
             "student_labels": student.labels,
             "student_head": head,
             "settings": settings,
         }
-        teacher_tokens = None
-        aligned = None
+        exchanged = None
         if self.teacher is not None:
             signal = self.teacher(batch)
-            aligned = self._align(hidden_Nd, student, signal, batch)
-            self._report_start(batch, aligned, (hidden_Nd, signal.hidden), head)
-            rows = aligned.teacher_rows
-            teacher_tokens = signal.tokens if rows is None else signal.tokens.at(rows)
-            if settings.student_space_weight:
-                call["t2s_hidden"] = aligned.t2s_hidden
-                if aligned.student_mask is not None:
-                    targets = self._projector_targets(batch, aligned, student, signal)
-                    call |= {
-                        "projector_labels": targets,
-                        "student_space_mask": targets != IGNORE_INDEX,
-                    }
-            if settings.teacher_space_weight:
-                call |= {
-                    "s2t_hidden": aligned.s2t_hidden,
-                    "teacher_hidden": signal.hidden if rows is None else signal.hidden[rows],
-                    "teacher_labels": teacher_tokens.labels,
-                    "teacher_head": self.teacher.head,
-                }
+            assert self.exchange is not None
+            weight = self.model.get_input_embeddings().weight.detach()
+            exchanged = self.exchange(batch, hidden_Nd, student, weight, signal)
+            call |= exchanged.loss_arguments(settings, self.teacher.head)
+            if self.model.training:
+                states = hidden_Nd, signal.hidden
+                heads = head, self.teacher.head
+                self.exchange.report(exchanged, states, heads, self.state.global_step)
         out = dual_space_loss(**call)
-        if aligned is not None and aligned.student_mask is not None:
-            out.terms["aligned"] = aligned.student_mask.float()
+        if exchanged is not None and exchanged.aligned.student_mask is not None:
+            out.terms["aligned"] = exchanged.aligned.student_mask.float()
+        teacher_tokens = None if exchanged is None else exchanged.teacher_tokens
         self._stop_if_not_finite(out, batch, student, teacher_tokens)
         self._sums["train" if self.model.training else "eval"].add(out)
         count = len(student) if num_items_in_batch is None else num_items_in_batch
         return out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
-
-    def _align(
-        self, hidden_Nd: Tensor, student: Side, signal: TeacherSignal, batch: DualBatch
-    ) -> Aligned:
-        assert self.projectors is not None
-        if self.alignment == "positions":
-            return align_positions(hidden_Nd, student, signal, self.projectors)
-        if self.alignment == "eta":
-            return align_exact_pairs(hidden_Nd, batch.checked_pairs(), signal, self.projectors)
-        spans = batch.checked_spans() if self.dskd.causal else None
-        weight = self.model.get_input_embeddings().weight.detach()
-        embedded = weight[student.input_ids], weight[student.labels]
-        return align_with_attention(
-            hidden_Nd, embedded, student, signal, self.projectors, spans=spans
-        )
-
-    def _projector_targets(
-        self, batch: DualBatch, aligned: Aligned, student: Side, signal: TeacherSignal
-    ) -> Tensor:
-        """[N] what the projected teacher should say, -100 where it says nothing."""
-        assert self.teacher is not None
-        if self.alignment != "eta":
-            assert aligned.student_mask is not None
-            return torch.where(aligned.student_mask, student.labels, IGNORE_INDEX)
-        assert self._translation is not None
-        assert aligned.teacher_rows is not None
-        chunk = self._loss_settings().chunk_tokens
-        greedy = greedy_tokens(self.teacher.head, signal.hidden[aligned.teacher_rows], chunk)
-        pairs = batch.checked_pairs()
-        return teacher_targets(greedy, pairs, student, signal.tokens, self._translation)
-
-    def _report_start(
-        self,
-        batch: DualBatch,
-        aligned: Aligned,
-        states: tuple[Tensor, Tensor],
-        head: OutputHead,
-    ) -> None:
-        """Measure the projectors on the first batches, and say once what they give."""
-        report = self._start_report
-        if report is None or not self.model.training:
-            return
-        assert self.teacher is not None
-        if self.alignment == "positions":
-            pairs = torch.arange(len(states[0]), device=states[0].device)[:, None].expand(-1, 2)
-        else:
-            pairs = batch.checked_pairs()
-        if self._first_step is None:
-            self._first_step = self.state.global_step
-        first = self.state.global_step == self._first_step
-        if first:
-            report.add(pairs, aligned, states, (head, self.teacher.head))
-        if report.complete or not first:
-            self._start_report = None
-            LOG.info(report.text())
-            if warning := report.warning():
-                LOG.warning(warning)
 
     def _stop_if_not_finite(
         self, out: LossOutput, batch: DualBatch, student: Side, teacher: Side | None

@@ -21,6 +21,7 @@ ALLOWED = {
     "losses": {"types"},
     "alignment": {"types", "projectors"},
     "projector_start": {"types", "projectors", "alignment"},
+    "exchange": {"types", "losses", "alignment", "projectors", "projector_start"},
     "data": {"types", "config"},
     "teacher": {"types", "config", "heads"},
 }

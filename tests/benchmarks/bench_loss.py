@@ -189,7 +189,7 @@ def print_table(size: str, args: argparse.Namespace) -> None:
     """Measure one size and print its Markdown table."""
     N, d, D, V, U = SIZES[size]
     x = Inputs.make(SIZES[size], args.device, getattr(torch, args.dtype), args.seed)
-    chunk = auto_chunk_tokens(total_memory(args.device), (V, U))
+    chunk = auto_chunk_tokens(total_memory(args.device), (V, U), x.student.dtype)
     # The floor may use whichever chunk suits the machine best.
     bare = min(seconds(partial(floor, x, c), x, args.repeats) for c in (chunk, N))
     print(
