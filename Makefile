@@ -30,6 +30,7 @@ test-fast: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_loss.py
+	$(BIN)/python tests/benchmarks/bench_alignment.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

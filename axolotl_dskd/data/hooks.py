@@ -25,7 +25,7 @@ from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.paired import PairedStrategy
 from axolotl_dskd.data.reconcile import Reconcile, reconcile_dataset
 from axolotl_dskd.data.shared_text import writes_dummy_space
-from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
     resolve_alignment,
@@ -218,6 +218,9 @@ class _Hooks:
             alignment, _ = resolve_alignment(config, student, teacher)
             strategy = (cfg.excess_length_strategy or "drop").lower()
             ours, theirs = token_bytes(student), token_bytes(teacher)
+            for side, tokenizer in (("student", student), ("teacher", teacher)):
+                if changes := normalisations(tokenizer):
+                    LOG.info(f"The {side}'s tokenizer changes text ({', '.join(changes)})")
             reconcile = Reconcile(
                 student_bytes=ours,
                 teacher_bytes=theirs,

@@ -35,6 +35,16 @@ def _components(node: Any) -> set[str]:
     return set()
 
 
+def normalisations(tokenizer: Any) -> list[str]:
+    """Names of what a tokenizer does to a text before it splits it, beyond writing spaces as `▁`.
+
+    A Unicode form (NFC, NFKC), lower case, stripped white space, sentencepiece's own table
+    (Precompiled): texts that these change are spelled differently by another tokenizer.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    return sorted(_components(spec["normalizer"]) - {"Sequence", "Prepend", "Replace"})
+
+
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """Bytes of every token id, in order; special tokens and unused ids stand for no text: b"".
 
