@@ -130,6 +130,11 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
+        if self.dskd.projector.warmup_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                "dskd.projector.warmup_steps holds the student's gradients back, which DeepSpeed "
+                "keeps to itself. Set warmup_steps: 0, or train without DeepSpeed."
+            )
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
         with self.accelerator.autocast():
             check_output_head(self.model, "student")
