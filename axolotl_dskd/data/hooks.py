@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_dskd import __version__
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.paired import PairedStrategy
-from axolotl_dskd.data.reconcile import Reconcile, reconcile_dataset
+from axolotl_dskd.data.reconcile import ROW_FORMAT, Reconcile, reconcile_dataset
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from axolotl_dskd.data.tokenizers import (
@@ -35,9 +35,6 @@ from axolotl_dskd.data.tokenizers import (
 LOG = get_logger(__name__)
 
 _MARK = "_dskd_wrapped"
-
-#: Raised when prepared rows change, so that none prepared by an older version is taken for them.
-ROW_FORMAT = 2
 
 
 def _active(cfg: Any) -> DSKDConfig | None:
@@ -168,7 +165,7 @@ def data_fingerprint(config: DSKDConfig) -> str:
         "limit": teacher_position_limit(config),
         # eta and cma use the same rows; positions and auto (with one vocabulary) have no spans.
         "alignment": "spans" if config.alignment in ("eta", "cma") else config.alignment,
-        "columns": ROW_FORMAT,
+        "row_format": ROW_FORMAT,
     }
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 

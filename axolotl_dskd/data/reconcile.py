@@ -40,6 +40,9 @@ MAX_DIFFERING_SHARE = 0.1
 KEPT, CUT, EMPTY, TOO_LONG, DIFFERENT = "kept", "cut", "empty", "teacher too long", "different text"
 _STATUS = "dskd_status"
 
+#: Raised when prepared rows change, so that none prepared by an older version is taken for them.
+ROW_FORMAT = 2
+
 #: Columns of a prepared row, one entry a supervised token (in order), as `Spans.flat` writes them.
 SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"
 #: `[i, j, i, j, …]`: the i-th supervised student token and the j-th of the teacher are a pair.
@@ -65,7 +68,9 @@ class Reconcile:
     same_ids: bool
     student_dummy_spaces: bool = False
     teacher_dummy_spaces: bool = False
-    version: str = __version__  # part of the fingerprint under which rows are cached
+    version: str = (
+        f"{__version__}/{ROW_FORMAT}"  # part of the fingerprint under which rows are cached
+    )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with its labels cut to the shared text, its spans and pairs, and a status.
