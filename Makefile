@@ -31,6 +31,7 @@ test-fast: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_loss.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_teacher.py
+	$(BIN)/python tests/benchmarks/bench_alignment.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -201,6 +201,12 @@ class ProjectorConfig(_Block):
         description="How the projectors start. lstsq: in least squares over the tokens that both "
         "vocabularies share. auto: lstsq if these are enough to determine it, else random.",
     )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps at the start in which the projectors train alone, at their "
+        "full learning rate; the student stays as it is.",
+    )
     learning_rate: float = Field(
         1.0e-3, gt=0, le=1, description="AdamW's, times the student's schedule factor."
     )
@@ -211,11 +217,22 @@ class DSKDConfig(_Block):
     """Dual-space knowledge distillation (arXiv 2406.17328, 2504.11426)."""
 
     teacher: TeacherConfig = Field(description="The teacher.")
-    alignment: Literal["auto", "positions", "cma"] = Field(
+    alignment: Literal["auto", "positions", "eta", "cma"] = Field(
         "auto",
         description="How tokens of the two models meet. positions: one by one (identical "
-        "vocabularies). cma: cross-model attention. auto: positions if the vocabularies are "
-        "identical, else cma.",
+        "vocabularies). eta: exact token alignment, those that stand for the same bytes. cma: "
+        "cross-model attention. auto: positions if the vocabularies are identical, eta if most "
+        "student tokens of the data are exactly aligned, else cma.",
+    )
+    causal: bool = Field(
+        False,
+        description="Cross-model attention sees only tokens whose bytes have been read by then.",
+    )
+    agreement_mask: bool | Literal["auto"] = Field(
+        "auto",
+        description="The student follows the projected teacher only where the projected teacher's "
+        "first choice is what it was trained to say (the label; with eta the teacher's own first "
+        "choice). auto: on for cma, as published, else off.",
     )
     divergence: DivergenceName = Field(
         "forward_kl", description="Student-space divergence from the projected teacher."
@@ -253,6 +270,15 @@ class DSKDConfig(_Block):
             raise ValueError(
                 "dskd: student_space_weight and teacher_space_weight are both 0, so kd_ratio "
                 f"{self.kd_ratio} weights nothing. Raise one, or set kd_ratio: 0 for plain SFT."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _causal_attention(self) -> DSKDConfig:
+        if self.causal and self.alignment in ("positions", "eta"):
+            raise ValueError(
+                f"dskd.causal is for cross-model attention; with alignment: {self.alignment} a "
+                "token meets one token only. Remove causal, or set alignment: cma."
             )
         return self
 

@@ -16,6 +16,7 @@ TERMS = (
     "teacher_space",
     "projector_accuracy",
     "teacher_accuracy",
+    "aligned",
 )
 
 

@@ -7,6 +7,7 @@ of them. This module knows sizes and gradients; nothing of models, tokens or los
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,30 +58,50 @@ class SharedTokens:
     Attributes:
         student_head, student_embedding: [k, d] rows of the output head and of the input embedding.
         teacher_head, teacher_embedding: [k, D].
+        student_bias, teacher_bias: [k] of the output heads, or None.
     """
 
     student_head: Tensor
     student_embedding: Tensor
     teacher_head: Tensor
     teacher_embedding: Tensor
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
 
 
-def least_squares(x: Tensor, y: Tensor, ridge: float = 1e-9) -> Tensor:
+class Gram:
+    """The left side of the normal equations `(xᵀx + ridge) W = xᵀy`, factorised once.
+
+    The ridge, relative to the mean diagonal of xᵀx, only matters where columns of x are dependent.
+
+    Args:
+        x: [k, a]; products are in float64, in blocks: no float64 copy of all rows.
+    """
+
+    def __init__(self, x: Tensor, ridge: float = 1e-9) -> None:
+        gram = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
+        for rows in x.split(8192):
+            wide = rows.double()
+            gram.addmm_(wide.T, wide)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        self.factor = torch.linalg.cholesky(gram)
+
+    def solve(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """[a, b] float64: W for the blocks' rows of x and y, [k', a] and [k', b] each."""
+        moment: Tensor | None = None
+        for x, y in blocks:
+            product = x.double().T @ y.double()
+            moment = product if moment is None else moment.add_(product)
+        assert moment is not None
+        return torch.cholesky_solve(moment, self.factor)
+
+
+def least_squares(x: Tensor, y: Tensor) -> Tensor:
     """The W that minimises ‖x W − y‖², by normal equations in float64: [k, a], [k, b] -> [a, b].
 
-    The same as `pinv(x) @ y`, several times faster. The ridge, relative to the mean diagonal of
-    xᵀx, only matters where columns of x are dependent.
+    The same as `pinv(x) @ y`, several times faster.
     """
-    a, b = x.shape[1], y.shape[1]
-    gram = x.new_zeros((a, a), dtype=torch.float64)
-    moment = x.new_zeros((a, b), dtype=torch.float64)
-    # In blocks: no float64 copy of all rows.
-    for rows_x, rows_y in zip(x.split(8192), y.split(8192), strict=True):
-        wide = rows_x.double()
-        gram += wide.T @ wide
-        moment += wide.T @ rows_y.double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, moment).to(torch.float32)
+    return Gram(x).solve(zip(x.split(8192), y.split(8192), strict=True)).to(torch.float32)
 
 
 @torch.no_grad()
@@ -102,6 +123,14 @@ def start_from_shared_tokens(projectors: Projectors, shared: SharedTokens) -> No
         linear.bias.zero_()
     t2s = least_squares(shared.student_head, shared.teacher_head)
     projectors.s2t.weight.copy_(least_squares(shared.teacher_head, shared.student_head))
+    if shared.student_bias is not None or shared.teacher_bias is not None:
+        ours, theirs = (
+            torch.zeros(len(shared.student_head), device=t2s.device) if b is None else b.float()
+            for b in (shared.student_bias, shared.teacher_bias)
+        )
+        gap = (theirs - ours).unsqueeze(1)
+        projectors.t2s.bias.copy_(least_squares(shared.student_head, gap).squeeze(1))
+        projectors.s2t.bias.copy_(least_squares(shared.teacher_head, -gap).squeeze(1))
     if projectors.query is not None:
         std = shared.teacher_embedding.float().std()
         t2s *= std

@@ -13,24 +13,23 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from axolotl_dskd.alignment import Aligned, align_positions, align_with_attention
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data import (
+    COLUMNS,
     DualCollator,
+    exact_share,
     load_teacher_tokenizer,
     resolve_alignment,
     shared_tokens,
+    translation,
     vocabulary_size,
 )
+from axolotl_dskd.exchange import Exchange
 from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.metrics import MetricSums
-from axolotl_dskd.projectors import (
-    ProjectorOptimizer,
-    Projectors,
-    SharedTokens,
-    start_from_shared_tokens,
-)
+from axolotl_dskd.projector_start import HeadFollower, SharedIds, StartReport, shared_rows
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors, start_from_shared_tokens
 from axolotl_dskd.teacher import (
     CachedTeacher,
     CacheRun,
@@ -38,7 +37,7 @@ from axolotl_dskd.teacher import (
     load_teacher,
     open_cached_teacher,
 )
-from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side, TeacherSignal
+from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side
 
 LOG = get_logger(__name__)
 
@@ -58,14 +57,23 @@ class _StepProjectors(TrainerCallback):
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After backward of the last micro-batch, before the student's optimizer steps."""
         assert self.trainer.projector_optimizer is not None
+        warming_up = self.trainer.projectors_warm_up
+        if warming_up:  # an optimizer leaves parameters without gradient as they are
+            for parameter in self.trainer.model.parameters():
+                parameter.grad = None
         group = self.trainer.optimizer.param_groups[0]
         # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
         initial = group.get("initial_lr") or self.trainer.args.learning_rate
         scaler = self.trainer.accelerator.scaler
         self.trainer.projector_optimizer.step(
-            schedule_factor=float(group["lr"] / initial) if initial else 1.0,
+            schedule_factor=float(group["lr"] / initial) if initial and not warming_up else 1.0,
             loss_scale=scaler.get_scale() if scaler is not None else 1.0,
         )
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        """After the student's optimizer has stepped."""
+        if self.trainer.head_follower is not None and not self.trainer.projectors_warm_up:
+            self.trainer.head_follower.follow(self.trainer.student_head())
 
 
 class _KeepTeacherCache(TrainerCallback):
@@ -101,7 +109,9 @@ class DSKDTrainer(AxolotlTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         student, teacher = kwargs["processing_class"], load_teacher_tokenizer(self.dskd)
-        self.alignment, why = resolve_alignment(self.dskd, student, teacher)
+        self.alignment, why = resolve_alignment(
+            self.dskd, student, teacher, exact_share(kwargs.get("train_dataset"))
+        )
         LOG.info(f"Alignment of student and teacher tokens: {why}")
         self.student_vocab_size = vocabulary_size(student)
         self.teacher_vocab_size = vocabulary_size(teacher)
@@ -121,6 +131,8 @@ class DSKDTrainer(AxolotlTrainer):
         self.teacher: LiveTeacher | CachedTeacher | None = None
         self.projectors: Projectors | None = None
         self.projector_optimizer: ProjectorOptimizer | None = None
+        self.head_follower: HeadFollower | None = None
+        self.exchange: Exchange | None = None
         self._sums: dict[str, MetricSums] = defaultdict(MetricSums)
         self._batch: DualBatch | None = None
         self._captured: list[Tensor] = []
@@ -141,11 +153,16 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
+        if self.dskd.projector.warmup_steps and self.is_deepspeed_enabled:
+            raise ValueError(
+                "dskd.projector.warmup_steps holds the student's gradients back, which DeepSpeed "
+                "keeps to itself. Set warmup_steps: 0, or train without DeepSpeed."
+            )
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
         with self.accelerator.autocast():
             check_output_head(self.model, "student")
         self.teacher = self._open_teacher(device)
-        head = output_head(self.model, self.student_vocab_size)
+        head = self.student_head()
         embedding = self.model.get_input_embeddings().weight
         if head.weight.shape[0] < self.student_vocab_size:
             raise ValueError(
@@ -164,7 +181,17 @@ class DSKDTrainer(AxolotlTrainer):
             with_query=self.alignment == "cma",
             seed=self.args.seed,
         ).to(device)
-        self._start_projectors(self.projectors, head, self.teacher)
+        report = self._start_projectors(self.projectors, head, self.teacher)
+        eta = self.alignment == "eta"
+        table = translation(load_teacher_tokenizer(self.dskd), self.processing_class) if eta else []
+        self.exchange = Exchange(
+            alignment=self.alignment,
+            projectors=self.projectors,
+            teacher_head=self.teacher.head,
+            causal=self.dskd.causal,
+            translation=torch.tensor(table, dtype=torch.long, device=device),
+            start_report=report,
+        )
         self.projector_optimizer = ProjectorOptimizer(
             self.projectors,
             learning_rate=self.dskd.projector.learning_rate,
@@ -200,32 +227,35 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _start_projectors(
         self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher | CachedTeacher
-    ) -> None:
+    ) -> StartReport | None:
         """Least squares over the shared tokens, where configured and where these are enough."""
         init = self.dskd.projector.init
-        if init == "random":
-            return
         tokenizer = load_teacher_tokenizer(self.dskd)
-        ours, theirs = shared_tokens(self.processing_class, tokenizer)
+        shared = shared_tokens(self.processing_class, tokenizer)
+        ids = SharedIds(*(torch.tensor(side, device=head.weight.device) for side in shared))
+        report = StartReport(ids) if len(ids) else None
         needed = max(head.hidden_size, teacher.head.hidden_size)
-        if init == "auto" and len(ours) < needed:
-            LOG.info(
-                f"Projectors start at random: {len(ours)} tokens are shared, {needed} would "
-                "determine a least-squares start"
-            )
-            return
-        device = head.weight.device
+        if init == "random" or (init == "auto" and len(ids) < needed):
+            why = f"{len(ids)} tokens are shared, {needed} would determine a least-squares start"
+            LOG.info(f"Projectors start at random: {'as configured' if init == 'random' else why}")
+            return report
         embeddings = self.model.get_input_embeddings().weight, teacher.embedding.weight
-        start_from_shared_tokens(
-            projectors,
-            SharedTokens(
-                student_head=head.weight.detach()[ours],
-                student_embedding=embeddings[0].detach()[ours].to(device),
-                teacher_head=teacher.head.weight[theirs].to(device),
-                teacher_embedding=embeddings[1].detach()[theirs].to(device),
-            ),
-        )
-        LOG.info(f"Projectors start in least squares over {len(ours)} shared tokens")
+        start_from_shared_tokens(projectors, shared_rows(ids, (head, teacher.head), embeddings))
+        follows = ""
+        if head.trainable:
+            self.head_follower = HeadFollower(projectors, ids, teacher.head, head)
+            follows = "; s2t follows the student's output head, which trains"
+        LOG.info(f"Projectors start in least squares over {len(ids)} shared tokens{follows}")
+        return report
+
+    def student_head(self) -> OutputHead:
+        """The student's head as it is now."""
+        return output_head(self.model, self.student_vocab_size)
+
+    @property
+    def projectors_warm_up(self) -> bool:
+        """Whether the projectors train alone at this step."""
+        return self.state.global_step < self.dskd.projector.warmup_steps
 
     def _loss_settings(self, dtype: torch.dtype) -> LossSettings:
         config = self.dskd
@@ -249,7 +279,9 @@ class DSKDTrainer(AxolotlTrainer):
             kd_ratio=config.kd_ratio if self.teacher is not None else 0.0,
             student_space_weight=config.student_space_weight,
             teacher_space_weight=config.teacher_space_weight,
-            mask_wrong_projections=self.alignment == "cma",
+            mask_wrong_projections=self.alignment == "cma"
+            if config.agreement_mask == "auto"
+            else config.agreement_mask,
             chunk_tokens=chunk,
         )
 
@@ -257,7 +289,7 @@ class DSKDTrainer(AxolotlTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += ["teacher_input_ids", "teacher_labels"]
+            self._signature_columns += COLUMNS
 
     # ---- the loss ----------------------------------------------------------------------------
 
@@ -304,7 +336,7 @@ class DSKDTrainer(AxolotlTrainer):
         if len(student) == 0:
             return outputs["logits"].sum() * 0.0  # reaches every parameter, the head's too
         hidden_Nd = hidden_BLd[mask_BL]
-        head = output_head(self.model, self.student_vocab_size)
+        head = self.student_head()
         settings = self._loss_settings(hidden_Nd.dtype)
         call: dict[str, Any] = {
             "student_hidden": hidden_Nd,
@@ -312,35 +344,28 @@ class DSKDTrainer(AxolotlTrainer):
             "student_head": head,
             "settings": settings,
         }
-        signal = None
+        exchanged = None
         if self.teacher is not None:
             signal = self.teacher(batch)
-            aligned = self._align(hidden_Nd, student, signal)
-            if settings.student_space_weight:
-                call["t2s_hidden"] = aligned.t2s_hidden
-            if settings.teacher_space_weight:
-                call |= {
-                    "s2t_hidden": aligned.s2t_hidden,
-                    "teacher_hidden": signal.hidden,
-                    "teacher_labels": signal.tokens.labels,
-                    "teacher_head": self.teacher.head,
-                }
+            assert self.exchange is not None
+            weight = self.model.get_input_embeddings().weight.detach()
+            exchanged = self.exchange(batch, hidden_Nd, student, weight, signal)
+            call |= exchanged.loss_arguments(settings, self.teacher.head)
+            if self.model.training:
+                states = hidden_Nd, signal.hidden
+                heads = head, self.teacher.head
+                self.exchange.report(exchanged, states, heads, self.state.global_step)
         out = dual_space_loss(**call)
-        self._stop_if_not_finite(out, batch, student, signal)
+        if exchanged is not None and exchanged.aligned.student_mask is not None:
+            out.terms["aligned"] = exchanged.aligned.student_mask.float()
+        teacher_tokens = None if exchanged is None else exchanged.teacher_tokens
+        self._stop_if_not_finite(out, batch, student, teacher_tokens)
         self._sums["train" if self.model.training else "eval"].add(out)
         count = len(student) if num_items_in_batch is None else num_items_in_batch
         return out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
 
-    def _align(self, hidden_Nd: Tensor, student: Side, signal: TeacherSignal) -> Aligned:
-        assert self.projectors is not None
-        if self.alignment == "positions":
-            return align_positions(hidden_Nd, student, signal, self.projectors)
-        weight = self.model.get_input_embeddings().weight.detach()
-        embedded = weight[student.input_ids], weight[student.labels]
-        return align_with_attention(hidden_Nd, embedded, student, signal, self.projectors)
-
     def _stop_if_not_finite(
-        self, out: LossOutput, batch: DualBatch, student: Side, signal: TeacherSignal | None
+        self, out: LossOutput, batch: DualBatch, student: Side, teacher: Side | None
     ) -> None:
         """Name the term, the step and the rows, instead of training on with a broken model.
 
@@ -351,7 +376,7 @@ class DSKDTrainer(AxolotlTrainer):
             return
         found = []
         for name, tokens in out.nonfinite():
-            side = signal.tokens if signal is not None and name.startswith("teacher_") else student
+            side = teacher if teacher is not None and name.startswith("teacher_") else student
             samples = sorted(set(side.sample_ids[tokens].tolist()))
             rows = [
                 repr(self.processing_class.decode(batch.input_ids[batch.segment_ids == s])[:120])
@@ -395,6 +420,8 @@ class DSKDTrainer(AxolotlTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.projector_optimizer is not None:
             self.projector_optimizer.load(checkpoint)
+            if self.head_follower is not None:
+                self.head_follower.resume(self.student_head())
 
 
 def _total_memory(device: torch.device) -> int:

@@ -5,6 +5,7 @@ Dimension letters, used as suffixes everywhere:
     B  rows of a batch            L  tokens of a padded or packed row
     S  samples of a batch (a packed row holds several)
     N  supervised student tokens  M  supervised teacher tokens
+    P  exactly aligned pairs
     d  student hidden size        D  teacher hidden size
     V  student vocabulary         U  teacher vocabulary
 
@@ -94,6 +95,23 @@ class OutputHead:
             scale=self.scale,
             softcap=self.softcap,
         )
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of the matrix and the bias that the logits (before a softcap) come from.
+
+        Args:
+            ids: [k] int64, on the head's device.
+
+        Returns:
+            [k, d] and [k] or None, detached, with LoRA and scale in.
+        """
+        weight = self.weight.detach()[ids]
+        if self.lora_A is not None and self.lora_B is not None:
+            low = self.lora_B.detach()[ids].float() @ self.lora_A.detach().float()
+            weight = weight + self.lora_scale * low.to(weight.dtype)
+        bias = None if self.bias is None else self.bias.detach()[ids] * self.scale
+        return weight * self.scale, bias
 
     def to(self, device: torch.device) -> OutputHead:
         """The head on a device (itself if it is there already)."""
@@ -204,6 +222,10 @@ class Side:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    def at(self, rows: Tensor) -> Side:
+        """Some of the tokens."""
+        return Side(self.input_ids[rows], self.labels[rows], self.sample_ids[rows])
+
 
 @dataclass(frozen=True)
 class TeacherSignal:
@@ -232,6 +254,10 @@ class DualBatch:
         cached_states, cached: from the teacher's cache, or None: [M, bytes] uint8, the packed
             states of the supervised teacher tokens, and [S] bool, which samples were found (the
             others' states are zeros).
+        spans, teacher_spans: [N, 2], [M, 2] first byte and end of each supervised token in the
+            text of its sample that both sides share, or None where token i is token i of the
+            other side (`alignment: positions`).
+        pairs: [P, 2] which supervised tokens of the two sides have the same span, or None.
     """
 
     input_ids: Tensor
@@ -242,6 +268,9 @@ class DualBatch:
     teacher_attention_mask: Tensor
     cached_states: Tensor | None = None
     cached: Tensor | None = None
+    spans: Tensor | None = None
+    teacher_spans: Tensor | None = None
+    pairs: Tensor | None = None
 
     #: Batch keys of ours, which no model's forward may see.
     EXTRA_KEYS = (
@@ -250,14 +279,21 @@ class DualBatch:
         "dskd_teacher_labels",
         "dskd_teacher_attention_mask",
     )
-    CACHE_KEYS = ("dskd_cached_states", "dskd_cached")
+    #: Those that not every run has.
+    OPTIONAL_KEYS = (
+        "dskd_cached_states",
+        "dskd_cached",
+        "dskd_spans",
+        "dskd_teacher_spans",
+        "dskd_pairs",
+    )
 
     @classmethod
     def pop_from(cls, inputs: dict[str, Any]) -> DualBatch:
         """Take our tensors out of a collated batch; the rest is what the student's forward gets."""
         segment_ids, *teacher = (inputs.pop(key) for key in cls.EXTRA_KEYS)
-        cache = (inputs.pop(key, None) for key in cls.CACHE_KEYS)
-        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher, *cache)
+        more = (inputs.pop(key, None) for key in cls.OPTIONAL_KEYS)
+        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher, *more)
 
     def student_mask(self) -> Tensor:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""

@@ -98,3 +98,46 @@ def dual_space(
         "student_space": per_token.sum(),
         "teacher_space": teacher_space.sum(),
     }
+
+
+def exact_token_alignment(
+    student_hidden: Tensor,
+    student_labels: list[int],
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_labels: list[int],
+    teacher_head: Tensor,
+    t2s: torch.nn.Linear,
+    s2t: torch.nn.Linear,
+    pairs: list[tuple[int, int]],
+    translation: dict[int, int],
+    *,
+    name: str,
+    temperature: float,
+    mask_wrong: bool,
+) -> dict[str, Tensor]:
+    """Sums of the terms of exact token alignment, pair by pair; differentiable."""
+    zero = student_hidden.sum() * 0
+    terms = dict.fromkeys(("projector_ce", "student_space", "teacher_space"), zero)
+    terms["ce"] = F.cross_entropy(
+        student_hidden @ student_head.T, torch.tensor(student_labels), reduction="sum"
+    )
+    frozen = student_head.detach()
+    for i, j in pairs:
+        teacher = teacher_head @ teacher_hidden[j]
+        projected_student = teacher_head @ s2t(student_hidden[i])
+        p, q = ((x / temperature).softmax(-1) for x in (teacher, projected_student))
+        terms["teacher_space"] = terms["teacher_space"] + divergence("forward_kl", p, q)
+        said = int(teacher.argmax())
+        target = student_labels[i] if said == teacher_labels[j] else translation.get(said)
+        if target is None:
+            continue
+        projected_teacher = frozen @ t2s(teacher_hidden[j])
+        ce = F.cross_entropy(projected_teacher[None], torch.tensor([target]), reduction="sum")
+        terms["projector_ce"] = terms["projector_ce"] + ce
+        if mask_wrong and int(projected_teacher.argmax()) != target:
+            continue
+        p = (projected_teacher.detach() / temperature).softmax(-1)
+        q = (student_head @ student_hidden[i] / temperature).softmax(-1)
+        terms["student_space"] = terms["student_space"] + divergence(name, p, q)
+    return terms

@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from axolotl_dskd.cli import main, read_config
 from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.data.reconcile import CUT, KEPT, STATUS, Reconcile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.inspect.card import Card, configured_for, parse_memory
 from axolotl_dskd.inspect.doctor import inspect_run
@@ -146,24 +147,36 @@ TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
 def test_groups_hold_every_token_once_and_exact_pairs_spell_the_same(text: str):
     student, teacher = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()
     tables = token_bytes(student), token_bytes(teacher)
+    reconcile = Reconcile(
+        student_bytes=tables[0],
+        teacher_bytes=tables[1],
+        teacher_dummy_spaces=True,
+        teacher_limit=10_000,
+        truncate_teacher=False,
+        same_ids=False,
+    )
     ids = [
         [t.eos_token_id, *t(text, add_special_tokens=False)["input_ids"], t.eos_token_id]
         for t in (student, teacher)
     ]
-    row = {
-        "input_ids": ids[0],
-        "labels": ids[0],
-        "teacher_input_ids": ids[1],
-        "teacher_labels": ids[1],
-    }
-    groups = token_groups(row, *tables)
-    assert [i for g in groups for i in g.student] == list(range(1, len(ids[0])))
-    assert [i for g in groups for i in g.teacher] == list(range(1, len(ids[1])))
+    raw = {"input_ids": ids[0], "labels": ids[0]}
+    raw |= {"teacher_input_ids": ids[1], "teacher_labels": ids[1]}
+    row = raw | reconcile(raw)
+    assume(row.pop(STATUS) in (KEPT, CUT))
+    groups = token_groups(row)
+    for side, column in (("student", "labels"), ("teacher", "teacher_labels")):
+        held = [i for g in groups for i in getattr(g, side)]
+        assert held == [i for i, y in enumerate(row[column]) if i and y != -100]
     for place, group in enumerate(groups):
         if group.exact:
             ours, theirs = tables[0][ids[0][group.student[0]]], tables[1][ids[1][group.teacher[0]]]
             # The first piece may have sentencepiece's space.
             assert ours == theirs or (place == 0 and b" " + ours == theirs) or not text
+
+
+def test_tokens_of_one_vocabulary_meet_one_by_one():
+    row = {"labels": [-100, 5, -100, 7], "teacher_labels": [5, -100, -100, 5, 7]}
+    assert [(g.student, g.teacher) for g in token_groups(row)] == [([1], [3]), ([3], [4])]
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ ALLOWED = {
     "metrics": {"types"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},
+    "projector_start": {"types", "projectors", "alignment"},
+    "exchange": {"types", "losses", "alignment", "projectors", "projector_start"},
     "data": {"types", "config"},
     "progress": set(),
     "cache": {"types"},

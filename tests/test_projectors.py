@@ -149,3 +149,25 @@ def test_equal_tokens_attend_to_each_other_from_the_start():
     key = torch.cat([rows.teacher_embedding[i] for i in (x, y)], 1)
     scores = query @ (key / key.std()).T
     assert torch.equal(scores.argmax(1), torch.arange(20))
+
+
+def test_the_least_squares_start_makes_up_for_the_heads_biases():
+    rows = shared(50)
+    bias = torch.randn(50, generator=torch.Generator().manual_seed(4))
+    exact = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    shift = torch.randn(4, generator=torch.Generator().manual_seed(3))
+    rows = dataclasses.replace(
+        rows,
+        teacher_head=rows.student_head @ exact,
+        student_bias=bias,
+        teacher_bias=bias + rows.student_head @ shift,
+    )
+    projectors = Projectors(4, 6, with_query=False, seed=0)
+    start_from_shared_tokens(projectors, rows)
+    states = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        projectors.t2s(states) @ rows.student_head.T + bias,
+        states @ rows.teacher_head.T + rows.teacher_bias,
+        rtol=1e-4,
+        atol=1e-4,
+    )

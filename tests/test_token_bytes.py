@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from tests import tiny
 
 TEXTS = {
@@ -199,3 +199,12 @@ def test_a_wordpiece_tokenizer_is_refused() -> None:
 def test_a_tokenizer_without_fast_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ByT5Tokenizer.*no fast backend"):
         token_bytes(ByT5Tokenizer())
+
+
+def test_what_a_tokenizer_does_to_text_is_named() -> None:
+    assert normalisations(tiny.sentencepiece_tokenizer()) == []  # spaces alone
+    assert normalisations(tiny.byte_level_tokenizer()) == []
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    steps = [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(" ", "▁")]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    assert normalisations(tokenizer) == ["Lowercase", "NFC"]

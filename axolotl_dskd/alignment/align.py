@@ -1,4 +1,4 @@
-"""Position-wise alignment and cross-model attention."""
+"""Position-wise alignment, exactly aligned tokens, and cross-model attention."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ class Aligned:
     Attributes:
         t2s_hidden: [N, d] the teacher's states for each student token, in the student's space.
         s2t_hidden: [M, D] the student's states for each teacher token, in the teacher's space.
+        student_mask: [N] bool, student tokens that have a teacher's state; None means all. The
+            other rows of `t2s_hidden` mean nothing.
+        teacher_rows: [M'] indices of the teacher tokens that have a student's state, one for each
+            row of `s2t_hidden`; None means all M.
     """
 
     t2s_hidden: Tensor
     s2t_hidden: Tensor
+    student_mask: Tensor | None = None
+    teacher_rows: Tensor | None = None
 
 
 def align_positions(
@@ -45,6 +51,23 @@ def align_positions(
             + ". Use `alignment: cma`."
         )
     return Aligned(projectors.t2s(teacher.hidden), projectors.s2t(student_hidden))
+
+
+def align_exact_pairs(
+    student_hidden: Tensor, pairs: Tensor, teacher: TeacherSignal, projectors: Projectors
+) -> Aligned:
+    """Tokens that stand for the same bytes on both sides meet; the others meet nothing
+    (arXiv 2504.11426, §3.4: exact token alignment).
+
+    Args:
+        student_hidden: [N, d].
+        pairs: [P, 2] indices of the student's and of the teacher's token.
+    """
+    ours, theirs = pairs.unbind(1)
+    projected = projectors.t2s(teacher.hidden[theirs].to(student_hidden.dtype))
+    t2s = torch.zeros_like(student_hidden).index_copy(0, ours, projected)
+    mask = torch.zeros(len(t2s), dtype=torch.bool, device=t2s.device).index_fill(0, ours, True)
+    return Aligned(t2s, projectors.s2t(student_hidden[ours]), mask, theirs)
 
 
 def sample_std(states: Tensor, sample_ids: Tensor) -> Tensor:
@@ -75,6 +98,7 @@ def align_with_attention(
     teacher: TeacherSignal,
     projectors: Projectors,
     stds: tuple[Tensor, Tensor, Tensor] | None = None,
+    spans: tuple[Tensor, Tensor] | None = None,
 ) -> Aligned:
     """Cross-model attention (arXiv 2406.17328, §3.3, eq. 8-11): each token attends to the other
     side's supervised tokens of its own sample.
@@ -93,6 +117,11 @@ def align_with_attention(
         student_embedded: the student's input embeddings of x and y, [N, d] each, taken as given
             (no gradient flows into the embedding through the attention).
         stds: [M, 1] each, of [E_t x ; E_t y], h_t and E_t y; default `sample_std` of each.
+        spans: [N, 2] and [M, 2] first byte and end of each token, for causal attention; default
+            none. A student token then attends only to teacher tokens that end no later than it
+            does: a value knows its token's label, so what counts is the token's end. A teacher
+            token attends only to student tokens that begin no later than it does: the student's
+            state has read what is before its token. Both ways an exact pair sees each other.
     """
     assert projectors.query is not None, "these projectors were built for positions"
     dtype = student_hidden.dtype
@@ -118,15 +147,28 @@ def align_with_attention(
         key.split(counts_M),
         value_t.split(counts_M),
         value_s.split(counts_N),
+        *((s.split(c) for s, c in zip(spans, (counts_N, counts_M), strict=True)) if spans else ()),
         strict=True,
     )
-    t2s, s2t = [], []
-    for q, k, v_t, v_s in blocks:
+    t2s, s2t, seen, seen_by = [], [], [], []
+    for q, k, v_t, v_s, *bounds in blocks:
         if len(q) == 0 or len(k) == 0:
             # Preparation drops rows that one side does not supervise.
             assert len(q) == len(k) == 0, "a sample is supervised on one side only"
             continue
         scores = (q @ k.T).float() / math.sqrt(k.shape[1])
-        t2s.append(scores.softmax(1).to(dtype) @ v_t)
-        s2t.append(scores.softmax(0).to(dtype).T @ v_s)
-    return Aligned(torch.cat(t2s), torch.cat(s2t))
+        to_teacher = to_student = scores
+        if bounds:
+            (start, end), (teacher_start, teacher_end) = (b.unbind(1) for b in bounds)
+            readable, read = teacher_end <= end[:, None], start[:, None] <= teacher_start
+            # Finite, so that a token which may see nothing gives no NaN; it is left out below.
+            lowest = torch.finfo(scores.dtype).min
+            to_teacher, to_student = (scores.masked_fill(~m, lowest) for m in (readable, read))
+            seen.append(readable.any(1))
+            seen_by.append(read.any(0))
+        t2s.append(to_teacher.softmax(1).to(dtype) @ v_t)
+        s2t.append(to_student.softmax(0).to(dtype).T @ v_s)
+    if not spans:
+        return Aligned(torch.cat(t2s), torch.cat(s2t))
+    rows = torch.cat(seen_by).nonzero().squeeze(1)
+    return Aligned(torch.cat(t2s), torch.cat(s2t)[rows], torch.cat(seen), rows)

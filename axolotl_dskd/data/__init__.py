@@ -3,10 +3,11 @@
 Knows tokenizers, rows and batches; nothing of models, heads or losses.
 """
 
-from axolotl_dskd.data.collator import DualCollator
+from axolotl_dskd.data.collator import COLUMNS, DualCollator
 from axolotl_dskd.data.hooks import install_hooks
-from axolotl_dskd.data.token_bytes import shared_tokens
+from axolotl_dskd.data.token_bytes import shared_tokens, translation
 from axolotl_dskd.data.tokenizers import (
+    exact_share,
     load_teacher_tokenizer,
     resolve_alignment,
     teacher_position_limit,
@@ -14,11 +15,14 @@ from axolotl_dskd.data.tokenizers import (
 )
 
 __all__ = [
+    "COLUMNS",
     "DualCollator",
+    "exact_share",
     "install_hooks",
     "load_teacher_tokenizer",
     "resolve_alignment",
     "shared_tokens",
     "teacher_position_limit",
+    "translation",
     "vocabulary_size",
 ]

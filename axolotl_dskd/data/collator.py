@@ -9,17 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS
 from axolotl_dskd.types import IGNORE_INDEX
 
 _TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
+_SPAN_COLUMNS = (SPANS, TEACHER_SPANS, EXACT_PAIRS)
+#: Columns of a prepared row that are ours.
+COLUMNS = (*_TEACHER_COLUMNS, *_SPAN_COLUMNS)
 
 
 class DualCollator:
     """Wraps any collator: takes the teacher's columns out, lets it work, adds our tensors.
 
     The inner collator may pad rows (a list of rows) or pack them (a list of lists of rows). Ours
-    is one teacher row per sample, padded on the right, and the number of each student token's
-    sample, -1 on padding. `input_ids` stays the batch's first key.
+    is one teacher row per sample, padded on the right, the number of each student token's sample,
+    -1 on padding, and, where rows have them, the spans and exact pairs of all supervised tokens,
+    sample by sample. `input_ids` stays the batch's first key.
 
     Attributes:
         read_cached: looks up a batch's samples in the teacher's cache: lists of ids and labels
@@ -55,9 +60,7 @@ class DualCollator:
                 f"a row has no teacher side; it has {sorted(samples[0])}. The dataset was "
                 "prepared without dskd: delete dataset_prepared_path and prepare it again."
             )
-        plain = [
-            [{k: v for k, v in s.items() if k not in _TEACHER_COLUMNS} for s in row] for row in rows
-        ]
+        plain = [[{k: v for k, v in s.items() if k not in COLUMNS} for s in row] for row in rows]
         lengths = [[len(s["input_ids"]) for s in row] for row in rows]
         batch = dict(self.inner(plain if packed else [row[0] for row in plain], **kwargs))
 
@@ -71,6 +74,8 @@ class DualCollator:
         batch["dskd_teacher_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True)
         if self.read_cached is not None:
             batch["dskd_cached_states"], batch["dskd_cached"] = self.read_cached(ids, labels)
+        if SPANS in samples[0]:
+            batch |= _spans_and_pairs(samples)
         return batch
 
     def _segment_ids(self, lengths: list[list[int]], shape: torch.Size) -> Tensor:
@@ -83,3 +88,18 @@ class DualCollator:
                 at += length
                 sample += 1
         return segment_ids
+
+
+def _spans_and_pairs(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """[N, 2], [M, 2] and [P, 2]: pairs index the N and M supervised tokens of the whole batch."""
+    spans, teacher_spans, pairs = (
+        [torch.as_tensor(s[column], dtype=torch.long).view(-1, 2) for s in samples]
+        for column in _SPAN_COLUMNS
+    )
+    counts = torch.tensor([[len(a), len(b)] for a, b in zip(spans, teacher_spans, strict=True)])
+    offsets = counts.cumsum(0) - counts
+    return {
+        "dskd_spans": torch.cat(spans),
+        "dskd_teacher_spans": torch.cat(teacher_spans),
+        "dskd_pairs": torch.cat([p + at for p, at in zip(pairs, offsets, strict=True)]),
+    }

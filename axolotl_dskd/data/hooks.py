@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_dskd import __version__
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.paired import PairedStrategy
-from axolotl_dskd.data.reconcile import Reconcile, reconcile_dataset
+from axolotl_dskd.data.reconcile import ROW_FORMAT, Reconcile, reconcile_dataset
 from axolotl_dskd.data.shared_text import writes_dummy_space
-from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
     resolve_alignment,
@@ -163,7 +163,9 @@ def data_fingerprint(config: DSKDConfig) -> str:
         "jinja": jinja,
         "eot_tokens": teacher.eot_tokens,
         "limit": teacher_position_limit(config),
-        "alignment": config.alignment,
+        # eta and cma use the same rows; positions and auto (with one vocabulary) have no spans.
+        "alignment": "spans" if config.alignment in ("eta", "cma") else config.alignment,
+        "row_format": ROW_FORMAT,
     }
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
@@ -230,6 +232,12 @@ class _Hooks:
                 return dataset
             assert self.student_tokenizer is not None, "rows come before any dataset"
             strategy = (cfg.excess_length_strategy or "drop").lower()
+            for side, tokenizer in (
+                ("student", self.student_tokenizer),
+                ("teacher", load_teacher_tokenizer(config)),
+            ):
+                if changes := normalisations(tokenizer):
+                    LOG.info(f"The {side}'s tokenizer changes text ({', '.join(changes)})")
             reconcile = make_reconcile(cfg, config, self.student_tokenizer)
             return reconcile_dataset(
                 dataset,

@@ -3,19 +3,32 @@
 Student and teacher may cut a long row at different places, add a BOS or not, trim white space or
 not. What one side supervises and the other does not is left unsupervised on both. Text that
 differs in the middle cannot be mended: such rows are dropped, and too many of them stop the run.
+
+The rows that are kept carry which bytes of that text each supervised token stands for, and which
+tokens of the two sides stand for the same (`byte_spans`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
 from axolotl_dskd import __version__
-from axolotl_dskd.data.shared_text import Run, common_positions, joined, supervised_runs
+from axolotl_dskd.data.byte_spans import IntArray, exact_pairs, give_textless_tokens_room
+from axolotl_dskd.data.shared_text import (
+    NO_TOKENS,
+    Part,
+    Run,
+    common_text,
+    joined,
+    lay_out,
+    supervised_runs,
+)
 from axolotl_dskd.types import IGNORE_INDEX
 
 LOG = get_logger(__name__)
@@ -27,6 +40,14 @@ MAX_DIFFERING_SHARE = 0.1
 KEPT, CUT, EMPTY, TOO_LONG, DIFFERENT = "kept", "cut", "empty", "teacher too long", "different text"
 #: Column with a row's status until rows are dropped.
 STATUS = "dskd_status"
+
+#: Raised when prepared rows change, so that none prepared by an older version is taken for them.
+ROW_FORMAT = 2
+
+#: Columns of a prepared row, one entry a supervised token (in order), as `Spans.flat` writes them.
+SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"
+#: `[i, j, i, j, …]`: the i-th supervised student token and the j-th of the teacher are a pair.
+EXACT_PAIRS = "dskd_exact_pairs"
 
 
 @dataclass(frozen=True)
@@ -48,85 +69,110 @@ class Reconcile:
     same_ids: bool
     student_dummy_spaces: bool = False
     teacher_dummy_spaces: bool = False
-    version: str = __version__  # part of the fingerprint under which rows are cached
+    version: str = (
+        f"{__version__}/{ROW_FORMAT}"  # part of the fingerprint under which rows are cached
+    )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its labels cut to the shared text and a `dskd_status` column."""
+        """The row with its labels cut to the shared text, its spans and pairs, and a status.
+
+        With `same_ids` there are no spans: token i of one side is token i of the other.
+        """
         labels, teacher_labels = list(row["labels"]), list(row["teacher_labels"])
         teacher_ids = list(row["teacher_input_ids"])
         too_long = len(teacher_ids) > self.teacher_limit
         if too_long:
             teacher_ids = teacher_ids[: self.teacher_limit]
             teacher_labels = teacher_labels[: self.teacher_limit]
-        status = TOO_LONG
+        status, sides = TOO_LONG, (NO_TOKENS, NO_TOKENS)
         if not too_long or self.truncate_teacher:
-            status, labels, teacher_labels = self._cut(
-                row["input_ids"], labels, teacher_ids, teacher_labels
-            )
+            status, sides = self._share(row["input_ids"], labels, teacher_ids, teacher_labels)
+        if status in (KEPT, CUT):
+            labels = _only(labels, sides[0].positions)
+            teacher_labels = _only(teacher_labels, sides[1].positions)
         # A causal teacher need not read on after its last supervised token.
         last = max((i for i, y in enumerate(teacher_labels) if y != IGNORE_INDEX), default=0) + 1
-        return {
+        out: dict[str, Any] = {
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
             "teacher_labels": teacher_labels[:last],
             STATUS: status,
         }
+        if not self.same_ids:
+            spans = sides[0].spans, sides[1].spans
+            pairs = np.stack(exact_pairs(*spans), axis=1).astype(np.int32)
+            out |= {
+                SPANS: spans[0].flat(),
+                TEACHER_SPANS: spans[1].flat(),
+                EXACT_PAIRS: pairs.ravel(),
+            }
+        return out
 
-    def _cut(
+    def _share(
         self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
-    ) -> tuple[str, list[int], list[int]]:
+    ) -> tuple[str, tuple[Part, Part]]:
+        """Status of the row, and the tokens of both sides that stay supervised."""
         our_runs = supervised_runs(ids, labels, self.student_bytes, self.student_dummy_spaces)
         their_runs = supervised_runs(
             teacher_ids, teacher_labels, self.teacher_bytes, self.teacher_dummy_spaces
         )
         ours = [run for run in our_runs if run.text] or our_runs
         theirs = [run for run in their_runs if run.text] or their_runs
+        nothing = NO_TOKENS, NO_TOKENS
         if not ours or not theirs:
-            return EMPTY, labels, teacher_labels
+            return EMPTY, nothing
         if len(ours) != len(theirs):
             ours, theirs = [joined(ours)], [joined(theirs)]
-        keep: list[int] = []
-        keep_teacher: list[int] = []
+        parts = []
         for a, b in zip(ours, theirs, strict=True):
-            common = common_positions(a, b)
+            common = common_text(a, b)
             if common is None:
-                return DIFFERENT, labels, teacher_labels
-            if all(common):
-                keep += common[0]
-                keep_teacher += common[1]
-        if not keep:
-            return EMPTY, labels, teacher_labels
-        whole = len(keep) == _count(ours) and len(keep_teacher) == _count(theirs)
+                return DIFFERENT, nothing
+            parts.append(common if all(map(len, common)) else nothing)
+        kept = [sum(len(common[side]) for common in parts) for side in (0, 1)]
+        if not any(kept):
+            return EMPTY, nothing
+        whole = kept == [_count(ours), _count(theirs)]
         # End tokens that stand apart from any text: all of them, or those before a cut.
-        apart = _apart(our_runs, ours, keep, whole)
-        apart_teacher = _apart(their_runs, theirs, keep_teacher, whole)
-        if not self.same_ids or [labels[i] for i in apart] == [
-            teacher_labels[i] for i in apart_teacher
-        ]:
-            keep, keep_teacher = sorted(keep + apart), sorted(keep_teacher + apart_teacher)
+        apart = [
+            _apart(runs, matched, [common[side] for common in parts], whole)
+            for side, (runs, matched) in enumerate(((our_runs, ours), (their_runs, theirs)))
+        ]
+        if self.same_ids and [labels[i] for i in apart[0]] != [teacher_labels[i] for i in apart[1]]:
+            apart = [apart[0][:0], apart[1][:0]]
+        sides = lay_out(parts, (ours, theirs), (apart[0], apart[1]))
         before = _count(our_runs), _count(their_runs)
-        status = KEPT if before == (len(keep), len(keep_teacher)) else CUT
-        labels = _only(labels, keep)
-        teacher_labels = _only(teacher_labels, keep_teacher)
-        if self.same_ids and [labels[i] for i in keep] != [teacher_labels[i] for i in keep_teacher]:
-            return DIFFERENT, labels, teacher_labels
-        return status, labels, teacher_labels
+        status = KEPT if before == (len(sides[0]), len(sides[1])) else CUT
+        found, expected = (
+            [side_labels[i] for i in side.positions]
+            for side, side_labels in zip(sides, (labels, teacher_labels), strict=True)
+        )
+        if self.same_ids:
+            return (status if found == expected else DIFFERENT), sides
+        spans = give_textless_tokens_room(
+            sides[0].spans,
+            np.array([not self.student_bytes[y] for y in found], bool),
+            sides[1].spans,
+            np.array([not self.teacher_bytes[y] for y in expected], bool),
+        )
+        return status, (replace(sides[0], spans=spans[0]), replace(sides[1], spans=spans[1]))
 
 
 def _count(runs: list[Run]) -> int:
     return sum(len(run.positions) for run in runs)
 
 
-def _apart(runs: list[Run], matched: list[Run], keep: list[int], whole: bool) -> list[int]:
+def _apart(runs: list[Run], matched: list[Run], parts: list[Part], whole: bool) -> IntArray:
     """Positions of the runs without text that no text was matched with."""
-    taken = {p for run in matched for p in run.positions}
-    places = [p for run in runs for p in run.positions if p not in taken]
-    return places if whole else [p for p in places if p < keep[-1]]
+    taken = {p for run in matched for p in run.positions.tolist()}
+    places = [p for run in runs for p in run.positions.tolist() if p not in taken]
+    last = max(int(part.positions[-1]) for part in parts if len(part))
+    return np.array([p for p in places if whole or p < last], np.int64)
 
 
-def _only(labels: list[int], positions: list[int]) -> list[int]:
+def _only(labels: list[int], positions: IntArray) -> list[int]:
     kept = [IGNORE_INDEX] * len(labels)
-    for i in positions:
+    for i in positions.tolist():
         kept[i] = labels[i]
     return kept
 

@@ -5,11 +5,13 @@ Knows token positions and bytes; nothing of rows, models or datasets.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from axolotl_dskd.data.byte_spans import IntArray, Spans
 from axolotl_dskd.types import IGNORE_INDEX
 
 #: A late start is looked for this many bytes into a text.
@@ -34,10 +36,15 @@ class Run:
     `dummy_spaces`: the tokenizer writes a space before any piece of text (`writes_dummy_space`).
     """
 
-    positions: list[int]
-    ends: list[int]
+    positions: IntArray
+    ends: IntArray
     text: bytes
     dummy_spaces: bool = False
+
+    @property
+    def spans(self) -> Spans:
+        """Spans of the tokens in `text`, which they tile."""
+        return Spans(np.concatenate([[0], self.ends])[: len(self.ends)], self.ends)
 
     def variants(self) -> list[Run]:
         """The run, and if its text starts with a space the run without that space.
@@ -47,53 +54,71 @@ class Run:
         """
         if not self.text.startswith(b" "):
             return [self]
-        shorter = [max(end - 1, 0) for end in self.ends]
+        shorter = np.maximum(self.ends - 1, 0)
         return [self, Run(self.positions, shorter, self.text[1:], self.dummy_spaces)]
 
-    def within(self, offset: int, low: int, high: int) -> list[int]:
-        """Positions of the tokens inside [low, high], both counted from `offset` in the text.
+    def whole(self) -> Part:
+        """All of the run's tokens."""
+        return Part(self.positions, self.spans, len(self.text))
+
+    def within(self, offset: int, low: int, high: int) -> Part:
+        """The tokens inside [low, high], both counted from `offset` in the text.
 
         A token that stands for no text (an end token) is kept where its place is inside; at the
         very end only if the run's text ends there too.
         """
         ends_there = offset + high == len(self.text)
-        kept, start = [], -offset
-        for position, end in zip(self.positions, (e - offset for e in self.ends), strict=True):
-            textless_at_cut = start == end == high and not ends_there
-            if start >= low and end <= high and not textless_at_cut:
-                kept.append(position)
-            start = end
-        return kept
+        spans = self.spans.shifted(-offset)
+        kept = (spans.starts >= low) & (spans.ends <= high)
+        if not ends_there:
+            kept &= ~((spans.starts == high) & (spans.ends == high))
+        spans = Spans(spans.starts[kept] - low, spans.ends[kept] - low)
+        return Part(self.positions[kept], spans, high - low)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one side that stand for a text of `length` bytes which the other side has too.
+
+    Attributes:
+        positions: [n] of the tokens in the row.
+        spans: of the tokens in that text.
+    """
+
+    positions: IntArray
+    spans: Spans
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+NO_TOKENS = Part(np.zeros(0, np.int64), Spans.joined([]), 0)
 
 
 def supervised_runs(
     ids: list[int], labels: list[int], table: list[bytes], dummy_spaces: bool = False
 ) -> list[Run]:
     """Runs of supervised tokens; the first token of a row is predicted by nothing."""
-    runs: list[Run] = []
-    positions: list[int] = []
-    for i in range(1, len(labels) + 1):
-        if i < len(labels) and labels[i] != IGNORE_INDEX:
-            positions.append(i)
-        elif positions:
-            pieces = [table[ids[p]] for p in positions]
-            ends, total = [], 0
-            for piece in pieces:
-                total += len(piece)
-                ends.append(total)
+    supervised = np.flatnonzero(np.asarray(labels[1:], dtype=np.int64) != IGNORE_INDEX) + 1
+    runs = []
+    for positions in np.split(supervised, np.flatnonzero(np.diff(supervised) > 1) + 1):
+        if len(positions):
+            pieces = [table[i] for i in ids[positions[0] : positions[-1] + 1]]
+            ends = np.cumsum([len(piece) for piece in pieces])
             runs.append(Run(positions, ends, b"".join(pieces), dummy_spaces))
-            positions = []
     return runs
 
 
 def joined(runs: list[Run]) -> Run:
     """Several runs as one."""
-    positions, ends, text = [], [], b""
-    for run in runs:
-        positions += run.positions
-        ends += [len(text) + end for end in run.ends]
-        text += run.text
-    return Run(positions, ends, text, any(run.dummy_spaces for run in runs))
+    before = np.cumsum([0, *(len(run.text) for run in runs)]).tolist()
+    return Run(
+        np.concatenate([run.positions for run in runs]),
+        np.concatenate([run.ends + at for run, at in zip(runs, before, strict=False)]),
+        b"".join(run.text for run in runs),
+        any(run.dummy_spaces for run in runs),
+    )
 
 
 def _offset(text: bytes, other: bytes) -> int | None:
@@ -123,7 +148,7 @@ def _without_spaces_of_one_side(
     differ otherwise.
     """
     runs, at = (a, b), [at_a, at_b]
-    begins = [{0, *run.ends} for run in runs]
+    begins = [{0, *run.ends.tolist()} for run in runs]
     dropped: tuple[list[int], list[int]] = ([], [])
 
     def droppable(which: int) -> bool:
@@ -152,21 +177,22 @@ def _without_spaces_of_one_side(
         text = bytearray(run.text)
         for place in reversed(places):
             del text[place]
-        ends = [end - bisect_left(places, end) for end in run.ends]
+        ends = run.ends - np.searchsorted(np.asarray(places, np.int64), run.ends, "left")
         return Run(run.positions, ends, bytes(text), run.dummy_spaces)
 
     return without(a, dropped[0]), without(b, dropped[1])
 
 
-def common_positions(a: Run, b: Run) -> tuple[list[int], list[int]] | None:
-    """Positions on both sides that spell one and the same text, or None if the texts differ."""
+def common_text(a: Run, b: Run) -> tuple[Part, Part] | None:
+    """The tokens on both sides that spell one and the same text, or None if the texts differ."""
     variants = [(x, y) for x in a.variants() for y in b.variants()]
-    if any(x.text == y.text for x, y in variants):
-        return a.positions, b.positions
+    for x, y in variants:
+        if x.text == y.text:
+            return x.whole(), y.whole()
     if spaceless := _without_spaces_of_one_side(a, b):
         variants.append(spaceless)
         if spaceless[0].text == spaceless[1].text:
-            return a.positions, b.positions
+            return spaceless[0].whole(), spaceless[1].whole()
     # Truncation leaves a prefix. Looked for first: a text that repeats itself also fits elsewhere.
     for x, y in variants:
         if x.text and y.text and (x.text.startswith(y.text) or y.text.startswith(x.text)):
@@ -194,12 +220,49 @@ def _late_starts(a: Run, b: Run) -> Iterator[tuple[int, int]]:
                 yield (start, at) if order == 1 else (at, start)
 
 
-def _between_shared_edges(x: Run, at_x: int, y: Run, at_y: int) -> tuple[list[int], list[int]]:
-    """Positions between the first and the last place where both sides have a token's edge."""
+def _between_shared_edges(x: Run, at_x: int, y: Run, at_y: int) -> tuple[Part, Part]:
+    """The tokens between the first and the last place where both sides have a token's edge."""
     length = min(len(x.text) - at_x, len(y.text) - at_y)
-    bounds = {e - at_x for e in [0, *x.ends]} & {e - at_y for e in [0, *y.ends]}
-    shared = sorted(e for e in bounds if 0 <= e <= length)
+    edges = [np.concatenate([[0], run.ends]) - at for run, at in ((x, at_x), (y, at_y))]
+    shared = np.intersect1d(edges[0], edges[1])
+    shared = shared[(shared >= 0) & (shared <= length)]
     if len(shared) < 2:
-        return [], []
-    low, high = shared[0], shared[-1]
+        return x.within(at_x, 0, -1), y.within(at_y, 0, -1)
+    low, high = int(shared[0]), int(shared[-1])
     return x.within(at_x, low, high), y.within(at_y, low, high)
+
+
+def lay_out(
+    parts: list[tuple[Part, Part]],
+    runs: tuple[list[Run], list[Run]],
+    apart: tuple[IntArray, IntArray],
+) -> tuple[Part, Part]:
+    """All tokens of a row that both sides share, with their spans in the row's shared text.
+
+    The texts of the runs stand one behind the other with a gap between, so that spans of different
+    runs never touch.
+
+    Args:
+        parts: of each pair of matched runs what they share.
+        runs: the matched runs of student and teacher.
+        apart: positions of kept tokens of both sides that belong to no matched run and stand for
+            no text; they take their place in the gaps.
+    """
+    bases = (1 + np.cumsum([0, *(part.length + 2 for part, _ in parts)])).tolist()
+    sides = []
+    for side, (own_runs, alone) in enumerate(zip(runs, apart, strict=True)):
+        own = [common[side] for common in parts]
+        first = [int(run.positions[0]) for run in own_runs]
+        gaps = np.array(bases, np.int64)[np.searchsorted(first, alone)] - 1
+        positions = np.concatenate([*(part.positions for part in own), alone])
+        spans = Spans.joined(
+            [part.spans.shifted(at) for part, at in zip(own, bases, strict=False)]
+            + [Spans(gaps, gaps)]
+        )
+        order = np.argsort(positions, kind="stable")
+        # A token apart inside a run (of turns joined to one) stands where the next one starts.
+        starts = np.minimum.accumulate(spans.starts[order][::-1])[::-1]
+        ends = np.minimum.accumulate(spans.ends[order][::-1])[::-1]
+        ends = np.where(np.isin(positions[order], alone), starts, ends)
+        sides.append(Part(positions[order], Spans(starts, ends), bases[-1]))
+    return sides[0], sides[1]

@@ -35,6 +35,16 @@ def _components(node: Any) -> set[str]:
     return set()
 
 
+def normalisations(tokenizer: Any) -> list[str]:
+    """Names of what a tokenizer does to a text before it splits it, beyond writing spaces as `▁`.
+
+    A Unicode form (NFC, NFKC), lower case, stripped white space, sentencepiece's own table
+    (Precompiled): texts that these change are spelled differently by another tokenizer.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    return sorted(_components(spec["normalizer"]) - {"Sequence", "Prepend", "Replace"})
+
+
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """Bytes of every token id, in order; special tokens and unused ids stand for no text: b"".
 
@@ -103,3 +113,19 @@ def shared_tokens(student: Any, teacher: Any) -> tuple[list[int], list[int]]:
     if student.eos_token_id is not None and teacher.eos_token_id is not None:
         pairs.append((student.eos_token_id, teacher.eos_token_id))
     return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def translation(source: Any, target: Any, untranslatable: int = -100) -> list[int]:
+    """For each id of the source's tokenizer the id of the same bytes in the target's.
+
+    The end tokens translate to each other. Ids without an equal (other special tokens, ids that
+    stand for no token) get `untranslatable`: never unk, never an end token.
+
+    Raises:
+        ValueError: one of the tokenizers can't be undone, see `token_bytes`.
+    """
+    ids = {spelled: i for i, spelled in enumerate(token_bytes(target)) if spelled}
+    table = [ids.get(spelled, untranslatable) for spelled in token_bytes(source)]
+    if source.eos_token_id is not None and target.eos_token_id is not None:
+        table[source.eos_token_id] = target.eos_token_id
+    return table

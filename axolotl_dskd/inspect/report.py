@@ -188,7 +188,7 @@ def cover(
     found = Coverage(sample.name, sample.total, sample.sampled, sample.kept, dict(sample.outcomes))
     groups_of_rows = []
     for row in sample.rows:
-        groups = token_groups(row, student_bytes, teacher_bytes)
+        groups = token_groups(row)
         groups_of_rows.append(groups)
         for group in groups:
             found.student_tokens += len(group.student)

@@ -1,0 +1,194 @@
+"""How the projectors begin: from the shared tokens, following a head that trains, and how well.
+
+Knows heads, hidden states and which ids of the two vocabularies are shared; nothing of tokenizers,
+batches or the training loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from axolotl_dskd.alignment import Aligned
+from axolotl_dskd.projectors import Gram, Projectors, SharedTokens
+from axolotl_dskd.types import OutputHead
+
+#: A projection that keeps less than this share of first choices says too little to distil from.
+POOR_AGREEMENT = 0.2
+
+
+@dataclass(frozen=True)
+class SharedIds:
+    """The k ids of both vocabularies that stand for the same bytes: [k] int64 each."""
+
+    student: Tensor
+    teacher: Tensor
+
+    def __len__(self) -> int:
+        return len(self.student)
+
+
+def shared_rows(
+    ids: SharedIds,
+    heads: tuple[OutputHead, OutputHead],
+    embeddings: tuple[Tensor, Tensor],
+) -> SharedTokens:
+    """The shared tokens' rows of both models (student's first), on the student head's device."""
+    device = heads[0].weight.device
+    sides = [
+        (*head.rows(index.to(head.weight.device)), embedding.detach()[index.to(embedding.device)])
+        for head, embedding, index in zip(
+            heads, embeddings, (ids.student, ids.teacher), strict=True
+        )
+    ]
+    (ours, our_bias, our_embedding), (theirs, their_bias, their_embedding) = sides
+    return SharedTokens(
+        student_head=ours,
+        student_embedding=our_embedding.to(device),
+        teacher_head=theirs.to(device),
+        teacher_embedding=their_embedding.to(device),
+        student_bias=our_bias,
+        teacher_bias=None if their_bias is None else their_bias.to(device),
+    )
+
+
+class HeadFollower:
+    """Keeps `s2t` right for a student head that trains.
+
+    The start of s2t solves `teacher_head @ s2t ≈ student_head` for the head as it was. Each time
+    the head has changed, the solution's change is added to the weights, so what training has added
+    to them stays. The teacher's side of the normal equations is factorised once.
+    """
+
+    def __init__(
+        self, projectors: Projectors, ids: SharedIds, teacher: OutputHead, student: OutputHead
+    ) -> None:
+        self.weight = projectors.s2t.weight
+        self.ids = ids
+        self.teacher = teacher
+        self.gram = Gram(teacher.rows(ids.teacher)[0])
+        self.solution = self._solve(student)
+
+    @torch.no_grad()
+    def _solve(self, student: OutputHead) -> Tensor:
+        rows = (self.teacher.rows(index)[0] for index in self.ids.teacher.split(8192))
+        targets = (student.rows(index)[0] for index in self.ids.student.split(8192))
+        return self.gram.solve(zip(rows, targets, strict=True)).to(self.weight)
+
+    @torch.no_grad()
+    def follow(self, student: OutputHead) -> None:
+        """After an update of the student."""
+        solution = self._solve(student)
+        self.weight += solution - self.solution
+        self.solution = solution
+
+    def resume(self, student: OutputHead) -> None:
+        """After weights and projectors of a checkpoint were loaded: these belong together."""
+        self.solution = self._solve(student)
+
+
+class StartReport:
+    """What the projectors' start gives, measured on the exact pairs of the first batches.
+
+    Over the tokens that both vocabularies share, at temperature 1:
+
+        teacher → student   the teacher's distribution and that of its projected states
+        student → teacher   the student's distribution and that of its projected states
+        as it is            the teacher's distribution and the student's own
+
+    each as the share of pairs whose first choices are the same, and KL in nats.
+    """
+
+    def __init__(self, ids: SharedIds, wanted: int = 1024, per_batch: int = 256) -> None:
+        self.ids = ids
+        self.wanted = wanted
+        self.per_batch = per_batch
+        self.pairs = 0
+        self.sums = torch.zeros(3, 2, dtype=torch.float64)
+
+    @property
+    def complete(self) -> bool:
+        """Enough pairs were seen."""
+        return self.pairs >= self.wanted
+
+    @torch.no_grad()
+    def add(
+        self,
+        pairs: Tensor,
+        aligned: Aligned,
+        states: tuple[Tensor, Tensor],
+        heads: tuple[OutputHead, OutputHead],
+    ) -> None:
+        """Count some pairs of a batch in.
+
+        Args:
+            pairs: [P, 2] indices of the student's and of the teacher's token.
+            aligned: the projected states.
+            states, heads: student's first.
+        """
+        ours, theirs = pairs[: self.per_batch].unbind(1)
+        rows = theirs
+        if aligned.teacher_rows is not None:  # row of s2t_hidden of each teacher token
+            place = torch.full((len(states[1]),), -1, dtype=torch.long, device=theirs.device)
+            place[aligned.teacher_rows] = torch.arange(
+                len(aligned.teacher_rows), device=place.device
+            )
+            rows = place[theirs]
+        met = rows >= 0
+        if aligned.student_mask is not None:
+            met &= aligned.student_mask[ours]
+        ours, theirs, rows = ours[met], theirs[met], rows[met]
+        if not len(ours):
+            return
+        heads = heads[0].frozen(), heads[1]
+
+        def log_p(side: int, hidden: Tensor) -> Tensor:
+            logits = heads[side].logits(hidden.to(heads[side].weight.dtype))
+            index = (self.ids.student, self.ids.teacher)[side].to(logits.device)
+            return logits[:, index].float().log_softmax(-1)
+
+        student, teacher = log_p(0, states[0][ours]), log_p(1, states[1][theirs])
+        compared = (
+            (teacher, log_p(0, aligned.t2s_hidden[ours])),
+            (student, log_p(1, aligned.s2t_hidden[rows])),
+            (teacher, student),
+        )
+        for k, (p, q) in enumerate(compared):
+            same = (p.argmax(-1) == q.argmax(-1)).sum()
+            divergence = (p.exp() * (p - q)).sum()
+            self.sums[k] += torch.stack([same.double(), divergence.double()]).cpu()
+        self.pairs += len(ours)
+
+    def means(self) -> dict[str, tuple[float, float]]:
+        """`{"t2s", "s2t", "as it is": (agreement, KL)}`."""
+        means = (self.sums / max(self.pairs, 1)).tolist()
+        return dict(zip(("t2s", "s2t", "as it is"), map(tuple, means), strict=True))
+
+    def text(self) -> str:
+        """The report, one sentence."""
+        if not self.pairs:
+            return "Projectors at the start: no exact pair to measure them on"
+        m = self.means()
+        return (
+            f"Projectors at the start, on {self.pairs} exact pairs over {len(self.ids)} shared "
+            f"tokens: the teacher's first choice stays first for {m['t2s'][0]:.1%} after "
+            f"projection (KL {m['t2s'][1]:.2f} nats), the student's own for {m['s2t'][0]:.1%} "
+            f"(KL {m['s2t'][1]:.2f}); unprojected, the student's is the teacher's for "
+            f"{m['as it is'][0]:.1%} (KL {m['as it is'][1]:.2f})"
+        )
+
+    def warning(self) -> str | None:
+        """What is wrong with the start and what to change, or None."""
+        means = self.means()
+        poor = [name for name in ("t2s", "s2t") if means[name][0] < POOR_AGREEMENT]
+        if not self.pairs or not poor:
+            return None
+        which = {"t2s": "projected teacher", "s2t": "projected student"}
+        names = " and ".join(f"the {which[name]}" for name in poor)
+        return (
+            f"{names} hardly says what it said before projection (see above), so the first steps "
+            "distil noise. Give the projectors time: dskd.projector.warmup_steps: 100 to 500 lets "
+            "them train alone; and leave dskd.projector.init at auto or lstsq."
+        )
