@@ -7,7 +7,6 @@ from collections import defaultdict
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
@@ -22,7 +21,13 @@ from axolotl_dskd.data import (
     shared_tokens,
     vocabulary_size,
 )
-from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
+from axolotl_dskd.heads import (
+    captured_head_input,
+    check_output_head,
+    head_module,
+    output_head,
+    single,
+)
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.metrics import MetricSums
 from axolotl_dskd.projectors import (
@@ -30,6 +35,14 @@ from axolotl_dskd.projectors import (
     Projectors,
     SharedTokens,
     start_from_shared_tokens,
+)
+from axolotl_dskd.ranks import (
+    gathered,
+    is_first,
+    raise_together,
+    sum_over_ranks,
+    whole,
+    world_size,
 )
 from axolotl_dskd.teacher import LiveTeacher, load_teacher
 from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side, TeacherSignal
@@ -48,6 +61,8 @@ class _StepProjectors(TrainerCallback):
         assert self.trainer.projector_optimizer is not None
         self.trainer.projector_optimizer.adamw.zero_grad(set_to_none=True)
         self.trainer._sums.clear()
+        if self.trainer.is_sharded:
+            self.trainer._check_student()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After backward of the last micro-batch, before the student's optimizer steps."""
@@ -100,7 +115,8 @@ class DSKDTrainer(AxolotlTrainer):
         self.projector_optimizer: ProjectorOptimizer | None = None
         self._sums: dict[str, MetricSums] = defaultdict(MetricSums)
         self._batch: DualBatch | None = None
-        self._captured: list[Tensor] = []
+        self._at_head: list[LossOutput] = []
+        self._problem: str | None = None
 
     # ---- set-up ------------------------------------------------------------------------------
 
@@ -118,11 +134,26 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
+        if not self.is_sharded:  # else each rank holds a part, and only from now on
+            self._check_student()
+        model = load_teacher(self.dskd.teacher, device)
+        self.teacher = LiveTeacher(model, self.teacher_vocab_size, device)
+        tables = head_module(self.model), self.model.get_input_embeddings()
+        with gathered(p for table in tables for p in table.parameters()):
+            self._build_projectors(self.teacher, device)
+        self.add_callback(_StepProjectors(self))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the student only, once training has begun."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _check_student(self) -> None:
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
         with self.accelerator.autocast():
             check_output_head(self.model, "student")
-        model = load_teacher(self.dskd.teacher, device)
-        self.teacher = LiveTeacher(model, self.teacher_vocab_size, device)
+
+    def _build_projectors(self, teacher: LiveTeacher, device: torch.device) -> None:
         head = output_head(self.model, self.student_vocab_size)
         embedding = self.model.get_input_embeddings().weight
         if head.weight.shape[0] < self.student_vocab_size:
@@ -138,18 +169,18 @@ class DSKDTrainer(AxolotlTrainer):
             )
         self.projectors = Projectors(
             head.hidden_size,
-            self.teacher.head.hidden_size,
+            teacher.head.hidden_size,
             with_query=self.alignment == "cma",
             seed=self.args.seed,
         ).to(device)
-        self._start_projectors(self.projectors, head, self.teacher)
+        if is_first():  # the others get its; some shardings load weights on this rank only
+            self._start_projectors(self.projectors, head, teacher)
         self.projector_optimizer = ProjectorOptimizer(
             self.projectors,
             learning_rate=self.dskd.projector.learning_rate,
             weight_decay=self.dskd.projector.weight_decay,
             max_grad_norm=self.args.max_grad_norm,
         )
-        self.add_callback(_StepProjectors(self))
 
     def _start_projectors(
         self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher
@@ -222,11 +253,8 @@ class DSKDTrainer(AxolotlTrainer):
             DualBatch.pop_from(dict(batch)).student_mask().sum().to(device)
             for batch in batch_samples
         )
-        count = torch.stack(list(masks)).sum().double()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(count)
-            count = count / dist.get_world_size()
-        return count.clamp_min(1.0)
+        count = sum_over_ranks(torch.stack(list(masks)).sum().double()) / world_size()
+        return count.clamp_min(1.0 / world_size())
 
     def compute_loss(
         self,
@@ -238,21 +266,32 @@ class DSKDTrainer(AxolotlTrainer):
         """The student's forward without logits, then the dual-space loss of the batch."""
         self._batch = DualBatch.pop_from(inputs)
         try:
-            with captured_head_input(self.model) as self._captured:
+            with captured_head_input(self.model, self._loss_at_head) as self._at_head:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            self._batch, self._captured = None, []
+            self._batch, self._at_head = None, []
 
     def _dual_space_loss(
         self, outputs: Any, _labels: Tensor, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
+        out = single(self._at_head, self.model)
+        # Once a step, where the ranks meet anyway; and before the student is touched.
+        if self.accelerator.sync_gradients or not self.model.training:
+            raise_together(self._problem, self.accelerator.device)
+        self._sums["train" if self.model.training else "eval"].add(out)
+        count = out.student_tokens if num_items_in_batch is None else num_items_in_batch
+        loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
+        # Through the outputs, which reach every parameter and where sharded backwards begin.
+        return loss + 0.0 * outputs["logits"].sum()
+
+    def _loss_at_head(self, hidden_BLd: Tensor) -> LossOutput:
+        """The sums over this rank's batch, computed inside the forward of the student's head."""
         batch = self._batch
         assert batch is not None
-        hidden_BLd = single(self._captured, self.model)
         mask_BL = batch.student_mask()
         student = batch.student_side(mask_BL)
         if len(student) == 0:
-            return outputs["logits"].sum() * 0.0  # reaches every parameter, the head's too
+            return LossOutput(0.0 * hidden_BLd.sum())
         hidden_Nd = hidden_BLd[mask_BL]
         head = output_head(self.model, self.student_vocab_size)
         settings = self._loss_settings()
@@ -276,29 +315,25 @@ class DSKDTrainer(AxolotlTrainer):
                     "teacher_head": self.teacher.head,
                 }
         out = dual_space_loss(**call)
-        self._stop_if_not_finite(out, batch, student, signal)
-        self._sums["train" if self.model.training else "eval"].add(out)
-        count = len(student) if num_items_in_batch is None else num_items_in_batch
-        return out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
+        self._problem = self._problem or self._not_finite(out, batch, student, signal)
+        return out
 
     def _align(self, hidden_Nd: Tensor, student: Side, signal: TeacherSignal) -> Aligned:
         assert self.projectors is not None
         if self.alignment == "positions":
             return align_positions(hidden_Nd, student, signal, self.projectors)
-        weight = self.model.get_input_embeddings().weight.detach()
-        embedded = weight[student.input_ids], weight[student.labels]
+        weight = self.model.get_input_embeddings().weight
+        with gathered([weight]):
+            table = whole(weight.detach())
+            embedded = table[student.input_ids], table[student.labels]
         return align_with_attention(hidden_Nd, embedded, student, signal, self.projectors)
 
-    def _stop_if_not_finite(
+    def _not_finite(
         self, out: LossOutput, batch: DualBatch, student: Side, signal: TeacherSignal | None
-    ) -> None:
-        """Name the term, the step and the rows, instead of training on with a broken model.
-
-        Raises:
-            ValueError: the loss is NaN or infinite.
-        """
+    ) -> str | None:
+        """The term, the step and the rows of a loss that is NaN or infinite, in words."""
         if torch.isfinite(out.loss):
-            return
+            return None
         found = []
         for name, tokens in out.nonfinite():
             side = signal.tokens if signal is not None and name.startswith("teacher_") else student
@@ -310,7 +345,7 @@ class DSKDTrainer(AxolotlTrainer):
             found.append(
                 f"dskd/{name} on {len(tokens)} tokens of {len(samples)} rows, first: {rows}"
             )
-        raise ValueError(
+        return (
             f"the loss is not finite at step {self.state.global_step + 1}: {'; '.join(found)}. "
             "Usual causes: a learning rate too high, float16 (use bf16), a damaged teacher."
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
 import signal
-from pathlib import Path
+import sys
 from typing import Any
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -16,13 +19,24 @@ import axolotl.cli.config
 import axolotl.train
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState, DistributedType
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
+from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-import axolotl_dskd.trainer
+from axolotl_dskd.data import DualCollator
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.ranks import raise_together, whole
 from axolotl_dskd.trainer import DSKDTrainer
 
 
@@ -39,7 +53,31 @@ def _on_this_cpu() -> None:
     axolotl.train.cleanup_distributed = lambda: None
 
 
+def _fsdp_on_this_cpu() -> None:
+    """Accelerate takes up FSDP on accelerators only; everything after that works on CPUs too."""
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kwargs.get("fsdp_plugin"):
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init
+    # Copying a gathered tensor to the CPU awaits it; on a CPU nothing is copied.
+    state_dict = Accelerator.get_state_dict
+
+    def awaited(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = state_dict(self, *args, **kwargs).items()
+        return {k: v.wait() if isinstance(v, AsyncCollectiveTensor) else v for k, v in state}
+
+    Accelerator.get_state_dict = awaited
+    build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
+    ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
+
+
 _on_this_cpu()
+_fsdp_on_this_cpu()
 
 
 class _Kill(TrainerCallback):
@@ -70,9 +108,155 @@ def train(config: dict[str, Any], kill_at_step: int | None = None) -> dict[str, 
     return _outcome(model, trainer)
 
 
+def command(
+    name: str, config: str, stdin: str = "", arguments: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One of Axolotl's commands, as its CLI calls it; returns what it prints."""
+    module = importlib.import_module(f"axolotl.cli.{name}")
+    sys.argv, sys.stdin = [name], io.StringIO(stdin)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        module.do_cli(config=config, **(arguments or {}))
+    return {"output": printed.getvalue()}
+
+
+def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`train`, where one rank finds no supervised token in its second batch."""
+    original, seen = DualCollator.__call__, [0]
+
+    def collate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(self, *args, **kwargs)
+        seen[0] += 1
+        if seen[0] == 2 and _rank() == rank:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+            batch["dskd_teacher_labels"] = torch.full_like(batch["dskd_teacher_labels"], -100)
+        return batch
+
+    DualCollator.__call__ = collate
+    return train(config)
+
+
+class _Bytes(TrainerCallback):
+    """Counts what this rank hands to collectives, from the second step on."""
+
+    CALLS = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
+
+    def __init__(self) -> None:
+        self.bytes, self.calls, self.steps = 0, 0, 0
+        self.per_step = (0.0, 0.0)
+        for name in self.CALLS:
+            setattr(dist, name, self._counted(name, getattr(dist, name)))
+
+    def _counted(self, name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            gives = ("input_tensor", "input") if "_tensor" in name else ("tensor",)
+            tensor = next((kwargs[k] for k in gives if k in kwargs), None)
+            if tensor is None:
+                tensor = args[1 if "_tensor" in name else 0]
+            self.add(tensor)
+            return original(*args, **kwargs)
+
+        return call
+
+    def add(self, tensor: torch.Tensor) -> None:
+        self.bytes += tensor.numel() * tensor.element_size()
+        self.calls += 1
+
+    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step == 1:
+            self.bytes = self.calls = 0
+        else:
+            self.steps += 1
+            self.per_step = self.bytes / self.steps, self.calls / self.steps
+
+
+def count_bytes(config: dict[str, Any]) -> dict[str, Any]:
+    """`train`, with the bytes and calls of collectives per step."""
+    counter = _Bytes()
+    init, wrap = AxolotlTrainer.__init__, DistributedDataParallel.__init__
+
+    def counted_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.add_callback(counter)
+
+    def reduced(_: Any, bucket: Any) -> Any:
+        counter.add(bucket.buffer())
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    def counted_wrap(self: Any, *args: Any, **kwargs: Any) -> None:
+        wrap(self, *args, **kwargs)
+        self.register_comm_hook(None, reduced)
+
+    AxolotlTrainer.__init__, DistributedDataParallel.__init__ = counted_init, counted_wrap
+    cfg = load_cfg(DictDefault(config))
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    _, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=meta)
+    projectors = getattr(trainer, "projectors", None)
+    return {
+        "bytes": counter.per_step[0],
+        "calls": counter.per_step[1],
+        "projectors": 4 * sum(p.numel() for p in projectors.parameters()) if projectors else 0,
+    }
+
+
+def projector_step() -> dict[str, Any]:
+    """One step of projectors that each rank starts by a seed, and trains by a gradient, of its
+    own."""
+    _process_group()
+    projectors = Projectors(4, 6, with_query=True, seed=_rank())
+    optimizer = ProjectorOptimizer(
+        projectors, learning_rate=0.1, weight_decay=0.0, max_grad_norm=0.0
+    )
+    optimizer.adamw = torch.optim.SGD(projectors.parameters(), lr=0.1)
+    start = {k: v.clone() for k, v in projectors.state_dict().items()}
+    for parameter in projectors.parameters():
+        parameter.grad = torch.full_like(parameter, float(_rank() + 1))
+    optimizer.step(schedule_factor=1.0)
+    return {"start": start, "end": dict(projectors.state_dict())}
+
+
+def gathered_weight(hybrid: bool) -> dict[str, Any]:
+    """A weight that FSDP2 shards, gathered, and its gradient where ranks have unlike ones."""
+    _process_group()
+    world_size = dist.get_world_size()
+    shape, names = (
+        ((2, world_size // 2), ("replicate", "shard")) if hybrid else ((world_size,), None)
+    )
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(5, 7, bias=False)
+    before = linear.weight.detach().clone()
+    fully_shard(linear, mesh=mesh)
+    gathered = whole(linear.weight)
+    (gathered * float(_rank() + 1)).sum().backward()
+    return {
+        "same": torch.equal(gathered, before),
+        "shard": linear.weight.to_local().shape[0],
+        "grad": linear.weight.grad.full_tensor(),
+    }
+
+
+def stop(rank: int) -> dict[str, Any]:
+    """One rank has a problem."""
+    _process_group()
+    raise_together("too hot" if _rank() == rank else None, torch.device("cpu"))
+    return {}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _process_group() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
 def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    ids = torch.arange(3, 19).unsqueeze(0)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
     return {
         "losses": [float(entry["loss"]) for entry in logs],
         "logs": [
@@ -80,6 +264,7 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
         ],
         "student": {k: v.detach().clone() for k, v in state.items()},
         "projectors": {k: v.clone() for k, v in trainer.projectors.state_dict().items()},
+        "logits": logits,
         "trainer": type(trainer.model_wrapped).__name__,
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
     }

@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "axolotl_dskd"
 ALLOWED = {
     "types": set(),
     "config": set(),
-    "projectors": set(),
-    "heads": {"types"},
-    "metrics": {"types"},
+    "ranks": set(),
+    "projectors": {"ranks"},
+    "heads": {"types", "ranks"},
+    "metrics": {"types", "ranks"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},
     "data": {"types", "config"},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from tests.ranks import Result, run
+from tests.ranks import Result, launch, run
 
 STEPS = 20
 ON_FOUR = ("padded", "packed")
@@ -89,6 +92,62 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_projectors_start_alike_and_follow_the_mean_gradient():
+    [ranks] = launch(2, [{"do": "projector_step"}])
+    for name, start in ranks[0]["start"].items():
+        torch.testing.assert_close(ranks[1]["start"][name], start, rtol=0, atol=0)
+        for rank in ranks:  # gradients 1 and 2, learning rate 0.1
+            torch.testing.assert_close(rank["end"][name], start - 0.15)
+
+
+@pytest.mark.parametrize(("world_size", "hybrid"), [(2, False), (4, True)])
+def test_a_sharded_weight_is_gathered_and_gets_the_mean_gradient(world_size: int, hybrid: bool):
+    [ranks] = launch(world_size, [{"do": "gathered_weight", "hybrid": hybrid}])
+    for rank in ranks:
+        assert rank["same"]
+        assert rank["shard"] < 7
+        expected = torch.full((7, 5), (1 + world_size) / 2)
+        torch.testing.assert_close(rank["grad"], expected)
+
+
+def test_the_problem_of_one_rank_stops_all():
+    [ranks] = launch(2, [{"do": "stop", "rank": 1}], timeout=60)
+    assert [rank["error"] for rank in ranks] == ["ValueError: rank 1: too hot"] * 2
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(folder: Path):
+    """The teacher is damaged in a token that one row has."""
+    damaged = folder / "damaged"
+    shutil.copytree(folder / "teacher", damaged)
+    teacher = AutoModelForCausalLM.from_pretrained(damaged, dtype=torch.float32)
+    token = tiny.sentencepiece_tokenizer()("Say hello")["input_ids"][-1]
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[token] = float("nan")
+    teacher.save_pretrained(damaged)
+    job = config(
+        folder,
+        "damaged-out",
+        micro_batch_size=2,
+        datasets=[dict(FORTY_ROWS[0], split="train[:4]")],
+        dskd={"teacher": {"base_model": str(damaged)}, "projector": {"init": "random"}},
+    )
+    [ranks] = launch(2, [{"do": "train", "config": job}], timeout=120)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    found = re.findall(r"rank (\d): the loss is not finite at step \d+: dskd/", ranks[0]["error"])
+    assert len(found) == 1
+    assert "Say hello" in ranks[0]["error"]
+
+
+def test_a_rank_without_supervised_tokens_does_not_stop_the_others(folder: Path):
+    job = config(folder, "without", micro_batch_size=2, max_steps=4, datasets=FORTY_ROWS)
+    [ranks] = launch(2, [{"do": "train_without_labels", "config": job, "rank": 1}], timeout=120)
+    assert all(len(rank["losses"]) == 4 for rank in ranks)
+    assert all(value == value and value > 0 for value in ranks[0]["losses"])
+    for part in ("student", "projectors"):
+        for name, tensor in ranks[0][part].items():
+            torch.testing.assert_close(ranks[1][part][name], tensor, rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> dict[int, dict[str, Result]]:
     """Every variant on one and two ranks, two of them on four."""
@@ -111,3 +170,68 @@ def test_several_ranks_train_as_one(
 ):
     assert trained[world_size][variant]["trainer"] == "DistributedDataParallel"
     assert_same_training(trained[1][variant], trained[world_size][variant])
+
+
+SHARDED = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def sharded(folder: Path) -> dict[str, Result]:
+    """Variants under FSDP2 on two ranks."""
+    jobs = {
+        name: {
+            "do": "train",
+            "config": config(folder, f"{name}-fsdp2", **variants(2)[name], **SHARDED),
+        }
+        for name in ("padded", "packed", "lora")
+    }
+    return dict(zip(jobs, run(2, *jobs.values()), strict=True))
+
+
+@pytest.mark.parametrize("variant", ["padded", "packed", "lora"])
+def test_a_sharded_student_trains_as_a_whole_one(
+    trained: dict[int, dict[str, Result]], sharded: dict[str, Result], variant: str
+):
+    assert sharded[variant]["trainer"].startswith("FSDP")
+    assert_same_training(trained[1][variant], sharded[variant])
+
+
+DROPOUT = {**LORA, "lora_dropout": 0.1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after", "variant"),
+    [
+        (1, 1, {"micro_batch_size": 4, **DROPOUT}),
+        (2, 2, {"micro_batch_size": 2, **DROPOUT}),
+        (2, 1, {"micro_batch_size": 2}),
+    ],
+    ids=["one process", "two ranks", "two ranks, then one"],
+)
+def test_killed_and_resumed_goes_on_as_uninterrupted(
+    folder: Path, before: int, after: int, variant: dict[str, Any]
+):
+    name = f"resume-{before}-{after}"
+    common = {"datasets": FORTY_ROWS, "save_strategy": "steps", "save_steps": 8, **variant}
+    straight = {"do": "train", "config": config(folder, f"{name}-straight", **common)}
+    [whole] = run(before, straight)
+    interrupted = config(folder, name, **common)
+    [killed] = launch(before, [{"do": "train", "config": interrupted, "kill_at_step": 11}])
+    assert [rank["exit"] for rank in killed] == [-9] * before
+    per_rank = variant["micro_batch_size"] * before // after
+    resumed_config = {
+        **interrupted,
+        "micro_batch_size": per_rank,
+        "resume_from_checkpoint": str(folder / name / "checkpoint-8"),
+    }
+    [resumed] = run(after, {"do": "train", "config": resumed_config})
+    assert_same_training(whole, resumed)
