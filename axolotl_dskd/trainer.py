@@ -211,13 +211,16 @@ class DSKDTrainer(AxolotlTrainer):
         )
         LOG.info(f"Projectors start in least squares over {len(ours)} shared tokens")
 
-    def _loss_settings(self) -> LossSettings:
+    def _loss_settings(self, dtype: torch.dtype) -> LossSettings:
         config = self.dskd
         chunk = config.chunk_tokens
         if chunk == "auto":
             chunk = auto_chunk_tokens(
                 _total_memory(self.accelerator.device),
                 (self.student_vocab_size, self.teacher_vocab_size),
+                torch.promote_types(dtype, self.teacher.head.weight.dtype)
+                if self.teacher
+                else dtype,
             )
         return LossSettings(
             divergence=make_divergence(
@@ -294,7 +297,7 @@ class DSKDTrainer(AxolotlTrainer):
             return LossOutput(0.0 * hidden_BLd.sum())
         hidden_Nd = hidden_BLd[mask_BL]
         head = output_head(self.model, self.student_vocab_size)
-        settings = self._loss_settings()
+        settings = self._loss_settings(hidden_Nd.dtype)
         call: dict[str, Any] = {
             "student_hidden": hidden_Nd,
             "student_labels": student.labels,

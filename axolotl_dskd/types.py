@@ -103,59 +103,88 @@ class OutputHead:
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """[N, d] -> [N, vocab_size], in the dtype of the hidden states."""
+        return self.activation(self.linear(hidden_Nd))
+
+    def linear(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the head gives before scale and softcap: [N, vocab_size], in the states' dtype.
+
+        Args:
+            hidden_Nd: [N, d].
+            out: a contiguous [N, vocab_size] to write to (without autograd), or None.
+        """
         dtype, rows = hidden_Nd.dtype, slice(None, self.vocab_size)
+        weight = self.weight[rows].to(dtype)
         bias = None if self.bias is None else self.bias[rows].to(dtype)
-        logits_NV = F.linear(hidden_Nd, self.weight[rows].to(dtype), bias)
+        if out is None:
+            out = F.linear(hidden_Nd, weight, bias)
+        else:
+            torch.mm(hidden_Nd, weight.T, out=out)
+            if bias is not None:
+                out += bias
         if self.lora_A is not None and self.lora_B is not None:
-            low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype))
-            logits_NV = logits_NV + self.lora_scale * F.linear(low_Nr, self.lora_B[rows].to(dtype))
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
+            low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype)).flatten(0, -2)
+            lora_B = self.lora_B[rows].to(dtype)
+            out.flatten(0, -2).addmm_(low_Nr, lora_B.T, alpha=self.lora_scale)
+        return out
+
+    def activation(self, linear_NV: Tensor) -> Tensor:
+        """Scale and softcap, elementwise; the tensor itself where the head has neither."""
+        logits_NV = linear_NV * self.scale if self.scale != 1.0 else linear_NV
         if self.softcap is not None:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
 
+    def activation_backward(self, logits_NV: Tensor, grad_logits_NV: Tensor) -> Tensor:
+        """From the gradient of `activation`'s result to that of its input; may work in place."""
+        if self.softcap is not None:
+            grad_logits_NV = grad_logits_NV * (1 - (logits_NV / self.softcap).square())
+        return grad_logits_NV * self.scale if self.scale != 1.0 else grad_logits_NV
+
     def backward(
         self,
         hidden_Nd: Tensor,
-        logits_NV: Tensor,
-        grad_logits_NV: Tensor,
+        grad_NV: Tensor,
         buffers: tuple[Tensor | None, ...] = (None, None, None, None),
     ) -> Tensor:
-        """Gradient of the hidden states, given that of the logits; may overwrite the latter.
+        """Gradient of the hidden states, given that of `linear`'s result.
 
         Args:
-            hidden_Nd: what `logits` was given.
-            logits_NV: what `logits` returned (read only where a softcap needs it).
-            grad_logits_NV: [N, vocab_size], any floating dtype.
+            hidden_Nd: what `linear` was given.
+            grad_NV: [N, vocab_size], in the dtype of the hidden states.
             buffers: tensors shaped as `tensors()` to add the head's own gradients to, or None.
 
         Returns:
             [N, d] in the dtype of the hidden states.
         """
         dtype, rows = hidden_Nd.dtype, slice(None, self.vocab_size)
-        if self.softcap is not None:
-            grad_logits_NV = grad_logits_NV * (
-                1 - (logits_NV.to(grad_logits_NV) / self.softcap) ** 2
-            )
-        if self.scale != 1.0:
-            grad_logits_NV = grad_logits_NV * self.scale
-        grad_NV = grad_logits_NV.to(dtype)
+        assert grad_NV.dtype == dtype
         grad_hidden_Nd = grad_NV @ self.weight[rows].to(dtype)
         into_weight, into_bias, into_A, into_B = buffers
         if into_weight is not None:
-            into_weight[rows].addmm_(grad_NV.T.to(into_weight), hidden_Nd.to(into_weight))
+            _add_product(into_weight[rows], grad_NV, hidden_Nd)
         if into_bias is not None:
-            into_bias[rows].add_(grad_logits_NV.sum(0).to(into_bias))
+            into_bias[rows].add_(grad_NV.sum(0, dtype=into_bias.dtype))
         if self.lora_A is not None and self.lora_B is not None:
             low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype))
             grad_low_Nr = self.lora_scale * (grad_NV @ self.lora_B[rows].to(dtype))
             grad_hidden_Nd = grad_hidden_Nd + grad_low_Nr @ self.lora_A.to(dtype)
             if into_A is not None:
-                into_A.addmm_(grad_low_Nr.T.to(into_A), hidden_Nd.to(into_A))
+                _add_product(into_A, grad_low_Nr, hidden_Nd)
             if into_B is not None:
-                into_B[rows].add_(self.lora_scale * (grad_NV.T @ low_Nr).to(into_B))
+                _add_product(into_B[rows], grad_NV, low_Nr * self.lora_scale)
         return grad_hidden_Nd
+
+
+def _add_product(into: Tensor, grad: Tensor, states: Tensor) -> None:
+    """into += gradᵀ states, accumulated in the (wider) dtype of `into`."""
+    if into.dtype == grad.dtype:
+        into.addmm_(grad.T, states)
+    elif grad.is_cuda:
+        # Tensor cores take narrow factors and give float32; in slices, which bounds the copy.
+        for part, columns in zip(into.split(16384), grad.split(16384, dim=1), strict=True):
+            part += torch.mm(columns.T, states, out_dtype=into.dtype)
+    else:
+        into.addmm_(grad.T.to(into), states.to(into))
 
 
 @dataclass(frozen=True)

@@ -72,20 +72,29 @@ def dual_space(
     name: str,
     temperature: float,
     mask_wrong: bool,
+    projector_labels: Tensor | None = None,
+    student_space_mask: Tensor | None = None,
+    teacher_space_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Sums of the four terms from full logits; differentiable."""
+    if projector_labels is None:
+        projector_labels = student_labels
 
     def softmax(x: Tensor) -> Tensor:
         return (x / temperature).softmax(-1)
 
     per_token = divergence(name, softmax(projected_logits.detach()), softmax(student_logits))
     if mask_wrong:
-        per_token = per_token * (projected_logits.argmax(-1) == student_labels)
+        per_token = per_token * (projected_logits.argmax(-1) == projector_labels)
+    projector_ce = F.cross_entropy(projected_logits, projector_labels, reduction="none")
+    teacher_space = divergence("forward_kl", softmax(teacher_logits), softmax(s2t_logits))
+    if student_space_mask is not None:
+        per_token, projector_ce = per_token[student_space_mask], projector_ce[student_space_mask]
+    if teacher_space_mask is not None:
+        teacher_space = teacher_space[teacher_space_mask]
     return {
         "ce": F.cross_entropy(student_logits, student_labels, reduction="sum"),
-        "projector_ce": F.cross_entropy(projected_logits, student_labels, reduction="sum"),
+        "projector_ce": projector_ce.sum(),
         "student_space": per_token.sum(),
-        "teacher_space": divergence(
-            "forward_kl", softmax(teacher_logits), softmax(s2t_logits)
-        ).sum(),
+        "teacher_space": teacher_space.sum(),
     }

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from axolotl_dskd.config import DivergenceName
-from axolotl_dskd.losses import make_divergence
+from axolotl_dskd.losses import Distribution, make_divergence
 from tests import naive
 
 NAMES = get_args(DivergenceName)
@@ -20,11 +20,11 @@ def logits(seed: int, shape: tuple[int, ...] = (5, 37), scale: float = 2.0) -> t
 
 
 def value_of(name: str, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    return make_divergence(name)(teacher.log_softmax(-1), student.log_softmax(-1))[0]
+    return make_divergence(name)(Distribution.of(teacher), Distribution.of(student))[0]
 
 
 def gradient_of(name: str, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-    return make_divergence(name)(teacher.log_softmax(-1), student.log_softmax(-1))[1]
+    return make_divergence(name)(Distribution.of(teacher), Distribution.of(student))[1]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,7 +45,7 @@ def test_gradient_passes_gradcheck_in_float64(name: str):
         @staticmethod
         def forward(ctx, student):
             value, ctx.gradient = make_divergence(name)(
-                teacher.log_softmax(-1), student.log_softmax(-1)
+                Distribution.of(teacher), Distribution.of(student)
             )
             return value
 
@@ -88,9 +88,9 @@ def test_extreme_logits_give_finite_values_and_gradients(name: str, scale: float
     ],
 )
 def test_parameters_change_the_value(name: str, keyword: str, value: float):
-    log_p, log_q = logits(7).log_softmax(-1), logits(8).log_softmax(-1)
-    default = make_divergence(name)(log_p, log_q)[0]
-    other = make_divergence(name, **{keyword: value})(log_p, log_q)[0]
+    p, q = Distribution.of(logits(7)), Distribution.of(logits(8))
+    default = make_divergence(name)(p, q)[0]
+    other = make_divergence(name, **{keyword: value})(p, q)[0]
     assert not torch.allclose(default, other, rtol=1e-3)
 
 

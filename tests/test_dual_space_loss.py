@@ -7,7 +7,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
+from axolotl_dskd.losses import (
+    LossSettings,
+    auto_chunk_tokens,
+    dual_space_loss,
+    elementwise,
+    make_divergence,
+)
 from axolotl_dskd.types import OutputHead
 from tests import naive
 from tests.test_divergences import NAMES
@@ -56,6 +62,8 @@ class Case:
         right = naive.head_logits(self.t2s.detach(), *frozen, **self.options).argmax(-1)
         self.labels[::2] = right[::2]
         self.teacher_labels = torch.randint(U, (M,), generator=generator)
+        #: Further arguments, the same for both forms.
+        self.masks: dict[str, torch.Tensor] = {}
 
     def leaves(self) -> list[torch.Tensor]:
         return [
@@ -81,6 +89,7 @@ class Case:
             teacher_hidden=self.teacher,
             teacher_labels=self.teacher_labels,
             teacher_head=OutputHead(self.teacher_weight),
+            **self.masks,
         )
 
     def naive(self, name: str, s: LossSettings) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -94,6 +103,7 @@ class Case:
             name=name,
             temperature=s.temperature,
             mask_wrong=s.mask_wrong_projections,
+            **self.masks,
         )
         student_space = terms["projector_ce"] + terms["student_space"]
         loss = (1 - s.kd_ratio) * terms["ce"] + s.kd_ratio * (
@@ -137,6 +147,33 @@ def test_every_head_equals_the_plain_form(kind: str, trainable: bool):
     compare(Case(kind, trainable), "reverse_kl", settings, 1e-9)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("mask_wrong", [False, True])
+def test_masks_and_projector_labels_equal_the_plain_form(trainable: bool, mask_wrong: bool):
+    case = Case("bias", trainable)
+    targets = case.labels.roll(1)
+    targets[::3] = case.labels[::3]
+    targets[4] = -100
+    case.masks = {
+        "projector_labels": targets,
+        "student_space_mask": torch.arange(N) % 4 != 1,
+        "teacher_space_mask": torch.arange(M) % 3 != 0,
+    }
+    settings = LossSettings(
+        make_divergence("skewed_forward_kl"), mask_wrong_projections=mask_wrong, chunk_tokens=3
+    )
+    compare(case, "skewed_forward_kl", settings, 1e-9)
+    out = case.ours(settings)
+    assert float(out.terms["student_space"][1]) == float(out.terms["teacher_space"][0]) == 0.0
+
+
+@pytest.mark.parametrize("empty", ["student_space_mask", "teacher_space_mask"])
+def test_a_mask_that_leaves_nothing_gives_cross_entropy_and_finite_zeros(empty: str):
+    case = Case("plain", trainable=True)
+    case.masks = {empty: torch.zeros(N if empty.startswith("student") else M, dtype=torch.bool)}
+    compare(case, "forward_kl", LossSettings(make_divergence("forward_kl"), chunk_tokens=4), 1e-9)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 13, 16, 4096])
 def test_the_chunk_size_does_not_change_the_result(chunk: int):
     case = Case("all", trainable=True, dtype=torch.float32)
@@ -176,6 +213,112 @@ def test_bfloat16_errs_no_more_than_the_plain_form_in_bfloat16(name: str):
     # Gradients come out in bfloat16, which alone is off by up to 2^-9.
     for mine, theirs in zip(errors(ours), errors(plain), strict=True):
         assert mine <= max(theirs, 2**-8) * 1.1
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_head_in_bfloat16_errs_no_more_than_the_plain_form(trainable: bool):
+    # Its gradient is accumulated over chunks, in float32.
+    truth_case, case = Case("all", trainable), Case("all", trainable, torch.bfloat16)
+    with torch.no_grad():
+        for name in ("hidden", "t2s", "s2t", "teacher", "teacher_weight", "labels"):
+            getattr(truth_case, name).copy_(getattr(case, name))
+        for exact, rounded in zip(truth_case.head, case.head, strict=True):
+            exact.copy_(rounded)
+    settings = LossSettings(make_divergence("forward_kl"), chunk_tokens=2)
+    truth = truth_case.gradients(truth_case.naive("forward_kl", settings)[1])
+
+    def errors(loss: torch.Tensor) -> list[float]:
+        found = zip(case.gradients(loss), truth, strict=True)
+        return [float((a.double() - b).norm() / b.norm()) for a, b in found]
+
+    ours, plain = case.ours(settings).loss, case.naive("forward_kl", settings)[1]
+    for mine, theirs in zip(errors(ours), errors(plain), strict=True):
+        assert mine <= max(theirs, 2**-8) * 1.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_large_vocabulary_in_bfloat16_errs_no_more_than_the_plain_form(name: str):
+    # Elementwise, from given bfloat16 logits: the terms and the gradients of the logits.
+    vocabulary = 151_936
+    generator = torch.Generator().manual_seed(3)
+    z, u = (3 * torch.randn(2, vocabulary, generator=generator) for _ in range(2))
+    z, u = z.bfloat16(), u.bfloat16()
+    labels = torch.tensor([17, 151_900])
+
+    def plain(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [z.clone().requires_grad_(), u.clone().requires_grad_()]
+        wide = [x.to(dtype) for x in leaves]
+        terms = naive.dual_space(
+            *wide, labels, wide[0], wide[0], name=name, temperature=2.0, mask_wrong=False
+        )
+        loss = terms["ce"] + terms["projector_ce"] + terms["student_space"]
+        # In float64 the leaves' gradients would be rounded to bfloat16 on their way.
+        grads = torch.autograd.grad(loss, wide if dtype == torch.float64 else leaves)
+        return [terms["student_space"], terms["ce"], *grads]
+
+    student, projected = z.clone(), u.clone()
+    terms = elementwise.student_terms(
+        student,
+        projected,
+        labels,
+        labels,
+        OutputHead(torch.zeros(vocabulary, 1)),
+        make_divergence(name),
+        elementwise.Weights(ce=1.0, projector_ce=1.0, divergence=1.0, temperature=2.0),
+    )
+    ours = [terms.divergence.sum(), terms.ce.sum(), student, projected]
+    for mine, theirs, truth in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        error, allowed = ((x.double() - truth).norm() for x in (mine, theirs))
+        # Both values are float32 sums of 150,000 terms, which differ in their last bits.
+        assert float(error) <= 1.02 * float(allowed) + 4e-6 * float(truth.norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("situation", ["huge", "one token", "equal", "opposite"])
+def test_gradients_stay_finite_in_extreme_situations(name: str, situation: str):
+    case = Case("plain", trainable=True, dtype=torch.float32)
+    with torch.no_grad():
+        if situation == "huge":  # logits up to about ±1e4
+            for states in (case.hidden, case.t2s, case.s2t, case.teacher):
+                states *= 1e3
+        elif situation == "one token":  # the student puts all mass on one token
+            case.hidden *= 1e3
+        elif situation == "equal":
+            case.t2s.copy_(case.hidden)
+            case.teacher, case.s2t = case.teacher[:M], case.teacher.clone().requires_grad_()
+        else:
+            case.t2s.copy_(-1e3 * case.hidden)
+            case.hidden *= 1e3
+    for mask in (False, True):
+        out = case.ours(LossSettings(make_divergence(name), mask_wrong_projections=mask))
+        assert all(torch.isfinite(g).all() for g in case.gradients(out.loss))
+        for term in ("ce", "projector_ce", "student_space", "teacher_space"):
+            assert torch.isfinite(out.terms[term]).all()
+            assert float(out.terms[term].min()) >= -1e-6, term
+
+
+def test_float16_keeps_the_small_gradients_of_a_large_vocabulary():
+    # 1/151,936 is below what float16 resolves: plain float16 gradients lose most of it.
+    vocabulary, width = 151_936, 8
+    generator = torch.Generator().manual_seed(9)
+    hidden, t2s = (0.1 * torch.randn(3, width, generator=generator) for _ in range(2))
+    head = torch.randn(vocabulary, width, generator=generator).half()
+    labels = torch.tensor([5, 60_000, 151_000])
+    settings = LossSettings(make_divergence("forward_kl"), kd_ratio=1.0, teacher_space_weight=0.0)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        states = hidden.half().to(dtype).requires_grad_()
+        out = dual_space_loss(
+            student_hidden=states,
+            student_labels=labels,
+            student_head=OutputHead(head.to(dtype)),
+            settings=settings,
+            t2s_hidden=t2s.half().to(dtype),
+        )
+        return torch.autograd.grad(out.loss, states)[0].double()
+
+    truth = gradient(torch.float64)
+    assert float((gradient(torch.float16) - truth).norm() / truth.norm()) < 2e-3
 
 
 def test_weight_zero_leaves_a_space_without_gradient():

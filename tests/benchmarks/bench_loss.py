@@ -131,18 +131,14 @@ def clear(x: Inputs) -> None:
     gc.collect()
 
 
-def seconds(run: Callable[[], None], x: Inputs, repeats: int) -> float:
-    """Median wall time after one warm-up."""
-    times = []
-    for i in range(repeats + 1):
-        clear(x)
-        synchronize()
-        began = time.perf_counter()
-        run()
-        synchronize()
-        if i:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def seconds(run: Callable[[], None], x: Inputs) -> float:
+    """Wall time of one run."""
+    clear(x)
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
 
 
 def synchronize() -> None:
@@ -189,29 +185,30 @@ def print_table(size: str, args: argparse.Namespace) -> None:
     """Measure one size and print its Markdown table."""
     N, d, D, V, U = SIZES[size]
     x = Inputs.make(SIZES[size], args.device, getattr(torch, args.dtype), args.seed)
-    chunk = auto_chunk_tokens(total_memory(args.device), (V, U))
-    # The floor may use whichever chunk suits the machine best.
-    bare = min(seconds(partial(floor, x, c), x, args.repeats) for c in (chunk, N))
-    print(
-        f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,}, chunk {chunk}, "
-        f"seven products {bare:.2f} s\n"
-    )
+    chunk = auto_chunk_tokens(total_memory(args.device), (V, U), x.student.dtype)
+    print(f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,}, chunk {chunk}\n")
     print("| divergence | s | / seven products | / plain form | peak MiB | / plain form |")
     print("|---|---|---|---|---|---|")
+    # The floor may use the whole batch as one chunk where that suits the machine better.
+    bare = min((chunk, N), key=lambda c: min(seconds(partial(floor, x, c), x) for _ in range(2)))
     for name in args.divergences:
-        run, full = partial(ours, x, name, chunk), partial(plain, x, name)
-        memory = peak_bytes(run, x, args.device)
-        took = seconds(run, x, args.repeats)
-        cells = ["", ""]
+        runs = {"ours": partial(ours, x, name, chunk), "floor": partial(floor, x, bare)}
         if not args.no_naive:
-            plain_memory = peak_bytes(full, x, args.device)
-            cells = [
-                f"{took / seconds(full, x, args.repeats):.2f}",
-                f"{memory / plain_memory:.3f}",
-            ]
+            runs["plain"] = partial(plain, x, name)
+        memory = {n: peak_bytes(run, x, args.device) for n, run in runs.items() if n != "floor"}
+        # In turn, and ratios within each round: what else the machine does hits all alike.
+        rounds = [{n: seconds(run, x) for n, run in runs.items()} for _ in range(args.repeats)]
+
+        def ratio(to: str, rounds: list[dict[str, float]] = rounds) -> float:
+            return statistics.median(r["ours"] / r[to] for r in rounds)
+
+        took = statistics.median(r["ours"] for r in rounds)
+        cells = ("", "")
+        if "plain" in runs:
+            cells = (f"{ratio('plain'):.2f}", f"{memory['ours'] / memory['plain']:.3f}")
         print(
-            f"| {name} | {took:.2f} | {took / bare:.2f} | {cells[0]} "
-            f"| {memory / 2**20:.0f} | {cells[1]} |",
+            f"| {name} | {took:.3f} | {ratio('floor'):.2f} | {cells[0]} "
+            f"| {memory['ours'] / 2**20:.0f} | {cells[1]} |",
             flush=True,
         )
 
@@ -234,7 +231,7 @@ def main() -> None:
     )
     print(
         f"torch {torch.__version__}, Python {platform.python_version()}, {machine}, {args.dtype}, "
-        f"seed {args.seed}, median of {args.repeats}"
+        f"seed {args.seed}, median of {args.repeats} rounds"
     )
     for size in args.sizes:
         print_table(size, args)
