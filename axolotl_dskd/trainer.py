@@ -61,6 +61,7 @@ class _StepProjectors(TrainerCallback):
         assert self.trainer.projector_optimizer is not None
         self.trainer.projector_optimizer.adamw.zero_grad(set_to_none=True)
         self.trainer._sums.clear()
+        self.trainer._problem = None
         if self.trainer.is_sharded:
             self.trainer._check_student()
 
@@ -282,10 +283,10 @@ class DSKDTrainer(AxolotlTrainer):
         if self.accelerator.sync_gradients or not self.model.training:
             raise_together(self._problem, self.accelerator.device)
         self._sums["train" if self.model.training else "eval"].add(out)
-        count = out.student_tokens if num_items_in_batch is None else num_items_in_batch
+        count = max(out.student_tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
         # Through the outputs, which reach every parameter and where sharded backwards begin.
-        return loss + 0.0 * outputs["logits"].sum()
+        return loss + (0.0 * outputs["logits"].float()).sum()
 
     def _loss_at_head(self, hidden_BLd: Tensor) -> LossOutput:
         """The sums over this rank's batch, computed inside the forward of the student's head."""
@@ -294,7 +295,7 @@ class DSKDTrainer(AxolotlTrainer):
         mask_BL = batch.student_mask()
         student = batch.student_side(mask_BL)
         if len(student) == 0:
-            return LossOutput(0.0 * hidden_BLd.sum())
+            return LossOutput((0.0 * hidden_BLd.float()).sum())
         hidden_Nd = hidden_BLd[mask_BL]
         head = output_head(self.model, self.student_vocab_size)
         settings = self._loss_settings(hidden_Nd.dtype)

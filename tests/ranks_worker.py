@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import axolotl.cli.config
 import axolotl.train
+import axolotl.utils.environment
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -49,6 +50,8 @@ def _on_this_cpu() -> None:
         cfg.device_map = {"": "cpu"}
 
     axolotl.cli.config.normalize_config = normalized
+    # A torch built for CUDA is asked about GPUs that are not there.
+    axolotl.utils.environment.check_cuda_p2p_support = lambda: True
     # The jobs of a launch share one process group.
     axolotl.train.cleanup_distributed = lambda: None
 
