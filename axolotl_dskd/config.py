@@ -223,6 +223,8 @@ _REFUSED: dict[str, str] = {
     "relora": "it resets the optimizer that the projectors follow; use plain LoRA",
     "fsdp": "FSDP1 is not supported; remove `fsdp:` and write `fsdp_config:` with "
     "`fsdp_version: 2`",
+    "deepspeed": "ZeRO is not supported yet; use plain DDP, or shard by `fsdp_config:` with "
+    "`fsdp_version: 2`",
     "ray_num_workers": "launching through ray is not supported; use the default launcher",
 }
 _OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")
@@ -234,17 +236,6 @@ def _refusals(data: dict[str, Any]) -> list[str]:
     fsdp = data.get("fsdp_config") or {}
     if fsdp and str(data.get("fsdp_version") or fsdp.get("fsdp_version")) != "2":
         found.append("`fsdp_config` without `fsdp_version: 2`: FSDP1 is not supported; add it")
-    if data.get("deepspeed"):
-        if data.get("fp16"):
-            found.append(
-                "`fp16` with `deepspeed`: its loss scale does not reach the projectors; use "
-                "`bf16: true`"
-            )
-        if "lm_head" in str(data.get("lora_target_modules") or ""):
-            found.append(
-                "`lora_target_modules` with lm_head and `deepspeed`: a LoRA of the head is not "
-                "gathered; leave lm_head out"
-            )
     found += [
         f"`{key}: {data[key]}`: parallelism inside a model is not supported; set it to 1"
         for key in _PARALLEL

@@ -137,7 +137,7 @@ def _itself(hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def captured_head_input(model: Any, then: Callable[[Tensor], T] = _itself) -> Iterator[list[T]]:
+def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> Iterator[list[Any]]:
     """While open, a forward of `model` computes no logits: the head hands its input on instead.
 
     Yields a list that holds, after one forward, `then` of the head's input [B, L, d] with its
@@ -145,12 +145,12 @@ def captured_head_input(model: Any, then: Callable[[Tensor], T] = _itself) -> It
     Nothing needs the model to know of this, and unlike `output_hidden_states` it keeps no other
     layer alive.
 
-    `then` runs inside the head's forward: there and only there the head of a sharded model (FSDP,
-    ZeRO-3) is whole without being gathered once more. Their backward starts at the model's
+    `then` runs inside the head's forward: there and only there the head of a sharded model (FSDP)
+    is whole without being gathered once more. Their backward starts at the model's
     outputs, so what `then` returns must be added to them by whoever differentiates it.
     """
     module = head_module(model)
-    captured: list[T] = []
+    captured: list[Any] = []
 
     def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         device = hidden.device.type

@@ -6,8 +6,7 @@ does nothing on one. Knows tensors; nothing of models, batches or losses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,15 +30,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def max_over_ranks(number: int, device: torch.device) -> int:
-    """The largest of all ranks' numbers."""
-    if world_size() == 1:
-        return number
-    largest = torch.tensor(number, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
 
 
 def share_first(tensors: Iterable[Tensor]) -> None:
@@ -111,19 +101,3 @@ def whole(tensor: Tensor) -> Tensor:
     Differentiable: ranks average their gradients, as FSDP2 does with those of its own.
     """
     return _Whole.apply(tensor) if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """While open, parameters that ZeRO-3 has partitioned are whole, for reading.
-
-    Those that a running forward has made whole already are left to it.
-    """
-    partitioned = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
-    if not partitioned:
-        yield
-        return
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters(partitioned):
-        yield

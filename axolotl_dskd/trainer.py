@@ -24,7 +24,6 @@ from axolotl_dskd.data import (
 from axolotl_dskd.heads import (
     captured_head_input,
     check_output_head,
-    head_module,
     output_head,
     single,
 )
@@ -37,7 +36,6 @@ from axolotl_dskd.projectors import (
     start_from_shared_tokens,
 )
 from axolotl_dskd.ranks import (
-    gathered,
     is_first,
     raise_together,
     sum_over_ranks,
@@ -139,15 +137,13 @@ class DSKDTrainer(AxolotlTrainer):
             self._check_student()
         model = load_teacher(self.dskd.teacher, device)
         self.teacher = LiveTeacher(model, self.teacher_vocab_size, device)
-        tables = head_module(self.model), self.model.get_input_embeddings()
-        with gathered(p for table in tables for p in table.parameters()):
-            self._build_projectors(self.teacher, device)
+        self._build_projectors(self.teacher, device)
         self.add_callback(_StepProjectors(self))
 
     @property
     def is_sharded(self) -> bool:
         """Whether a rank holds a part of the student only, once training has begun."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return bool(self.is_fsdp_enabled)
 
     def _check_student(self) -> None:
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
@@ -327,9 +323,8 @@ class DSKDTrainer(AxolotlTrainer):
         if self.alignment == "positions":
             return align_positions(hidden_Nd, student, signal, self.projectors)
         weight = self.model.get_input_embeddings().weight
-        with gathered([weight]):
-            table = whole(weight.detach())
-            embedded = table[student.input_ids], table[student.labels]
+        table = whole(weight.detach())  # one rank's part of it only where it is sharded by itself
+        embedded = table[student.input_ids], table[student.labels]
         return align_with_attention(hidden_Nd, embedded, student, signal, self.projectors)
 
     def _not_finite(

@@ -181,7 +181,7 @@ def count_bytes(config: dict[str, Any]) -> dict[str, Any]:
         init(self, *args, **kwargs)
         self.add_callback(counter)
 
-    def reduced(_: Any, bucket: Any) -> Any:
+    def reduced(_, bucket):  # torch wants its own annotations here, or none
         counter.add(bucket.buffer())
         return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
 

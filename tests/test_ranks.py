@@ -47,6 +47,7 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
         "output_dir": str(folder / name),
     }
     made = tiny.base_config(folder, **{**defaults, **overrides})
+    made["base_model"] = str(folder / Path(made["base_model"]).name)
     made["datasets"] = [d | {"path": str(folder / "rows.jsonl")} for d in made["datasets"]]
     return made
 
@@ -67,6 +68,7 @@ def variants(world_size: int) -> dict[str, dict[str, Any]]:
             "curriculum_sampling": True,
         },
         "lora": {"micro_batch_size": per_rank, "datasets": FORTY_ROWS, **LORA},
+        "tied": {"micro_batch_size": per_rank, "datasets": FORTY_ROWS, "base_model": "tied"},
     }
 
 
@@ -89,6 +91,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     tiny.save_pair(folder)
     tiny.write_rows(folder / "rows.jsonl", tiny.chat_rows(160))
+    shutil.copytree(folder / "student", folder / "tied")
+    tied = tiny.tiny_llama(len(tiny.byte_level_tokenizer()), 32, 0, tie_word_embeddings=True)
+    tied.save_pretrained(folder / "tied")
     return folder
 
 
@@ -191,17 +196,21 @@ def sharded(folder: Path) -> dict[str, Result]:
             "do": "train",
             "config": config(folder, f"{name}-fsdp2", **variants(2)[name], **SHARDED),
         }
-        for name in ("padded", "packed", "lora")
+        for name in ("padded", "packed", "lora", "tied")
     }
+    by_rank_0 = {**SHARDED["fsdp_config"], "cpu_ram_efficient_loading": True}
+    overrides = {**variants(2)["tied"], **SHARDED, "fsdp_config": by_rank_0}
+    jobs["loaded by rank 0"] = {"do": "train", "config": config(folder, "loaded", **overrides)}
     return dict(zip(jobs, run(2, *jobs.values()), strict=True))
 
 
-@pytest.mark.parametrize("variant", ["padded", "packed", "lora"])
+@pytest.mark.parametrize("variant", ["padded", "packed", "lora", "tied", "loaded by rank 0"])
 def test_a_sharded_student_trains_as_a_whole_one(
     trained: dict[int, dict[str, Result]], sharded: dict[str, Result], variant: str
 ):
     assert sharded[variant]["trainer"].startswith("FSDP")
-    assert_same_training(trained[1][variant], sharded[variant])
+    whole = "tied" if variant == "loaded by rank 0" else variant
+    assert_same_training(trained[1][whole], sharded[variant])
 
 
 DROPOUT = {**LORA, "lora_dropout": 0.1}

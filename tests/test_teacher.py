@@ -76,28 +76,3 @@ def test_an_offloaded_head_is_refused_in_words():
 def test_a_tokenizer_larger_than_the_head_is_refused():
     with pytest.raises(ValueError, match=r"ids up to 99.*only 97 rows"):
         LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 100, CPU)
-
-
-def test_a_teacher_loads_whole_while_the_student_is_under_zero_3(tmp_path, monkeypatch):
-    import transformers.modeling_utils as modeling
-    from transformers.integrations import deepspeed
-
-    from axolotl_dskd.config import TeacherConfig
-    from axolotl_dskd.teacher import load_teacher
-
-    _, folder = tiny.save_pair(tmp_path)
-    asked: list[bool] = []
-    load = modeling.PreTrainedModel._load_pretrained_model.__func__
-
-    def watched(cls, *args, **kwargs):
-        asked.append(modeling.is_deepspeed_zero3_enabled())
-        asked.append(deepspeed.is_deepspeed_zero3_enabled())
-        return load(cls, *args, **kwargs)
-
-    for module in (modeling, deepspeed):  # as Axolotl does
-        monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
-    monkeypatch.setattr(modeling.PreTrainedModel, "_load_pretrained_model", classmethod(watched))
-    teacher = load_teacher(TeacherConfig(base_model=str(folder)), torch.device("cpu"))
-    assert asked == [False, False]
-    assert teacher.get_input_embeddings().weight.numel() > 0
-    assert modeling.is_deepspeed_zero3_enabled()

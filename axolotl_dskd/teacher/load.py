@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -22,25 +21,14 @@ LOG = get_logger(__name__)
 def _apart_from_the_student() -> Iterator[None]:
     """Undo, while a second model loads, the process-wide switches of sharded students.
 
-    With FSDP_CPU_RAM_EFFICIENT_LOADING every rank but the first would get a teacher of zeros; under
-    ZeRO-3 it would be partitioned, with no engine to gather it. Axolotl replaces the function that
-    says so in some modules and leaves others asking the registered config: all are told no.
+    With FSDP_CPU_RAM_EFFICIENT_LOADING every rank but the first would get a teacher of zeros.
     """
-    key, zero3 = "FSDP_CPU_RAM_EFFICIENT_LOADING", "is_deepspeed_zero3_enabled"
+    key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(key)
     os.environ[key] = "false"
-    told = {
-        module: vars(module)[zero3]
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] in ("transformers", "peft") and zero3 in vars(module)
-    }
-    for module in told:
-        setattr(module, zero3, lambda: False)
     try:
         yield
     finally:
-        for module, answer in told.items():
-            setattr(module, zero3, answer)
         if before is None:
             del os.environ[key]
         else:
