@@ -20,7 +20,6 @@ import axolotl.train
 import axolotl.utils.environment
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType
 from axolotl.cli.args import TrainerCliArgs
@@ -28,10 +27,10 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -67,16 +66,16 @@ def _fsdp_on_this_cpu() -> None:
             self.fsdp_plugin = kwargs["fsdp_plugin"]
 
     AcceleratorState.__init__ = init
-    # Copying a gathered tensor to the CPU awaits it; on a CPU nothing is copied.
-    state_dict = Accelerator.get_state_dict
-
-    def awaited(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        state = state_dict(self, *args, **kwargs).items()
-        return {k: v.wait() if isinstance(v, AsyncCollectiveTensor) else v for k, v in state}
-
-    Accelerator.get_state_dict = awaited
     build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
     ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
+    save = axolotl.train.save_trained_model
+
+    def save_whole(*args: Any, **kwargs: Any) -> None:
+        """Accelerate's way of gathering a state for a file gives no plain tensors on a CPU."""
+        if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+            save(*args, **kwargs)
+
+    axolotl.train.save_trained_model = save_whole
 
 
 _on_this_cpu()
@@ -256,7 +255,8 @@ def _process_group() -> None:
 
 def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    state = trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict()
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
     ids = torch.arange(3, 19).unsqueeze(0)
     with torch.no_grad():
         logits = model.eval()(input_ids=ids).logits
