@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import io
 import os
-import signal
 import sys
 from typing import Any
 
@@ -25,19 +24,14 @@ from accelerate.state import AcceleratorState, DistributedType
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
-from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
 
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import raise_together, whole
-from axolotl_dskd.trainer import DSKDTrainer
 
 
 def _on_this_cpu() -> None:
@@ -82,30 +76,11 @@ _on_this_cpu()
 _fsdp_on_this_cpu()
 
 
-class _Kill(TrainerCallback):
-    """Ends this process at once, as a power cut would."""
-
-    def __init__(self, at_step: int) -> None:
-        self.at_step = at_step
-
-    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step == self.at_step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train(config: dict[str, Any], kill_at_step: int | None = None) -> dict[str, Any]:
+def train(config: dict[str, Any]) -> dict[str, Any]:
     """`axolotl train`; returns losses, metrics, weights of student and projectors."""
     cfg = load_cfg(DictDefault(config))
     torch.manual_seed(cfg.seed)  # Axolotl seeds later than it makes adapters
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    if kill_at_step is not None:
-        original = DSKDTrainer.__init__
-
-        def init(self: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, *args, **kwargs)
-            self.add_callback(_Kill(kill_at_step))
-
-        DSKDTrainer.__init__ = init
     model, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=meta)
     return _outcome(model, trainer)
 
@@ -135,69 +110,6 @@ def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
 
     DualCollator.__call__ = collate
     return train(config)
-
-
-class _Bytes(TrainerCallback):
-    """Counts what this rank hands to collectives, from the second step on."""
-
-    CALLS = ("all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
-
-    def __init__(self) -> None:
-        self.bytes, self.calls, self.steps = 0, 0, 0
-        self.per_step = (0.0, 0.0)
-        for name in self.CALLS:
-            setattr(dist, name, self._counted(name, getattr(dist, name)))
-
-    def _counted(self, name: str, original: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            gives = ("input_tensor", "input") if "_tensor" in name else ("tensor",)
-            tensor = next((kwargs[k] for k in gives if k in kwargs), None)
-            if tensor is None:
-                tensor = args[1 if "_tensor" in name else 0]
-            self.add(tensor)
-            return original(*args, **kwargs)
-
-        return call
-
-    def add(self, tensor: torch.Tensor) -> None:
-        self.bytes += tensor.numel() * tensor.element_size()
-        self.calls += 1
-
-    def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step == 1:
-            self.bytes = self.calls = 0
-        else:
-            self.steps += 1
-            self.per_step = self.bytes / self.steps, self.calls / self.steps
-
-
-def count_bytes(config: dict[str, Any]) -> dict[str, Any]:
-    """`train`, with the bytes and calls of collectives per step."""
-    counter = _Bytes()
-    init, wrap = AxolotlTrainer.__init__, DistributedDataParallel.__init__
-
-    def counted_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        self.add_callback(counter)
-
-    def reduced(_, bucket):  # torch wants its own annotations here, or none
-        counter.add(bucket.buffer())
-        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
-
-    def counted_wrap(self: Any, *args: Any, **kwargs: Any) -> None:
-        wrap(self, *args, **kwargs)
-        self.register_comm_hook(None, reduced)
-
-    AxolotlTrainer.__init__, DistributedDataParallel.__init__ = counted_init, counted_wrap
-    cfg = load_cfg(DictDefault(config))
-    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-    _, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=meta)
-    projectors = getattr(trainer, "projectors", None)
-    return {
-        "bytes": counter.per_step[0],
-        "calls": counter.per_step[1],
-        "projectors": 4 * sum(p.numel() for p in projectors.parameters()) if projectors else 0,
-    }
 
 
 def projector_step() -> dict[str, Any]:

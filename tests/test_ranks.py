@@ -68,7 +68,6 @@ def variants(world_size: int) -> dict[str, dict[str, Any]]:
             "curriculum_sampling": True,
         },
         "lora": {"micro_batch_size": per_rank, "datasets": FORTY_ROWS, **LORA},
-        "tied": {"micro_batch_size": per_rank, "datasets": FORTY_ROWS, "base_model": "tied"},
     }
 
 
@@ -91,9 +90,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     tiny.save_pair(folder)
     tiny.write_rows(folder / "rows.jsonl", tiny.chat_rows(160))
-    shutil.copytree(folder / "student", folder / "tied")
-    tied = tiny.tiny_llama(len(tiny.byte_level_tokenizer()), 32, 0, tie_word_embeddings=True)
-    tied.save_pretrained(folder / "tied")
     return folder
 
 
@@ -177,6 +173,7 @@ def test_several_ranks_train_as_one(
     assert_same_training(trained[1][variant], trained[world_size][variant])
 
 
+#: Axolotl's keys for FSDP2.
 SHARDED = {
     "fsdp_version": 2,
     "fsdp_config": {
@@ -186,61 +183,3 @@ SHARDED = {
         "reshard_after_forward": True,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def sharded(folder: Path) -> dict[str, Result]:
-    """Variants under FSDP2 on two ranks."""
-    jobs = {
-        name: {
-            "do": "train",
-            "config": config(folder, f"{name}-fsdp2", **variants(2)[name], **SHARDED),
-        }
-        for name in ("padded", "packed", "lora", "tied")
-    }
-    by_rank_0 = {**SHARDED["fsdp_config"], "cpu_ram_efficient_loading": True}
-    overrides = {**variants(2)["tied"], **SHARDED, "fsdp_config": by_rank_0}
-    jobs["loaded by rank 0"] = {"do": "train", "config": config(folder, "loaded", **overrides)}
-    return dict(zip(jobs, run(2, *jobs.values()), strict=True))
-
-
-@pytest.mark.parametrize("variant", ["padded", "packed", "lora", "tied", "loaded by rank 0"])
-def test_a_sharded_student_trains_as_a_whole_one(
-    trained: dict[int, dict[str, Result]], sharded: dict[str, Result], variant: str
-):
-    assert sharded[variant]["trainer"].startswith("FSDP")
-    whole = "tied" if variant == "loaded by rank 0" else variant
-    assert_same_training(trained[1][whole], sharded[variant])
-
-
-DROPOUT = {**LORA, "lora_dropout": 0.1}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("before", "after", "variant"),
-    [
-        (1, 1, {"micro_batch_size": 4, **DROPOUT}),
-        (2, 2, {"micro_batch_size": 2, **DROPOUT}),
-        (2, 1, {"micro_batch_size": 2}),
-    ],
-    ids=["one process", "two ranks", "two ranks, then one"],
-)
-def test_killed_and_resumed_goes_on_as_uninterrupted(
-    folder: Path, before: int, after: int, variant: dict[str, Any]
-):
-    name = f"resume-{before}-{after}"
-    common = {"datasets": FORTY_ROWS, "save_strategy": "steps", "save_steps": 8, **variant}
-    straight = {"do": "train", "config": config(folder, f"{name}-straight", **common)}
-    [whole] = run(before, straight)
-    interrupted = config(folder, name, **common)
-    [killed] = launch(before, [{"do": "train", "config": interrupted, "kill_at_step": 11}])
-    assert [rank["exit"] for rank in killed] == [-9] * before
-    per_rank = variant["micro_batch_size"] * before // after
-    resumed_config = {
-        **interrupted,
-        "micro_batch_size": per_rank,
-        "resume_from_checkpoint": str(folder / name / "checkpoint-8"),
-    }
-    [resumed] = run(after, {"do": "train", "config": resumed_config})
-    assert_same_training(whole, resumed)
