@@ -9,7 +9,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 export AXOLOTL_DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install demo test test-fast bench lint clean
+.PHONY: install demo test test-fast gpu bench lint clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,10 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not gpu"
+
+# Needs two GPUs.
+gpu: $(INSTALLED)
+	$(BIN)/python tests/gpu/run.py
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_loss.py

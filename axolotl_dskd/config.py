@@ -314,12 +314,10 @@ _REFUSED: dict[str, str] = {
     "processor_type": "multimodal data is not supported; remove `processor_type:`",
     "batch_flattening": "use `sample_packing: true` instead",
     "relora": "it resets the optimizer that the projectors follow; use plain LoRA",
-    "fsdp": "sharded students are not supported yet; use one GPU or plain DDP, with QLoRA if "
-    "memory is short",
-    "fsdp_config": "sharded students are not supported yet; use one GPU or plain DDP, with QLoRA "
-    "if memory is short",
-    "deepspeed": "sharded students are not supported yet; use one GPU or plain DDP, with QLoRA "
-    "if memory is short",
+    "fsdp": "FSDP1 is not supported; remove `fsdp:` and write `fsdp_config:` with "
+    "`fsdp_version: 2`",
+    "deepspeed": "ZeRO is not supported yet; use plain DDP, or shard by `fsdp_config:` with "
+    "`fsdp_version: 2`",
     "ray_num_workers": "launching through ray is not supported; use the default launcher",
 }
 _OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")
@@ -328,6 +326,9 @@ _PARALLEL = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_s
 
 def _refusals(data: dict[str, Any]) -> list[str]:
     found = [f"`{key}`: {why}" for key, why in _REFUSED.items() if data.get(key)]
+    fsdp = data.get("fsdp_config") or {}
+    if fsdp and str(data.get("fsdp_version") or fsdp.get("fsdp_version")) != "2":
+        found.append("`fsdp_config` without `fsdp_version: 2`: FSDP1 is not supported; add it")
     found += [
         f"`{key}: {data[key]}`: parallelism inside a model is not supported; set it to 1"
         for key in _PARALLEL

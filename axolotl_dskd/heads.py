@@ -8,14 +8,17 @@ logits: a family that does something else is refused instead of distilled wrongl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from axolotl_dskd.ranks import whole
 from axolotl_dskd.types import OutputHead
+
+T = TypeVar("T")
 
 
 def head_module(model: Any) -> Any:
@@ -77,8 +80,7 @@ def _dequantized(module: Any) -> Tensor:
             f"the output head's weight has dtype {weight.dtype}, which cannot be read as plain "
             "numbers. Exclude lm_head from this quantisation."
         )
-    # FSDP2 shards parameters as DTensors; the whole matrix is needed to make logits.
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole(weight)
 
 
 def output_head(model: Any, vocab_size: int | None = None) -> OutputHead:
@@ -114,12 +116,13 @@ def output_head(model: Any, vocab_size: int | None = None) -> OutputHead:
                     "lora_bias on the output head is not supported; remove it, or keep lm_head "
                     "out of lora_target_modules."
                 )
-            lora_A, lora_B = adapters[adapter].weight, module.lora_B[adapter].weight
+            lora_A, lora_B = whole(adapters[adapter].weight), whole(module.lora_B[adapter].weight)
             lora_scale = float(module.scaling[adapter])
     weight = _dequantized(base)
+    bias = getattr(base, "bias", None)
     return OutputHead(
         weight=weight,
-        bias=getattr(base, "bias", None),
+        bias=None if bias is None else whole(bias),
         lora_A=lora_A,
         lora_B=lora_B,
         lora_scale=lora_scale,
@@ -129,22 +132,31 @@ def output_head(model: Any, vocab_size: int | None = None) -> OutputHead:
     )
 
 
-@contextmanager
-def captured_head_input(model: Any) -> Iterator[list[Tensor]]:
-    """While open, a forward of `model` computes no logits: the head keeps its input instead.
+def _itself(hidden: Tensor) -> Tensor:
+    return hidden
 
-    Yields a list that holds, after one forward, the head's input [B, L, d] with its graph. The
-    model's `logits` are then a meaningless [B, L, 1]. Nothing needs the model to know of this, and
-    unlike `output_hidden_states` it keeps no other layer alive.
+
+@contextmanager
+def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> Iterator[list[Any]]:
+    """While open, a forward of `model` computes no logits: the head hands its input on instead.
+
+    Yields a list that holds, after one forward, `then` of the head's input [B, L, d] with its
+    graph; as default that input itself. The model's `logits` are then a meaningless [B, L, 1].
+    Nothing needs the model to know of this, and unlike `output_hidden_states` it keeps no other
+    layer alive.
+
+    `then` runs inside the head's forward: there and only there the head of a sharded model (FSDP)
+    is whole without being gathered once more. Their backward starts at the model's
+    outputs, so what `then` returns must be added to them by whoever differentiates it.
     """
     module = head_module(model)
-    captured: list[Tensor] = []
+    captured: list[Any] = []
 
     def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # the dtype in which the head would have computed
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        captured.append(hidden)
+        captured.append(then(hidden))
         out = hidden[..., :1]
         # DDP looks for the parameters that a forward used: the head's are used, by the loss.
         for parameter in module.parameters():
@@ -164,8 +176,8 @@ def captured_head_input(model: Any) -> Iterator[list[Tensor]]:
             module.forward = before
 
 
-def single(captured: list[Tensor], model: Any) -> Tensor:
-    """The one captured tensor.
+def single(captured: list[T], model: Any) -> T:
+    """The one thing captured.
 
     Raises:
         ValueError: the forward did not call its head exactly once.
@@ -194,9 +206,14 @@ def check_output_head(model: Any, name: str, tolerance: float = 0.02) -> None:
     model.eval()
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(8, device=device).unsqueeze(0) + 3
-    with captured_head_input(model) as captured:
+
+    def rebuilt(hidden: Tensor) -> Tensor:
+        head = output_head(model)
+        return head.frozen().logits(hidden.to(head.weight.device)).float()
+
+    with captured_head_input(model, rebuilt) as captured:
         model(input_ids=ids, use_cache=False)
-    hidden = single(captured, model)
+    ours = single(captured, model)
     theirs = model(input_ids=ids, use_cache=False).logits.float()
     model.train(was_training)
     if not torch.isfinite(theirs).all():
@@ -204,8 +221,6 @@ def check_output_head(model: Any, name: str, tolerance: float = 0.02) -> None:
             f"the {name} ({type(model).__name__}) gives logits that are not finite on eight plain "
             "tokens. Its weights are damaged, or its dtype is too narrow: use bfloat16 or float32."
         )
-    head = output_head(model)
-    ours = head.frozen().logits(hidden.to(head.weight.device)).float()
     if ours.shape != theirs.shape:
         found = f"shape {tuple(ours.shape)} against the model's {tuple(theirs.shape)}"
     else:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from axolotl_dskd.ranks import sum_over_ranks
 from axolotl_dskd.types import LossOutput
 
 #: Per-token values that the loss reports (`dual_space_loss`).
@@ -43,9 +43,7 @@ class MetricSums:
         present = [float(name in self.sums) for name in TERMS]
         # The same length on every rank, whatever this one has seen.
         packed = torch.tensor(counts + values + present, dtype=torch.float64, device=device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(packed)
-        students, teachers, *rest = packed.tolist()
+        students, teachers, *rest = sum_over_ranks(packed).tolist()
         if not students:
             return {}
         means = {

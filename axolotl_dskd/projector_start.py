@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_dskd.alignment import Aligned
-from axolotl_dskd.projectors import Gram, Projectors, SharedTokens
+from axolotl_dskd.projectors import Gram, Projectors, SharedTokens, start_from_shared_tokens
 from axolotl_dskd.types import OutputHead
+
+LOG = get_logger(__name__)
 
 #: A projection that keeps less than this share of first choices says too little to distil from.
 POOR_AGREEMENT = 0.2
@@ -87,6 +90,37 @@ class HeadFollower:
     def resume(self, student: OutputHead) -> None:
         """After weights and projectors of a checkpoint were loaded: these belong together."""
         self.solution = self._solve(student)
+
+
+def start_projectors(
+    projectors: Projectors,
+    init: str,
+    ids: SharedIds,
+    heads: tuple[OutputHead, OutputHead],
+    embeddings: tuple[Tensor, Tensor],
+    *,
+    follow: bool,
+) -> HeadFollower | None:
+    """Least squares over the shared tokens, where configured and where these are enough.
+
+    Args:
+        init: `dskd.projector.init`.
+        ids: the tokens that both vocabularies share.
+        heads, embeddings: student's first.
+        follow: whether s2t may follow a student's head that trains; what does so is returned.
+    """
+    needed = max(head.hidden_size for head in heads)
+    if init == "random" or (init == "auto" and len(ids) < needed):
+        why = f"{len(ids)} tokens are shared, {needed} would determine a least-squares start"
+        LOG.info(f"Projectors start at random: {'as configured' if init == 'random' else why}")
+        return None
+    start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
+    text = f"Projectors start in least squares over {len(ids)} shared tokens"
+    if not (follow and heads[0].trainable):
+        LOG.info(text)
+        return None
+    LOG.info(f"{text}; s2t follows the student's output head, which trains")
+    return HeadFollower(projectors, ids, heads[1], heads[0])
 
 
 class StartReport:

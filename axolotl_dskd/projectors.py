@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
+from axolotl_dskd.ranks import average_over_ranks, share_first
 
 _FOLDER, _WEIGHTS, _OPTIMIZER = "dskd", "projectors.safetensors", "projector_optimizer.safetensors"
 
@@ -163,9 +164,7 @@ class ProjectorOptimizer:
         self.adamw = torch.optim.AdamW(
             projectors.parameters(), lr=learning_rate, weight_decay=weight_decay
         )
-        for parameter in projectors.parameters():  # every rank starts from rank 0's
-            if dist.is_available() and dist.is_initialized():
-                dist.broadcast(parameter.data, src=0)
+        share_first(parameter.data for parameter in projectors.parameters())
 
     def step(self, schedule_factor: float, loss_scale: float = 1.0) -> None:
         """One update from the accumulated gradients, which are cleared.
@@ -181,10 +180,8 @@ class ProjectorOptimizer:
                 parameter.grad = torch.zeros_like(parameter)
             if loss_scale != 1.0:
                 parameter.grad.div_(loss_scale)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(dist.get_world_size())
             gradients.append(parameter.grad)
+        average_over_ranks(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm):
             if self.max_grad_norm > 0:

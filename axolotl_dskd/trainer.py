@@ -7,12 +7,11 @@ from collections import defaultdict
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
+from axolotl_dskd.callbacks import KeepTeacherCache, StepProjectors
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data import (
     COLUMNS,
@@ -28,8 +27,14 @@ from axolotl_dskd.exchange import Exchange
 from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.metrics import MetricSums
-from axolotl_dskd.projector_start import HeadFollower, SharedIds, StartReport, shared_rows
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors, start_from_shared_tokens
+from axolotl_dskd.projector_start import (
+    HeadFollower,
+    SharedIds,
+    StartReport,
+    start_projectors,
+)
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.ranks import is_first, raise_together, sum_over_ranks, whole, world_size
 from axolotl_dskd.teacher import (
     CachedTeacher,
     CacheRun,
@@ -40,55 +45,6 @@ from axolotl_dskd.teacher import (
 from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side
 
 LOG = get_logger(__name__)
-
-
-class _StepProjectors(TrainerCallback):
-    """Updates the projectors together with the student."""
-
-    def __init__(self, trainer: DSKDTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Training may begin again after running out of memory (auto_find_batch_size)."""
-        assert self.trainer.projector_optimizer is not None
-        self.trainer.projector_optimizer.adamw.zero_grad(set_to_none=True)
-        self.trainer._sums.clear()
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """After backward of the last micro-batch, before the student's optimizer steps."""
-        assert self.trainer.projector_optimizer is not None
-        warming_up = self.trainer.projectors_warm_up
-        if warming_up:  # an optimizer leaves parameters without gradient as they are
-            for parameter in self.trainer.model.parameters():
-                parameter.grad = None
-        group = self.trainer.optimizer.param_groups[0]
-        # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
-        initial = group.get("initial_lr") or self.trainer.args.learning_rate
-        scaler = self.trainer.accelerator.scaler
-        self.trainer.projector_optimizer.step(
-            schedule_factor=float(group["lr"] / initial) if initial and not warming_up else 1.0,
-            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
-        )
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """After the student's optimizer has stepped."""
-        if self.trainer.head_follower is not None and not self.trainer.projectors_warm_up:
-            self.trainer.head_follower.follow(self.trainer.student_head())
-
-
-class _KeepTeacherCache(TrainerCallback):
-    """Writes what the epoch has computed, and frees the teacher once everything is cached."""
-
-    def __init__(self, run: CacheRun) -> None:
-        self.run = run
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """After the last step of an epoch, before the next one's data workers start."""
-        self.run.end_epoch(more=state.global_step < state.max_steps)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Also where training stops within an epoch."""
-        self.run.teacher.store.flush()
 
 
 class DSKDTrainer(AxolotlTrainer):
@@ -135,7 +91,8 @@ class DSKDTrainer(AxolotlTrainer):
         self.exchange: Exchange | None = None
         self._sums: dict[str, MetricSums] = defaultdict(MetricSums)
         self._batch: DualBatch | None = None
-        self._captured: list[Tensor] = []
+        self._at_head: list[LossOutput] = []
+        self._problem: str | None = None
 
     # ---- set-up ------------------------------------------------------------------------------
 
@@ -153,15 +110,30 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
-        if self.dskd.projector.warmup_steps and self.is_deepspeed_enabled:
-            raise ValueError(
-                "dskd.projector.warmup_steps holds the student's gradients back, which DeepSpeed "
-                "keeps to itself. Set warmup_steps: 0, or train without DeepSpeed."
-            )
+        if not self.is_sharded:  # else each rank holds a part, and only from now on
+            self._check_student()
+        self.teacher = self._open_teacher(device)
+        self._build_projectors(self.teacher, device)
+        self.add_callback(StepProjectors(self))
+
+    def begin(self) -> None:
+        """Training begins, maybe again (auto_find_batch_size)."""
+        self._sums.clear()
+        self._problem = None
+        if self.is_sharded:
+            self._check_student()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the student only, once training has begun."""
+        return bool(self.is_fsdp_enabled)
+
+    def _check_student(self) -> None:
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
         with self.accelerator.autocast():
             check_output_head(self.model, "student")
-        self.teacher = self._open_teacher(device)
+
+    def _build_projectors(self, teacher: LiveTeacher | CachedTeacher, device: torch.device) -> None:
         head = self.student_head()
         embedding = self.model.get_input_embeddings().weight
         if head.weight.shape[0] < self.student_vocab_size:
@@ -177,20 +149,29 @@ class DSKDTrainer(AxolotlTrainer):
             )
         self.projectors = Projectors(
             head.hidden_size,
-            self.teacher.head.hidden_size,
+            teacher.head.hidden_size,
             with_query=self.alignment == "cma",
             seed=self.args.seed,
         ).to(device)
-        report = self._start_projectors(self.projectors, head, self.teacher)
-        eta = self.alignment == "eta"
-        table = translation(load_teacher_tokenizer(self.dskd), self.processing_class) if eta else []
+        tokenizers = self.processing_class, load_teacher_tokenizer(self.dskd)
+        ids = SharedIds(*(torch.tensor(side, device=device) for side in shared_tokens(*tokenizers)))
+        if is_first() or not self.is_sharded:  # the others get its; it alone may have weights yet
+            self.head_follower = start_projectors(
+                self.projectors,
+                self.dskd.projector.init,
+                ids,
+                (head, teacher.head),
+                (embedding, teacher.embedding.weight),
+                follow=not self.is_sharded,
+            )
+        table = translation(tokenizers[1], tokenizers[0]) if self.alignment == "eta" else []
         self.exchange = Exchange(
             alignment=self.alignment,
             projectors=self.projectors,
-            teacher_head=self.teacher.head,
+            teacher_head=teacher.head,
             causal=self.dskd.causal,
             translation=torch.tensor(table, dtype=torch.long, device=device),
-            start_report=report,
+            start_report=StartReport(ids) if len(ids) else None,
         )
         self.projector_optimizer = ProjectorOptimizer(
             self.projectors,
@@ -198,7 +179,6 @@ class DSKDTrainer(AxolotlTrainer):
             weight_decay=self.dskd.projector.weight_decay,
             max_grad_norm=self.args.max_grad_norm,
         )
-        self.add_callback(_StepProjectors(self))
 
     def _open_teacher(self, device: torch.device) -> LiveTeacher | CachedTeacher:
         """The live teacher or, where a cache is configured, one that reads it."""
@@ -222,31 +202,8 @@ class DSKDTrainer(AxolotlTrainer):
         run.start()
         for collator in self._collators:
             collator.read_cached = run.reader().read_samples
-        self.add_callback(_KeepTeacherCache(run))
+        self.add_callback(KeepTeacherCache(run))
         return teacher
-
-    def _start_projectors(
-        self, projectors: Projectors, head: OutputHead, teacher: LiveTeacher | CachedTeacher
-    ) -> StartReport | None:
-        """Least squares over the shared tokens, where configured and where these are enough."""
-        init = self.dskd.projector.init
-        tokenizer = load_teacher_tokenizer(self.dskd)
-        shared = shared_tokens(self.processing_class, tokenizer)
-        ids = SharedIds(*(torch.tensor(side, device=head.weight.device) for side in shared))
-        report = StartReport(ids) if len(ids) else None
-        needed = max(head.hidden_size, teacher.head.hidden_size)
-        if init == "random" or (init == "auto" and len(ids) < needed):
-            why = f"{len(ids)} tokens are shared, {needed} would determine a least-squares start"
-            LOG.info(f"Projectors start at random: {'as configured' if init == 'random' else why}")
-            return report
-        embeddings = self.model.get_input_embeddings().weight, teacher.embedding.weight
-        start_from_shared_tokens(projectors, shared_rows(ids, (head, teacher.head), embeddings))
-        follows = ""
-        if head.trainable:
-            self.head_follower = HeadFollower(projectors, ids, teacher.head, head)
-            follows = "; s2t follows the student's output head, which trains"
-        LOG.info(f"Projectors start in least squares over {len(ids)} shared tokens{follows}")
-        return report
 
     def student_head(self) -> OutputHead:
         """The student's head as it is now."""
@@ -304,11 +261,8 @@ class DSKDTrainer(AxolotlTrainer):
             DualBatch.pop_from(dict(batch)).student_mask().sum().to(device)
             for batch in batch_samples
         )
-        count = torch.stack(list(masks)).sum().double()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(count)
-            count = count / dist.get_world_size()
-        return count.clamp_min(1.0)
+        count = sum_over_ranks(torch.stack(list(masks)).sum().double()) / world_size()
+        return count.clamp_min(1.0 / world_size())
 
     def compute_loss(
         self,
@@ -320,21 +274,32 @@ class DSKDTrainer(AxolotlTrainer):
         """The student's forward without logits, then the dual-space loss of the batch."""
         self._batch = DualBatch.pop_from(inputs)
         try:
-            with captured_head_input(self.model) as self._captured:
+            with captured_head_input(self.model, self._loss_at_head) as self._at_head:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            self._batch, self._captured = None, []
+            self._batch, self._at_head = None, []
 
     def _dual_space_loss(
         self, outputs: Any, _labels: Tensor, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
+        out = single(self._at_head, self.model)
+        # Once a step, where the ranks meet anyway; and before the student is touched.
+        if self.accelerator.sync_gradients or not self.model.training:
+            raise_together(self._problem, self.accelerator.device)
+        self._sums["train" if self.model.training else "eval"].add(out)
+        count = max(out.student_tokens, 1) if num_items_in_batch is None else num_items_in_batch
+        loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
+        # Through the outputs, which reach every parameter and where sharded backwards begin.
+        return loss + (0.0 * outputs["logits"].float()).sum()
+
+    def _loss_at_head(self, hidden_BLd: Tensor) -> LossOutput:
+        """The sums over this rank's batch, computed inside the forward of the student's head."""
         batch = self._batch
         assert batch is not None
-        hidden_BLd = single(self._captured, self.model)
         mask_BL = batch.student_mask()
         student = batch.student_side(mask_BL)
         if len(student) == 0:
-            return outputs["logits"].sum() * 0.0  # reaches every parameter, the head's too
+            return LossOutput((0.0 * hidden_BLd.float()).sum())
         hidden_Nd = hidden_BLd[mask_BL]
         head = self.student_head()
         settings = self._loss_settings(hidden_Nd.dtype)
@@ -349,6 +314,7 @@ class DSKDTrainer(AxolotlTrainer):
             signal = self.teacher(batch)
             assert self.exchange is not None
             weight = self.model.get_input_embeddings().weight.detach()
+            weight = whole(weight) if self.alignment == "cma" else weight
             exchanged = self.exchange(batch, hidden_Nd, student, weight, signal)
             call |= exchanged.loss_arguments(settings, self.teacher.head)
             if self.model.training:
@@ -359,21 +325,15 @@ class DSKDTrainer(AxolotlTrainer):
         if exchanged is not None and exchanged.aligned.student_mask is not None:
             out.terms["aligned"] = exchanged.aligned.student_mask.float()
         teacher_tokens = None if exchanged is None else exchanged.teacher_tokens
-        self._stop_if_not_finite(out, batch, student, teacher_tokens)
-        self._sums["train" if self.model.training else "eval"].add(out)
-        count = len(student) if num_items_in_batch is None else num_items_in_batch
-        return out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
+        self._problem = self._problem or self._not_finite(out, batch, student, teacher_tokens)
+        return out
 
-    def _stop_if_not_finite(
+    def _not_finite(
         self, out: LossOutput, batch: DualBatch, student: Side, teacher: Side | None
-    ) -> None:
-        """Name the term, the step and the rows, instead of training on with a broken model.
-
-        Raises:
-            ValueError: the loss is NaN or infinite.
-        """
+    ) -> str | None:
+        """The term, the step and the rows of a loss that is NaN or infinite, in words."""
         if torch.isfinite(out.loss):
-            return
+            return None
         found = []
         for name, tokens in out.nonfinite():
             side = teacher if teacher is not None and name.startswith("teacher_") else student
@@ -385,7 +345,7 @@ class DSKDTrainer(AxolotlTrainer):
             found.append(
                 f"dskd/{name} on {len(tokens)} tokens of {len(samples)} rows, first: {rows}"
             )
-        raise ValueError(
+        return (
             f"the loss is not finite at step {self.state.global_step + 1}: {'; '.join(found)}. "
             "Usual causes: a learning rate too high, float16 (use bf16), a damaged teacher."
         )

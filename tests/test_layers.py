@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "axolotl_dskd"
 ALLOWED = {
     "types": set(),
     "config": set(),
-    "projectors": set(),
-    "heads": {"types"},
-    "metrics": {"types"},
+    "ranks": set(),
+    "projectors": {"ranks"},
+    "heads": {"types", "ranks"},
+    "metrics": {"types", "ranks"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},
     "projector_start": {"types", "projectors", "alignment"},
@@ -54,7 +55,7 @@ def test_only_plugin_and_trainer_join_the_units(unit: str):
 
 def test_every_unit_has_its_place_in_the_order():
     units = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert units == {*ALLOWED, "__init__", "plugin", "trainer", "cli", "cache_command"}
+    assert units == {*ALLOWED, "__init__", "plugin", "trainer", "callbacks", "cli", "cache_command"}
 
 
 def test_importing_the_package_imports_nothing_heavy():

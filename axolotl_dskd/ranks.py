@@ -1,0 +1,103 @@
+"""The ranks of a run: the one place that talks to `torch.distributed` and knows sharded tensors.
+
+Every function is a collective on several ranks (all of them must call it, in the same order) and
+does nothing on one. Knows tensors; nothing of models, batches or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum of all ranks' tensors, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def share_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every rank's tensors with rank 0's."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace the tensors (one dtype, one device) by their means over ranks: one collective."""
+    if world_size() == 1:
+        return
+    bucket = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(bucket)
+    bucket /= world_size()
+    for tensor, mean in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def raise_together(problem: str | None, device: torch.device) -> None:
+    """Stop every rank if one of them has a problem.
+
+    A rank that raises alone leaves the others waiting for it in their next collective.
+
+    Args:
+        problem: what is wrong on this rank, or None.
+        device: of the process group's tensors.
+
+    Raises:
+        ValueError: on every rank, with the problems of all of them.
+    """
+    if world_size() == 1:
+        problems = [problem]
+    else:
+        found = torch.tensor(float(problem is not None), device=device)
+        dist.all_reduce(found)
+        if not found:
+            return
+        problems = [None] * world_size()
+        dist.all_gather_object(problems, problem)
+    named = [
+        text if world_size() == 1 else f"rank {rank}: {text}"
+        for rank, text in enumerate(problems)
+        if text is not None
+    ]
+    if named:
+        raise ValueError("\n".join(named))
+
+
+class _Whole(torch.autograd.Function):
+    """A sharded tensor gathered; its gradient averaged over the ranks, and sharded again."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: DTensor) -> Tensor:
+        ctx.mesh, ctx.placements = sharded.device_mesh, sharded.placements
+        return sharded.full_tensor()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:
+        mesh = ctx.mesh
+        mine = DTensor.from_local(grad / mesh.size(), mesh, [Partial()] * mesh.ndim)
+        return mine.redistribute(placements=ctx.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, where it is one rank's shard of it (FSDP2), all of it.
+
+    Differentiable: ranks average their gradients, as FSDP2 does with those of its own.
+    """
+    return _Whole.apply(tensor) if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,185 @@
+"""What the ranks of `tests.ranks` run. Importing this is what takes half a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import axolotl.cli.config
+import axolotl.train
+import axolotl.utils.environment
+import torch
+import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState, DistributedType
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.utils.dict import DictDefault
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from axolotl_dskd.data import DualCollator
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.ranks import raise_together, whole
+
+
+def _on_this_cpu() -> None:
+    """Axolotl places the model of local rank r on the accelerator number r; there is none."""
+    normalize = axolotl.cli.config.normalize_config
+
+    def normalized(cfg: Any) -> None:
+        normalize(cfg)
+        cfg.device_map = {"": "cpu"}
+
+    axolotl.cli.config.normalize_config = normalized
+    # A torch built for CUDA is asked about GPUs that are not there.
+    axolotl.utils.environment.check_cuda_p2p_support = lambda: True
+    # The jobs of a launch share one process group.
+    axolotl.train.cleanup_distributed = lambda: None
+
+
+def _fsdp_on_this_cpu() -> None:
+    """Accelerate takes up FSDP on accelerators only; everything after that works on CPUs too."""
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kwargs.get("fsdp_plugin"):
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init
+    build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
+    ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
+    save = axolotl.train.save_trained_model
+
+    def save_whole(*args: Any, **kwargs: Any) -> None:
+        """Accelerate's way of gathering a state for a file gives no plain tensors on a CPU."""
+        if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+            save(*args, **kwargs)
+
+    axolotl.train.save_trained_model = save_whole
+
+
+_on_this_cpu()
+_fsdp_on_this_cpu()
+
+
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    """`axolotl train`; returns losses, metrics, weights of student and projectors."""
+    cfg = load_cfg(DictDefault(config))
+    torch.manual_seed(cfg.seed)  # Axolotl seeds later than it makes adapters
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    model, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=meta)
+    return _outcome(model, trainer)
+
+
+def command(
+    name: str, config: str, stdin: str = "", arguments: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One of Axolotl's commands, as its CLI calls it; returns what it prints."""
+    module = importlib.import_module(f"axolotl.cli.{name}")
+    sys.argv, sys.stdin = [name], io.StringIO(stdin)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        module.do_cli(config=config, **(arguments or {}))
+    return {"output": printed.getvalue()}
+
+
+def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`train`, where one rank finds no supervised token in its second batch."""
+    original, seen = DualCollator.__call__, [0]
+
+    def collate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(self, *args, **kwargs)
+        seen[0] += 1
+        if seen[0] == 2 and _rank() == rank:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+            batch["dskd_teacher_labels"] = torch.full_like(batch["dskd_teacher_labels"], -100)
+        return batch
+
+    DualCollator.__call__ = collate
+    return train(config)
+
+
+def projector_step() -> dict[str, Any]:
+    """One step of projectors that each rank starts by a seed, and trains by a gradient, of its
+    own."""
+    _process_group()
+    projectors = Projectors(4, 6, with_query=True, seed=_rank())
+    optimizer = ProjectorOptimizer(
+        projectors, learning_rate=0.1, weight_decay=0.0, max_grad_norm=0.0
+    )
+    optimizer.adamw = torch.optim.SGD(projectors.parameters(), lr=0.1)
+    start = {k: v.clone() for k, v in projectors.state_dict().items()}
+    for parameter in projectors.parameters():
+        parameter.grad = torch.full_like(parameter, float(_rank() + 1))
+    optimizer.step(schedule_factor=1.0)
+    return {"start": start, "end": dict(projectors.state_dict())}
+
+
+def gathered_weight(hybrid: bool) -> dict[str, Any]:
+    """A weight that FSDP2 shards, gathered, and its gradient where ranks have unlike ones."""
+    _process_group()
+    world_size = dist.get_world_size()
+    shape, names = (
+        ((2, world_size // 2), ("replicate", "shard")) if hybrid else ((world_size,), None)
+    )
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(5, 7, bias=False)
+    before = linear.weight.detach().clone()
+    fully_shard(linear, mesh=mesh)
+    gathered = whole(linear.weight)
+    (gathered * float(_rank() + 1)).sum().backward()
+    return {
+        "same": torch.equal(gathered, before),
+        "shard": linear.weight.to_local().shape[0],
+        "grad": linear.weight.grad.full_tensor(),
+    }
+
+
+def stop(rank: int) -> dict[str, Any]:
+    """One rank has a problem."""
+    _process_group()
+    raise_together("too hot" if _rank() == rank else None, torch.device("cpu"))
+    return {}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _process_group() -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    state = trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict()
+    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+    ids = torch.arange(3, 19).unsqueeze(0)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+    return {
+        "losses": [float(entry["loss"]) for entry in logs],
+        "logs": [
+            {k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in logs
+        ],
+        "student": {k: v.detach().clone() for k, v in state.items()},
+        "projectors": {k: v.clone() for k, v in trainer.projectors.state_dict().items()},
+        "logits": logits,
+        "trainer": type(trainer.model_wrapped).__name__,
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+    }

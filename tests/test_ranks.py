@@ -1,0 +1,185 @@
+"""One process and several give the same training: losses at every step and the final weights."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.ranks import Result, launch, run
+
+STEPS = 20
+ON_FOUR = ("padded", "packed")
+
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "v_proj", "o_proj", "lm_head"],
+}
+
+
+#: Two epochs of ten steps.
+FORTY_ROWS = [
+    {"path": "rows.jsonl", "ds_type": "json", "type": "chat_template", "split": "train[:40]"}
+]
+
+
+def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
+    """A run of `STEPS` steps over several epochs; clipping, decay and a schedule take part."""
+    defaults = {
+        "max_steps": STEPS,
+        "num_epochs": 100,
+        "learning_rate": 2e-3,
+        "lr_scheduler": "cosine",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        # Where a gradient is nearly 0, Adam otherwise turns rounding into whole steps.
+        "adam_epsilon": 1e-6,
+        "dataloader_num_workers": 0,
+        "output_dir": str(folder / name),
+    }
+    made = tiny.base_config(folder, **{**defaults, **overrides})
+    made["base_model"] = str(folder / Path(made["base_model"]).name)
+    made["datasets"] = [d | {"path": str(folder / "rows.jsonl")} for d in made["datasets"]]
+    return made
+
+
+def variants(world_size: int) -> dict[str, dict[str, Any]]:
+    """The global batch is four rows (or packs), however many ranks share it."""
+    per_rank = 4 // world_size
+    return {
+        "padded": {"micro_batch_size": per_rank, "datasets": FORTY_ROWS},
+        "accumulated": {"micro_batch_size": per_rank, "gradient_accumulation_steps": 2},
+        # A packed row is a batch of its own: several ranks share what one accumulates.
+        "packed": {
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": per_rank,
+            "sample_packing": True,
+            "sequence_len": 96,
+            # Otherwise Axolotl draws other packs with another number of ranks.
+            "curriculum_sampling": True,
+        },
+        "lora": {"micro_batch_size": per_rank, "datasets": FORTY_ROWS, **LORA},
+    }
+
+
+def assert_same_training(one: Result, other: Result, atol: float = 1e-5) -> None:
+    assert len(one["losses"]) == STEPS
+    for a, b in zip(one["logs"], other["logs"], strict=True):
+        for key in a.keys() - {"grad_norm"}:
+            if key == "loss" or key.startswith("dskd/"):
+                # Against the loss: a divergence may be near 0.
+                assert a[key] == pytest.approx(b[key], abs=1e-5 * a["loss"]), key
+    assert one["student"].keys() == other["student"].keys()
+    for part in ("student", "projectors"):
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(tensor, other[part][name], rtol=0, atol=atol, msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Student and teacher with different tokenizers, and the same with one tokenizer."""
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny.save_pair(folder)
+    tiny.write_rows(folder / "rows.jsonl", tiny.chat_rows(160))
+    return folder
+
+
+def test_projectors_start_alike_and_follow_the_mean_gradient():
+    [ranks] = launch(2, [{"do": "projector_step"}])
+    for name, start in ranks[0]["start"].items():
+        torch.testing.assert_close(ranks[1]["start"][name], start, rtol=0, atol=0)
+        for rank in ranks:  # gradients 1 and 2, learning rate 0.1
+            torch.testing.assert_close(rank["end"][name], start - 0.15)
+
+
+@pytest.mark.parametrize(("world_size", "hybrid"), [(2, False), (4, True)])
+def test_a_sharded_weight_is_gathered_and_gets_the_mean_gradient(world_size: int, hybrid: bool):
+    [ranks] = launch(world_size, [{"do": "gathered_weight", "hybrid": hybrid}])
+    for rank in ranks:
+        assert rank["same"]
+        assert rank["shard"] < 7
+        expected = torch.full((7, 5), (1 + world_size) / 2)
+        torch.testing.assert_close(rank["grad"], expected)
+
+
+def test_the_problem_of_one_rank_stops_all():
+    [ranks] = launch(2, [{"do": "stop", "rank": 1}], timeout=60)
+    assert [rank["error"] for rank in ranks] == ["ValueError: rank 1: too hot"] * 2
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(folder: Path):
+    """The teacher is damaged in a token that one row has."""
+    damaged = folder / "damaged"
+    shutil.copytree(folder / "teacher", damaged)
+    teacher = AutoModelForCausalLM.from_pretrained(damaged, dtype=torch.float32)
+    token = tiny.sentencepiece_tokenizer()("Say hello")["input_ids"][-1]
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[token] = float("nan")
+    teacher.save_pretrained(damaged)
+    job = config(
+        folder,
+        "damaged-out",
+        micro_batch_size=2,
+        datasets=[dict(FORTY_ROWS[0], split="train[:4]")],
+        dskd={"teacher": {"base_model": str(damaged)}, "projector": {"init": "random"}},
+    )
+    [ranks] = launch(2, [{"do": "train", "config": job}], timeout=120)
+    assert ranks[0]["error"] == ranks[1]["error"]
+    found = re.findall(r"rank (\d): the loss is not finite at step \d+: dskd/", ranks[0]["error"])
+    assert len(found) == 1
+    assert "Say hello" in ranks[0]["error"]
+
+
+def test_a_rank_without_supervised_tokens_does_not_stop_the_others(folder: Path):
+    job = config(folder, "without", micro_batch_size=2, max_steps=4, datasets=FORTY_ROWS)
+    [ranks] = launch(2, [{"do": "train_without_labels", "config": job, "rank": 1}], timeout=120)
+    assert all(len(rank["losses"]) == 4 for rank in ranks)
+    assert all(value == value and value > 0 for value in ranks[0]["losses"])
+    for part in ("student", "projectors"):
+        for name, tensor in ranks[0][part].items():
+            torch.testing.assert_close(ranks[1][part][name], tensor, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> dict[int, dict[str, Result]]:
+    """Every variant on one and two ranks, two of them on four."""
+    results: dict[int, dict[str, Result]] = {}
+    for world_size in (1, 2, 4):
+        jobs = {
+            name: {"do": "train", "config": config(folder, f"{name}-{world_size}", **variant)}
+            for name, variant in variants(world_size).items()
+            if world_size < 4 or name in ON_FOUR
+        }
+        results[world_size] = dict(zip(jobs, run(world_size, *jobs.values()), strict=True))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("variant", "world_size"), [*((v, 2) for v in variants(1)), *((v, 4) for v in ON_FOUR)]
+)
+def test_several_ranks_train_as_one(
+    trained: dict[int, dict[str, Result]], variant: str, world_size: int
+):
+    assert trained[world_size][variant]["trainer"] == "DistributedDataParallel"
+    assert_same_training(trained[1][variant], trained[world_size][variant])
+
+
+#: Axolotl's keys for FSDP2.
+SHARDED = {
+    "fsdp_version": 2,
+    "fsdp_config": {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+        "state_dict_type": "FULL_STATE_DICT",
+        "reshard_after_forward": True,
+    },
+}
