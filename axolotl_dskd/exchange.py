@@ -79,9 +79,6 @@ class Exchange:
         start_report: measures the projectors on the first batches; None for none.
     """
 
-    #: Tokens whose teacher logits are held at once to find the most likely one.
-    chunk_tokens = 256
-
     def __init__(
         self,
         *,
@@ -107,19 +104,21 @@ class Exchange:
         student: Side,
         embedding: Tensor,
         signal: TeacherSignal,
+        chunk_tokens: int,
     ) -> Exchanged:
         """Align and project both sides' states.
 
         Args:
             hidden: [N, d] the student's states.
             embedding: [V, d] the student's input embedding, detached.
+            chunk_tokens: tokens whose teacher logits may be held at once.
         """
         pairs, targets = _pairs(batch, student), None
         if self.alignment == "positions":
             aligned = align_positions(hidden, student, signal, self.projectors)
         elif self.alignment == "eta":
             aligned = align_exact_pairs(hidden, pairs, signal, self.projectors)
-            greedy = greedy_tokens(self.teacher_head, signal.hidden[pairs[:, 1]], self.chunk_tokens)
+            greedy = greedy_tokens(self.teacher_head, signal.hidden[pairs[:, 1]], chunk_tokens)
             targets = teacher_targets(greedy, pairs, student, signal.tokens, self.translation)
         else:
             embedded = embedding[student.input_ids], embedding[student.labels]

@@ -20,6 +20,8 @@ LOG = get_logger(__name__)
 
 #: A projection that keeps less than this share of first choices says too little to distil from.
 POOR_AGREEMENT = 0.2
+#: Tokens whose logits the report holds at once.
+_ROWS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -177,23 +179,35 @@ class StartReport:
         if not len(ours):
             return
         heads = heads[0].frozen(), heads[1]
+        for some in torch.arange(len(ours), device=ours.device).split(_ROWS_AT_ONCE):
+            self._compare(
+                heads,
+                (states[0][ours[some]], states[1][theirs[some]]),
+                (aligned.t2s_hidden[ours[some]], aligned.s2t_hidden[rows[some]]),
+            )
+        self.pairs += len(ours)
 
+    def _compare(
+        self,
+        heads: tuple[OutputHead, OutputHead],
+        states: tuple[Tensor, Tensor],
+        projected: tuple[Tensor, Tensor],
+    ) -> None:
         def log_p(side: int, hidden: Tensor) -> Tensor:
             logits = heads[side].logits(hidden.to(heads[side].weight.dtype))
             index = (self.ids.student, self.ids.teacher)[side].to(logits.device)
             return logits[:, index].float().log_softmax(-1)
 
-        student, teacher = log_p(0, states[0][ours]), log_p(1, states[1][theirs])
+        student, teacher = log_p(0, states[0]), log_p(1, states[1])
         compared = (
-            (teacher, log_p(0, aligned.t2s_hidden[ours])),
-            (student, log_p(1, aligned.s2t_hidden[rows])),
+            (teacher, log_p(0, projected[0])),
+            (student, log_p(1, projected[1])),
             (teacher, student),
         )
         for k, (p, q) in enumerate(compared):
             same = (p.argmax(-1) == q.argmax(-1)).sum()
             divergence = (p.exp() * (p - q)).sum()
             self.sums[k] += torch.stack([same.double(), divergence.double()]).cpu()
-        self.pairs += len(ours)
 
     def means(self) -> dict[str, tuple[float, float]]:
         """`{"t2s", "s2t", "as it is": (agreement, KL)}`."""

@@ -315,7 +315,9 @@ class DSKDTrainer(AxolotlTrainer):
             assert self.exchange is not None
             weight = self.model.get_input_embeddings().weight.detach()
             weight = whole(weight) if self.alignment == "cma" else weight
-            exchanged = self.exchange(batch, hidden_Nd, student, weight, signal)
+            exchanged = self.exchange(
+                batch, hidden_Nd, student, weight, signal, settings.chunk_tokens
+            )
             call |= exchanged.loss_arguments(settings, self.teacher.head)
             if self.model.training:
                 states = hidden_Nd, signal.hidden

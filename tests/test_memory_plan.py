@@ -17,7 +17,6 @@ TOLERANCE = 0.15
 SIZES: dict[str, Any] = {"student": (16000, 512, 6), "teacher": (24000, 768, 6), "words": 150}
 CASES: dict[str, dict[str, Any]] = {
     "full": {},
-    "lora-accumulated": {**ADAPTER, "gradient_accumulation_steps": 2},
     "qlora-checkpointed": {
         **ADAPTER,
         "adapter": "qlora",

@@ -296,7 +296,7 @@ def test_the_teacher_is_frozen_and_its_adapter_merged(pair_folder: Path, train: 
 
 
 def test_no_forward_makes_logits_over_the_vocabulary(pair_folder: Path, train: Train):
-    """The largest float tensor over either vocabulary has a chunk's rows, not a batch's."""
+    """The largest float tensor over either vocabulary has twice a chunk's rows, not a batch's."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: set[tuple[int, ...]] = set()
@@ -325,7 +325,7 @@ def test_no_forward_makes_logits_over_the_vocabulary(pair_folder: Path, train: T
         DSKDTrainer.compute_loss = original
     rows = {shape[0] for shape in seen if shape[0] not in (32, 48)}  # not transposed heads
     assert seen
-    assert max(rows) <= 8
+    assert max(rows) <= 2 * 8
 
 
 def test_a_loss_that_is_not_finite_names_term_step_and_rows(pair_folder: Path, train: Train):
