@@ -110,7 +110,9 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
-        if not self.is_sharded:  # else each rank holds a part, and only from now on
+        if self.is_sharded:
+            LOG.warning("FSDP2 was tried little with dskd (README, Several GPUs): watch the losses")
+        else:  # a sharded student is whole in its own forward only
             self._check_student()
         self.teacher = self._open_teacher(device)
         self._build_projectors(self.teacher, device)
