@@ -221,8 +221,8 @@ class DSKDConfig(_Block):
         "auto",
         description="How tokens of the two models meet. positions: one by one (identical "
         "vocabularies). eta: exact token alignment, those that stand for the same bytes. cma: "
-        "cross-model attention. auto: positions if the vocabularies are identical, eta if most "
-        "student tokens of the data are exactly aligned, else cma.",
+        "cross-model attention. auto: positions if the vocabularies are identical, eta if "
+        "nearly all student tokens of the data are exactly aligned, else cma.",
     )
     causal: bool = Field(
         False,

@@ -70,8 +70,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-#: `auto` takes exact pairs where at least this share of the student's tokens has one.
-ETA_SHARE = 0.6
+#: `auto` takes exact pairs where at least this share of the student's tokens has one: then hardly
+#: a token goes without teacher. On the demo, where 69% have one, attention was clearly better.
+ETA_SHARE = 0.95
 
 
 def resolve_alignment(
