@@ -95,6 +95,7 @@ def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape,
 
 
 def plan_settings(run: Run) -> PlanSettings:
+    """What the plan needs to know of a run, from its configuration and sampled rows."""
     cfg, config = run.cfg, run.config
     vocab_sizes = vocabulary_size(run.tokenizers[0]), vocabulary_size(run.tokenizers[1])
     low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
@@ -137,6 +138,11 @@ def plan_settings(run: Run) -> PlanSettings:
 
 
 def memory_report(run: Run, student: Any, teacher: Any) -> MemoryReport:
+    """The plan against the card, with what to change where it does not fit.
+
+    Args:
+        student, teacher: skeletons on the meta device.
+    """
     plan = make_plan(student, teacher, plan_settings(run))
     _, batch = batch_shape(run.cfg, run.samples)
     held = sum(plan.held.values())
