@@ -17,12 +17,20 @@ class StepProjectors(TrainerCallback):
 
     def __init__(self, trainer: DSKDTrainer) -> None:
         self.trainer = trainer
+        self.schedule_factor = 1.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Training may begin again after running out of memory (auto_find_batch_size)."""
         assert self.trainer.projector_optimizer is not None
         self.trainer.projector_optimizer.adamw.zero_grad(set_to_none=True)
         self.trainer.begin()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Before the first micro-batch: DeepSpeed moves the schedule on within the backward."""
+        group = self.trainer.optimizer.param_groups[0]
+        # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
+        initial = group.get("initial_lr") or self.trainer.args.learning_rate
+        self.schedule_factor = float(group["lr"] / initial) if initial else 1.0
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         """After backward of the last micro-batch, before the student's optimizer steps."""
@@ -31,19 +39,10 @@ class StepProjectors(TrainerCallback):
         if warming_up:  # an optimizer leaves parameters without gradient as they are
             for parameter in self.trainer.model.parameters():
                 parameter.grad = None
-        group = self.trainer.optimizer.param_groups[0]
-        # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
-        initial = group.get("initial_lr") or self.trainer.args.learning_rate
-        scaler = self.trainer.accelerator.scaler
         self.trainer.projector_optimizer.step(
-            schedule_factor=float(group["lr"] / initial) if initial and not warming_up else 1.0,
-            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+            schedule_factor=1.0 if warming_up else self.schedule_factor,
+            loss_scale=self.trainer.loss_scale,
         )
-
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """After the student's optimizer has stepped."""
-        if self.trainer.head_follower is not None and not self.trainer.projectors_warm_up:
-            self.trainer.head_follower.follow(self.trainer.student_head())
 
 
 class KeepTeacherCache(TrainerCallback):

@@ -316,8 +316,6 @@ _REFUSED: dict[str, str] = {
     "relora": "it resets the optimizer that the projectors follow; use plain LoRA",
     "fsdp": "FSDP1 is not supported; remove `fsdp:` and write `fsdp_config:` with "
     "`fsdp_version: 2`",
-    "deepspeed": "ZeRO is not supported yet; use plain DDP, or shard by `fsdp_config:` with "
-    "`fsdp_version: 2`",
     "ray_num_workers": "launching through ray is not supported; use the default launcher",
 }
 _OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")

@@ -102,7 +102,7 @@ class Exchange:
         batch: DualBatch,
         hidden: Tensor,
         student: Side,
-        embedding: Tensor,
+        embedded: tuple[Tensor, Tensor] | None,
         signal: TeacherSignal,
         chunk_tokens: int,
     ) -> Exchanged:
@@ -110,7 +110,8 @@ class Exchange:
 
         Args:
             hidden: [N, d] the student's states.
-            embedding: [V, d] the student's input embedding, detached.
+            embedded: [N, d] the student's embeddings of its inputs and of its labels, without
+                graph (for cross-model attention).
             chunk_tokens: tokens whose teacher logits may be held at once.
         """
         pairs, targets = _pairs(batch, student), None
@@ -121,7 +122,7 @@ class Exchange:
             greedy = greedy_tokens(self.teacher_head, signal.hidden[pairs[:, 1]], chunk_tokens)
             targets = teacher_targets(greedy, pairs, student, signal.tokens, self.translation)
         else:
-            embedded = embedding[student.input_ids], embedding[student.labels]
+            assert embedded is not None
             spans = None
             if self.causal:
                 assert batch.spans is not None

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from axolotl_dskd.ranks import whole
+from axolotl_dskd.ranks import gathered, is_sharded, whole
 from axolotl_dskd.types import OutputHead
 
 T = TypeVar("T")
@@ -145,8 +145,8 @@ def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> 
     Nothing needs the model to know of this, and unlike `output_hidden_states` it keeps no other
     layer alive.
 
-    `then` runs inside the head's forward: there and only there the head of a sharded model (FSDP)
-    is whole without being gathered once more. Their backward starts at the model's
+    `then` runs inside the head's forward: there and only there the head of a sharded model (FSDP,
+    ZeRO-3) is whole without being gathered once more. Their backward starts at the model's
     outputs, so what `then` returns must be added to them by whoever differentiates it.
     """
     module = head_module(model)
@@ -156,12 +156,14 @@ def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> 
         device = hidden.device.type
         if torch.is_autocast_enabled(device):  # the dtype in which the head would have computed
             hidden = hidden.to(torch.get_autocast_dtype(device))
-        captured.append(then(hidden))
-        out = hidden[..., :1]
-        # DDP looks for the parameters that a forward used: the head's are used, by the loss.
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                out = out + 0.0 * parameter.flatten()[:1].to(out)
+        # ZeRO-3 gathers a module's own parameters for its forward, not those of the layers within.
+        with gathered(module.parameters()):
+            captured.append(then(hidden))
+            out = hidden[..., :1]
+            # DDP looks for the parameters that a forward used: the head's are used, by the loss.
+            for parameter in module.parameters():
+                if parameter.requires_grad and not is_sharded(parameter):
+                    out = out + 0.0 * parameter.flatten()[:1].to(out)
         return out
 
     # On the instance, so the class stays as it is; accelerate's hooks live there too.

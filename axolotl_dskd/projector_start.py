@@ -14,6 +14,7 @@ from torch import Tensor
 
 from axolotl_dskd.alignment import Aligned
 from axolotl_dskd.projectors import Gram, Projectors, SharedTokens, start_from_shared_tokens
+from axolotl_dskd.ranks import is_first
 from axolotl_dskd.types import OutputHead
 
 LOG = get_logger(__name__)
@@ -65,33 +66,33 @@ class HeadFollower:
     The start of s2t solves `teacher_head @ s2t ≈ student_head` for the head as it was. Each time
     the head has changed, the solution's change is added to the weights, so what training has added
     to them stays. The teacher's side of the normal equations is factorised once.
+
+    The solution for the head that was followed last is a buffer of the projectors,
+    `s2t_solution` [D, d] float32, and so part of their checkpoints.
+
+    Args:
+        projectors: in least squares, on every rank.
+        ids: the tokens that both vocabularies share.
+        teacher: its output head.
     """
 
-    def __init__(
-        self, projectors: Projectors, ids: SharedIds, teacher: OutputHead, student: OutputHead
-    ) -> None:
-        self.weight = projectors.s2t.weight
+    def __init__(self, projectors: Projectors, ids: SharedIds, teacher: OutputHead) -> None:
+        self.projectors = projectors
         self.ids = ids
         self.teacher = teacher
         self.gram = Gram(teacher.rows(ids.teacher)[0])
-        self.solution = self._solve(student)
-
-    @torch.no_grad()
-    def _solve(self, student: OutputHead) -> Tensor:
-        rows = (self.teacher.rows(index)[0] for index in self.ids.teacher.split(8192))
-        targets = (student.rows(index)[0] for index in self.ids.student.split(8192))
-        return self.gram.solve(zip(rows, targets, strict=True)).to(self.weight)
+        projectors.register_buffer("s2t_solution", projectors.s2t.weight.detach().clone())
+        LOG.info("s2t follows the student's output head, which trains")
 
     @torch.no_grad()
     def follow(self, student: OutputHead) -> None:
-        """After an update of the student."""
-        solution = self._solve(student)
-        self.weight += solution - self.solution
-        self.solution = solution
-
-    def resume(self, student: OutputHead) -> None:
-        """After weights and projectors of a checkpoint were loaded: these belong together."""
-        self.solution = self._solve(student)
+        """After an update of the student, with its head as it is now, whole."""
+        rows = (self.teacher.rows(index)[0] for index in self.ids.teacher.split(8192))
+        targets = (student.rows(index)[0] for index in self.ids.student.split(8192))
+        weight, before = self.projectors.s2t.weight, self.projectors.s2t_solution
+        solution = self.gram.solve(zip(rows, targets, strict=True)).to(weight)
+        weight += solution - before
+        before.copy_(solution)
 
 
 def start_projectors(
@@ -100,29 +101,28 @@ def start_projectors(
     ids: SharedIds,
     heads: tuple[OutputHead, OutputHead],
     embeddings: tuple[Tensor, Tensor],
-    *,
-    follow: bool,
-) -> HeadFollower | None:
+) -> bool:
     """Least squares over the shared tokens, where configured and where these are enough.
+
+    On rank 0, which alone may have the student's weights yet; the others take over its result.
 
     Args:
         init: `dskd.projector.init`.
         ids: the tokens that both vocabularies share.
         heads, embeddings: student's first.
-        follow: whether s2t may follow a student's head that trains; what does so is returned.
+
+    Returns:
+        Whether the projectors start in least squares.
     """
     needed = max(head.hidden_size for head in heads)
     if init == "random" or (init == "auto" and len(ids) < needed):
         why = f"{len(ids)} tokens are shared, {needed} would determine a least-squares start"
         LOG.info(f"Projectors start at random: {'as configured' if init == 'random' else why}")
-        return None
-    start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
-    text = f"Projectors start in least squares over {len(ids)} shared tokens"
-    if not (follow and heads[0].trainable):
-        LOG.info(text)
-        return None
-    LOG.info(f"{text}; s2t follows the student's output head, which trains")
-    return HeadFollower(projectors, ids, heads[1], heads[0])
+        return False
+    if is_first():
+        start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
+    LOG.info(f"Projectors start in least squares over {len(ids)} shared tokens")
+    return True
 
 
 class StartReport:

@@ -1,12 +1,15 @@
 """The ranks of a run: the one place that talks to `torch.distributed` and knows sharded tensors.
 
 Every function is a collective on several ranks (all of them must call it, in the same order) and
-does nothing on one. Knows tensors; nothing of models, batches or losses.
+does nothing on one. Knows tensors; nothing of models, batches or losses. Of the two ways to shard
+a student, FSDP2 hands out tensors of a kind of their own (`whole` gathers them), ZeRO-3 parameters
+that are empty until they are gathered in place (`gathered`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,9 +98,61 @@ class _Whole(torch.autograd.Function):
         return mine.redistribute(placements=ctx.placements)
 
 
+class _Regathered(torch.autograd.Function):
+    """A parameter that ZeRO-3 has gathered for now, gathered again when its gradient arrives.
+
+    Autograd shapes a gradient as its parameter is at that moment, which would be empty. ZeRO-3 sees
+    to that for a module whose own forward ran; a layer within the head (LoRA) has none here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Any) -> Tensor:
+        ctx.parameter = parameter
+        return parameter.detach().view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        parameter = ctx.parameter
+        if _is_partitioned(parameter):
+            parameter.all_gather()
+            torch.autograd.Variable._execution_engine.queue_callback(parameter.partition)
+        return grad
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or, where it is one rank's shard of it (FSDP2), all of it.
 
-    Differentiable: ranks average their gradients, as FSDP2 does with those of its own.
+    Differentiable: ranks average their gradients, as FSDP2 does with those of its own. A parameter
+    of ZeRO-3 must be `gathered`.
     """
-    return _Whole.apply(tensor) if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return _Whole.apply(tensor)
+    if is_sharded(tensor) and tensor.requires_grad:
+        return _Regathered.apply(tensor)
+    return tensor
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """While open, parameters that ZeRO-3 has partitioned are whole on every rank.
+
+    Those that are whole already, because a module is using them, stay so afterwards.
+    """
+    partitioned = [p for p in parameters if _is_partitioned(p)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this is a parameter of which a rank holds a part only, be it gathered or not."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_status")
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    status = getattr(parameter, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"

@@ -24,7 +24,13 @@ from axolotl_dskd.data import (
     vocabulary_size,
 )
 from axolotl_dskd.exchange import Exchange
-from axolotl_dskd.heads import captured_head_input, check_output_head, output_head, single
+from axolotl_dskd.heads import (
+    captured_head_input,
+    check_output_head,
+    head_module,
+    output_head,
+    single,
+)
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.metrics import MetricSums
 from axolotl_dskd.projector_start import (
@@ -34,7 +40,7 @@ from axolotl_dskd.projector_start import (
     start_projectors,
 )
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
-from axolotl_dskd.ranks import is_first, raise_together, sum_over_ranks, whole, world_size
+from axolotl_dskd.ranks import gathered, raise_together, sum_over_ranks, whole, world_size
 from axolotl_dskd.teacher import (
     CachedTeacher,
     CacheRun,
@@ -93,6 +99,9 @@ class DSKDTrainer(AxolotlTrainer):
         self._batch: DualBatch | None = None
         self._at_head: list[LossOutput] = []
         self._problem: str | None = None
+        self._followed_step = 0
+        #: What losses are multiplied by before backward (float16), at the current step.
+        self.loss_scale = 1.0
 
     # ---- set-up ------------------------------------------------------------------------------
 
@@ -110,9 +119,7 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
-        if self.is_sharded:
-            LOG.warning("FSDP2 was tried little with dskd (README, Several GPUs): watch the losses")
-        else:  # a sharded student is whole in its own forward only
+        if not self.is_sharded:  # a sharded student is whole in its own forward only
             self._check_student()
         self.teacher = self._open_teacher(device)
         self._build_projectors(self.teacher, device)
@@ -128,7 +135,18 @@ class DSKDTrainer(AxolotlTrainer):
     @property
     def is_sharded(self) -> bool:
         """Whether a rank holds a part of the student only, once training has begun."""
-        return bool(self.is_fsdp_enabled)
+        return bool(self.is_fsdp_enabled) or self._zero_stage == 3
+
+    @property
+    def _zero_stage(self) -> int:
+        plugin = self.accelerator.state.deepspeed_plugin
+        return 0 if plugin is None else int(plugin.zero_stage)
+
+    def _current_loss_scale(self) -> float:
+        if self.is_deepspeed_enabled:  # it may change the scale within the last backward of a step
+            return float(getattr(self.model_wrapped.optimizer, "loss_scale", 1.0))
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _check_student(self) -> None:
         # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
@@ -136,8 +154,44 @@ class DSKDTrainer(AxolotlTrainer):
             check_output_head(self.model, "student")
 
     def _build_projectors(self, teacher: LiveTeacher | CachedTeacher, device: torch.device) -> None:
-        head = self.student_head()
+        tokenizers = self.processing_class, load_teacher_tokenizer(self.dskd)
+        ids = SharedIds(*(torch.tensor(side, device=device) for side in shared_tokens(*tokenizers)))
         embedding = self.model.get_input_embeddings().weight
+        with gathered((embedding, *head_module(self.model).parameters())):
+            head = self.student_head()
+            self._check_sizes(head, embedding)
+            self.projectors = Projectors(
+                head.hidden_size,
+                teacher.head.hidden_size,
+                with_query=self.alignment == "cma",
+                seed=self.args.seed,
+            ).to(device)
+            started = start_projectors(
+                self.projectors,
+                self.dskd.projector.init,
+                ids,
+                (head, teacher.head),
+                (embedding, teacher.embedding.weight),
+            )
+        self.projector_optimizer = ProjectorOptimizer(
+            self.projectors,
+            learning_rate=self.dskd.projector.learning_rate,
+            weight_decay=self.dskd.projector.weight_decay,
+            max_grad_norm=self.args.max_grad_norm,
+        )
+        if started and head.trainable:
+            self.head_follower = HeadFollower(self.projectors, ids, teacher.head)
+        table = translation(tokenizers[1], tokenizers[0]) if self.alignment == "eta" else []
+        self.exchange = Exchange(
+            alignment=self.alignment,
+            projectors=self.projectors,
+            teacher_head=teacher.head,
+            causal=self.dskd.causal,
+            translation=torch.tensor(table, dtype=torch.long, device=device),
+            start_report=StartReport(ids) if len(ids) else None,
+        )
+
+    def _check_sizes(self, head: OutputHead, embedding: Tensor) -> None:
         if head.weight.shape[0] < self.student_vocab_size:
             raise ValueError(
                 f"the student's tokenizer has ids up to {self.student_vocab_size - 1}, but its "
@@ -149,38 +203,6 @@ class DSKDTrainer(AxolotlTrainer):
                 f"the student embeds tokens in {embedding.shape[1]} numbers but its head takes "
                 f"{head.hidden_size}; cross-model attention does not support such students."
             )
-        self.projectors = Projectors(
-            head.hidden_size,
-            teacher.head.hidden_size,
-            with_query=self.alignment == "cma",
-            seed=self.args.seed,
-        ).to(device)
-        tokenizers = self.processing_class, load_teacher_tokenizer(self.dskd)
-        ids = SharedIds(*(torch.tensor(side, device=device) for side in shared_tokens(*tokenizers)))
-        if is_first() or not self.is_sharded:  # the others get its; it alone may have weights yet
-            self.head_follower = start_projectors(
-                self.projectors,
-                self.dskd.projector.init,
-                ids,
-                (head, teacher.head),
-                (embedding, teacher.embedding.weight),
-                follow=not self.is_sharded,
-            )
-        table = translation(tokenizers[1], tokenizers[0]) if self.alignment == "eta" else []
-        self.exchange = Exchange(
-            alignment=self.alignment,
-            projectors=self.projectors,
-            teacher_head=teacher.head,
-            causal=self.dskd.causal,
-            translation=torch.tensor(table, dtype=torch.long, device=device),
-            start_report=StartReport(ids) if len(ids) else None,
-        )
-        self.projector_optimizer = ProjectorOptimizer(
-            self.projectors,
-            learning_rate=self.dskd.projector.learning_rate,
-            weight_decay=self.dskd.projector.weight_decay,
-            max_grad_norm=self.args.max_grad_norm,
-        )
 
     def _open_teacher(self, device: torch.device) -> LiveTeacher | CachedTeacher:
         """The live teacher or, where a cache is configured, one that reads it."""
@@ -289,6 +311,7 @@ class DSKDTrainer(AxolotlTrainer):
         if self.accelerator.sync_gradients or not self.model.training:
             raise_together(self._problem, self.accelerator.device)
         self._sums["train" if self.model.training else "eval"].add(out)
+        self.loss_scale = self._current_loss_scale()
         count = max(out.student_tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
         # Through the outputs, which reach every parameter and where sharded backwards begin.
@@ -315,10 +338,9 @@ class DSKDTrainer(AxolotlTrainer):
         if self.teacher is not None:
             signal = self.teacher(batch)
             assert self.exchange is not None
-            weight = self.model.get_input_embeddings().weight.detach()
-            weight = whole(weight) if self.alignment == "cma" else weight
+            self._follow(head)
             exchanged = self.exchange(
-                batch, hidden_Nd, student, weight, signal, settings.chunk_tokens
+                batch, hidden_Nd, student, self._embed(student), signal, settings.chunk_tokens
             )
             call |= exchanged.loss_arguments(settings, self.teacher.head)
             if self.model.training:
@@ -331,6 +353,25 @@ class DSKDTrainer(AxolotlTrainer):
         teacher_tokens = None if exchanged is None else exchanged.teacher_tokens
         self._problem = self._problem or self._not_finite(out, batch, student, teacher_tokens)
         return out
+
+    def _follow(self, head: OutputHead) -> None:
+        """Let s2t follow the head, once in a step and where it is whole."""
+        step = self.state.global_step
+        if self.head_follower is None or step == self._followed_step or self.projectors_warm_up:
+            return
+        self._followed_step = step
+        self.head_follower.follow(head)
+
+    @torch.no_grad()
+    def _embed(self, student: Side) -> tuple[Tensor, Tensor] | None:
+        """[N, d] the student's embeddings of inputs and labels, where cross-model attention
+        compares them."""
+        if self.alignment != "cma":
+            return None
+        weight = self.model.get_input_embeddings().weight
+        with gathered([weight]):
+            table = whole(weight)
+            return table[student.input_ids], table[student.labels]
 
     def _not_finite(
         self, out: LossOutput, batch: DualBatch, student: Side, teacher: Side | None
@@ -384,8 +425,6 @@ class DSKDTrainer(AxolotlTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.projector_optimizer is not None:
             self.projector_optimizer.load(checkpoint)
-            if self.head_follower is not None:
-                self.head_follower.resume(self.student_head())
 
 
 def _total_memory(device: torch.device) -> int:

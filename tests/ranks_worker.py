@@ -13,6 +13,7 @@ os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import axolotl.cli.config
 import axolotl.train
@@ -20,7 +21,7 @@ import axolotl.utils.environment
 import torch
 import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.state import AcceleratorState, DistributedType
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
@@ -31,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
-from axolotl_dskd.ranks import raise_together, whole
+from axolotl_dskd.ranks import gathered, raise_together, whole
 
 
 def _on_this_cpu() -> None:
@@ -49,8 +50,8 @@ def _on_this_cpu() -> None:
     axolotl.train.cleanup_distributed = lambda: None
 
 
-def _fsdp_on_this_cpu() -> None:
-    """Accelerate takes up FSDP on accelerators only; everything after that works on CPUs too."""
+def _sharding_on_this_cpu() -> None:
+    """Accelerate takes up FSDP and DeepSpeed on accelerators only; what follows works on CPUs."""
     original = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +59,12 @@ def _fsdp_on_this_cpu() -> None:
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kwargs.get("fsdp_plugin"):
             self.distributed_type = DistributedType.FSDP
             self.fsdp_plugin = kwargs["fsdp_plugin"]
+        if plugin := kwargs.get("deepspeed_plugin"):
+            self.distributed_type = DistributedType.DEEPSPEED
+            plugin.set_mixed_precision(self._mixed_precision)
+            plugin.select(_from_accelerator_state=True)
+            self.deepspeed_plugins = plugin
+        PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = init
     build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
@@ -73,7 +80,7 @@ def _fsdp_on_this_cpu() -> None:
 
 
 _on_this_cpu()
-_fsdp_on_this_cpu()
+_sharding_on_this_cpu()
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -167,18 +174,23 @@ def _process_group() -> None:
 
 def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    state = trainer.accelerator.unwrap_model(trainer.model_wrapped).state_dict()
-    state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+    sidecar = getattr(trainer, "projectors", None)  # plain fine-tuning has none
+    projectors = {} if sidecar is None else {k: v.clone() for k, v in sidecar.state_dict().items()}
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     ids = torch.arange(3, 19).unsqueeze(0)
-    with torch.no_grad():
+    with gathered(unwrapped.parameters()), torch.no_grad():
+        state = {
+            k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
+            for k, v in unwrapped.state_dict().items()
+        }
         logits = model.eval()(input_ids=ids).logits
     return {
         "losses": [float(entry["loss"]) for entry in logs],
         "logs": [
             {k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in logs
         ],
-        "student": {k: v.detach().clone() for k, v in state.items()},
-        "projectors": {k: v.clone() for k, v in trainer.projectors.state_dict().items()},
+        "student": state,
+        "projectors": projectors,
         "logits": logits,
         "trainer": type(trainer.model_wrapped).__name__,
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,

@@ -21,7 +21,7 @@ ALLOWED = {
     "metrics": {"types", "ranks"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},
-    "projector_start": {"types", "projectors", "alignment"},
+    "projector_start": {"types", "projectors", "alignment", "ranks"},
     "exchange": {"types", "losses", "alignment", "projectors", "projector_start"},
     "data": {"types", "config"},
     "progress": set(),

@@ -40,7 +40,7 @@ def solution(student: OutputHead, teacher: OutputHead, ids: SharedIds) -> torch.
 
 def test_s2t_is_the_pseudo_inverse_start_of_the_head_as_it_is_now():
     (student, teacher), ids, projectors = parts()
-    follower = HeadFollower(projectors, ids, teacher, student)
+    follower = HeadFollower(projectors, ids, teacher)
     for seed in (3, 4):
         changed = OutputHead(student.weight + randn(70, d, seed=seed))
         follower.follow(changed)
@@ -51,7 +51,7 @@ def test_s2t_is_the_pseudo_inverse_start_of_the_head_as_it_is_now():
 
 def test_what_training_added_to_s2t_stays_when_it_follows():
     (student, teacher), ids, projectors = parts()
-    follower = HeadFollower(projectors, ids, teacher, student)
+    follower = HeadFollower(projectors, ids, teacher)
     trained = randn(D, d, seed=5)
     with torch.no_grad():
         projectors.s2t.weight += trained
@@ -67,7 +67,7 @@ def test_what_training_added_to_s2t_stays_when_it_follows():
 
 def test_a_lora_on_the_head_and_its_scale_are_followed():
     (student, teacher), ids, projectors = parts()
-    follower = HeadFollower(projectors, ids, teacher, student)
+    follower = HeadFollower(projectors, ids, teacher)
     lora = {"lora_A": randn(2, d, seed=6), "lora_B": randn(70, 2, seed=7), "lora_scale": 0.5}
     changed = OutputHead(student.weight, scale=3.0, **lora)
     follower.follow(changed)

@@ -9,8 +9,14 @@ from types import MethodType
 from typing import Any
 
 import torch
+import transformers.integrations.deepspeed
+import transformers.modeling_utils
 from axolotl.utils.logging import get_logger
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from axolotl_dskd.config import TeacherConfig
 
@@ -21,18 +27,36 @@ LOG = get_logger(__name__)
 def _apart_from_the_student() -> Iterator[None]:
     """Undo, while a second model loads, the process-wide switches of sharded students.
 
-    With FSDP_CPU_RAM_EFFICIENT_LOADING every rank but the first would get a teacher of zeros.
+    With FSDP_CPU_RAM_EFFICIENT_LOADING every rank but the first would get a teacher of zeros;
+    under ZeRO-3 the teacher would be partitioned, and Axolotl says that ZeRO-3 is on for good.
     """
     key = "FSDP_CPU_RAM_EFFICIENT_LOADING"
     before = os.environ.get(key)
     os.environ[key] = "false"
+    zero = _zero_config()
+    modules = (transformers.integrations.deepspeed, transformers.modeling_utils)
+    switches = [module.is_deepspeed_zero3_enabled for module in modules]
+    for module in modules:
+        module.is_deepspeed_zero3_enabled = lambda: False
+    if zero is not None:
+        unset_hf_deepspeed_config()
     try:
         yield
     finally:
+        if zero is not None:
+            set_hf_deepspeed_config(zero)
+        for module, switch in zip(modules, switches, strict=True):
+            module.is_deepspeed_zero3_enabled = switch
         if before is None:
             del os.environ[key]
         else:
             os.environ[key] = before
+
+
+def _zero_config() -> Any:
+    """What transformers holds (weakly) as the process' DeepSpeed configuration, or None."""
+    held = transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref
+    return None if held is None else held()
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
