@@ -131,6 +131,12 @@ class TeacherConfig(_Block):
         description="As in transformers, with device_map: auto: what each device may hold, such "
         "as {0: 10GiB, cpu: 60GiB}; layers beyond are offloaded.",
     )
+    shard: Literal["auto", "none", "full"] = Field(
+        "auto",
+        description="On several GPUs. none: each holds the whole teacher. full: each holds a part "
+        "of every layer, gathered when it runs. auto: full where the student is sharded (FSDP, "
+        "ZeRO-3) and the teacher is not quantised, placed by device_map, or cached.",
+    )
     attn_implementation: str | None = Field(
         None, description="As in transformers. Default: the library's choice for the model."
     )
@@ -155,6 +161,12 @@ class TeacherConfig(_Block):
                 "bits without rounding it. Merge it once with `axolotl merge-lora` and name the "
                 "merged folder as base_model."
             )
+        if self.shard == "full" and not self.can_be_sharded:
+            raise ValueError(
+                "dskd.teacher.shard: full is for a teacher that is neither quantised nor placed by "
+                "device_map nor cached. Use shard: none (4 bits are whole on every GPU), or fill "
+                "the cache ahead with `axolotl-dskd cache`."
+            )
         if self.max_memory and not self.device_map:
             raise ValueError(
                 "dskd.teacher.max_memory does nothing without a device_map. Add device_map: auto."
@@ -170,6 +182,11 @@ class TeacherConfig(_Block):
                 "Remove one of them, or set chat_template: jinja."
             )
         return self
+
+    @property
+    def can_be_sharded(self) -> bool:
+        """Whether nothing else decides where the teacher's weights are."""
+        return not (self.load_in_4bit or self.load_in_8bit or self.device_map or self.cache)
 
     def check_paths(self) -> None:
         """Refuse what looks like a path and is not there.

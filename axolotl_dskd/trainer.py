@@ -45,6 +45,8 @@ from axolotl_dskd.teacher import (
     CachedTeacher,
     CacheRun,
     LiveTeacher,
+    is_to_be_sharded,
+    load_sharded_teacher,
     load_teacher,
     open_cached_teacher,
 )
@@ -208,7 +210,9 @@ class DSKDTrainer(AxolotlTrainer):
         """The live teacher or, where a cache is configured, one that reads it."""
         config = self.dskd.teacher
         if config.cache is None:
-            return LiveTeacher(load_teacher(config, device), self.teacher_vocab_size, device)
+            sharded = is_to_be_sharded(config, student_is_sharded=self.is_sharded)
+            model = (load_sharded_teacher if sharded else load_teacher)(config, device)
+            return LiveTeacher(model, self.teacher_vocab_size, device)
         with self.accelerator.local_main_process_first():  # the others find the weights hashed
             teacher = open_cached_teacher(config, self.teacher_vocab_size, device)
         evaluation = self.eval_dataset
@@ -324,6 +328,8 @@ class DSKDTrainer(AxolotlTrainer):
         mask_BL = batch.student_mask()
         student = batch.student_side(mask_BL)
         if len(student) == 0:
+            if isinstance(self.teacher, LiveTeacher) and self.teacher.is_sharded:
+                self.teacher(batch)  # the other ranks wait for this one's shards
             return LossOutput((0.0 * hidden_BLd.float()).sum())
         hidden_Nd = hidden_BLd[mask_BL]
         head = self.student_head()

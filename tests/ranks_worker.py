@@ -33,6 +33,7 @@ from torch.distributed.tensor import DTensor
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import gathered, raise_together, whole
+from axolotl_dskd.teacher import live
 
 
 def _on_this_cpu() -> None:
@@ -101,6 +102,12 @@ def command(
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         module.do_cli(config=config, **(arguments or {}))
     return {"output": printed.getvalue()}
+
+
+def train_in_small_forwards(config: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """`train`, where the teacher reads so few tokens at once that ranks need unlike many turns."""
+    live.MAX_TOKENS_PER_FORWARD = tokens
+    return train(config)
 
 
 def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:

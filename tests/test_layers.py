@@ -26,7 +26,7 @@ ALLOWED = {
     "data": {"types", "config"},
     "progress": set(),
     "cache": {"types"},
-    "teacher": {"types", "config", "heads", "cache", "progress"},
+    "teacher": {"types", "config", "heads", "cache", "progress", "ranks"},
     # Like the trainer, it joins the units; nothing but the command line knows it.
     "inspect": {"types", "config", "heads", "projectors", "losses", "alignment", "data", "teacher"},
 }

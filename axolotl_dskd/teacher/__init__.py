@@ -8,6 +8,7 @@ from axolotl_dskd.teacher.fill import CacheableRows, describe, fill, missing_row
 from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.teacher.load import load_teacher
 from axolotl_dskd.teacher.open import CacheRun, open_cached_teacher
+from axolotl_dskd.teacher.shard import is_to_be_sharded, load_sharded_teacher
 
 __all__ = [
     "CacheRun",
@@ -16,6 +17,8 @@ __all__ = [
     "LiveTeacher",
     "describe",
     "fill",
+    "is_to_be_sharded",
+    "load_sharded_teacher",
     "load_teacher",
     "missing_rows",
     "open_cached_teacher",

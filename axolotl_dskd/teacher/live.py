@@ -14,6 +14,7 @@ from axolotl_dskd.heads import (
     output_head,
     single,
 )
+from axolotl_dskd.ranks import is_sharded, max_over_ranks
 from axolotl_dskd.types import DualBatch, OutputHead, TeacherSignal
 
 #: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
@@ -35,6 +36,8 @@ class LiveTeacher:
 
     def __init__(self, model: Any, vocab_size: int, device: torch.device) -> None:
         self.model = model
+        #: A sharded model gathers its layers in each forward: all ranks must run equally many.
+        self.is_sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.max_tokens_per_forward: int | None = None
         self.embedding = model.get_input_embeddings()
         for module, name in ((head_module(model), "output head"), (self.embedding, "embedding")):
@@ -56,7 +59,13 @@ class LiveTeacher:
         hidden = self.head.weight.new_empty((len(side), self.head.hidden_size), device=home)
         order = (mask.flatten().cumsum(0) - 1).view_as(mask)  # where a position's state belongs
         lengths = batch.teacher_attention_mask.sum(1).tolist()
-        for rows in _groups(lengths, self.max_tokens_per_forward or MAX_TOKENS_PER_FORWARD):
+        groups = _groups(lengths, self.max_tokens_per_forward or MAX_TOKENS_PER_FORWARD)
+        if self.is_sharded:
+            groups += [[]] * (max_over_ranks(len(groups), home) - len(groups))
+        for rows in groups:
+            if not rows:
+                self.model(input_ids=batch.teacher_input_ids[:1, :1].to(device), use_cache=False)
+                continue
             cut = slice(None, max(lengths[row] for row in rows))
             # The teacher's dtype is its own, not that of the student's autocast.
             apart = torch.autocast(device.type, enabled=False)

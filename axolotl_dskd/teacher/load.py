@@ -24,7 +24,7 @@ LOG = get_logger(__name__)
 
 
 @contextmanager
-def _apart_from_the_student() -> Iterator[None]:
+def apart_from_the_student() -> Iterator[None]:
     """Undo, while a second model loads, the process-wide switches of sharded students.
 
     With FSDP_CPU_RAM_EFFICIENT_LOADING every rank but the first would get a teacher of zeros;
@@ -103,7 +103,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
     }
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     LOG.info(f"Loading the teacher {config.base_model} ({dtype}, {quantization or 'unquantised'})")
-    with _apart_from_the_student():
+    with apart_from_the_student():
         try:
             model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -113,6 +113,11 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
             ) from error
         if config.adapter:
             model = _merged(model, config.adapter)
+    return freeze(model)
+
+
+def freeze(model: Any) -> Any:
+    """The model in eval mode with frozen weights, free of what Axolotl binds to the student."""
     _undo_attention_patches(model)
     model.eval()
     model.requires_grad_(False)
