@@ -38,6 +38,9 @@ class Projectors(nn.Module):
     adding distillation to a run changes neither the student's initial weights nor its data order.
     """
 
+    #: [D, d] what s2t follows a training head by, a buffer where it does (`HeadFollower`).
+    s2t_solution: Tensor
+
     def __init__(self, d: int, D: int, *, with_query: bool, seed: int) -> None:
         super().__init__()
         self.t2s = skip_init(_Linear, D, d)  # nn.Linear's own start draws from the global generator

@@ -24,13 +24,7 @@ from axolotl_dskd.data import (
     vocabulary_size,
 )
 from axolotl_dskd.exchange import Exchange
-from axolotl_dskd.heads import (
-    captured_head_input,
-    check_output_head,
-    head_module,
-    output_head,
-    single,
-)
+from axolotl_dskd.heads import captured_head_input, single
 from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
 from axolotl_dskd.metrics import MetricSums
 from axolotl_dskd.projector_start import (
@@ -40,7 +34,8 @@ from axolotl_dskd.projector_start import (
     start_projectors,
 )
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
-from axolotl_dskd.ranks import gathered, raise_together, sum_over_ranks, whole, world_size
+from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
+from axolotl_dskd.student import Student
 from axolotl_dskd.teacher import (
     CachedTeacher,
     CacheRun,
@@ -77,7 +72,7 @@ class DSKDTrainer(AxolotlTrainer):
             self.dskd, student, teacher, exact_share(kwargs.get("train_dataset"))
         )
         LOG.info(f"Alignment of student and teacher tokens: {why}")
-        self.student_vocab_size = vocabulary_size(student)
+        student_vocab_size = vocabulary_size(student)
         self.teacher_vocab_size = vocabulary_size(teacher)
         self._collators = []
         for key in ("data_collator", "eval_data_collator"):
@@ -92,6 +87,7 @@ class DSKDTrainer(AxolotlTrainer):
         # Hugging Face's own hook for a loss of sums: no division by accumulation steps, no labels
         # for the model (so no patched forward computes a loss of its own).
         self.compute_loss_func = self._dual_space_loss
+        self.student = Student(self, student_vocab_size)
         self.teacher: LiveTeacher | CachedTeacher | None = None
         self.projectors: Projectors | None = None
         self.projector_optimizer: ProjectorOptimizer | None = None
@@ -115,14 +111,7 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _set_up_distillation(self) -> None:
         device = self.accelerator.device
-        placed = set((getattr(self.model, "hf_device_map", None) or {"": device}).values())
-        if len(placed) > 1:
-            raise ValueError(
-                f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
-                "not supported. Start one process per GPU, or use one GPU."
-            )
-        if not self.is_sharded:  # a sharded student is whole in its own forward only
-            self._check_student()
+        self.student.check(training_has_begun=False)
         self.teacher = self._open_teacher(device)
         self._build_projectors(self.teacher, device)
         self.add_callback(StepProjectors(self))
@@ -131,43 +120,16 @@ class DSKDTrainer(AxolotlTrainer):
         """Training begins, maybe again (auto_find_batch_size)."""
         self._sums.clear()
         self._problem = None
-        if self.is_sharded:
-            self._check_student()
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a rank holds a part of the student only, once training has begun."""
-        return bool(self.is_fsdp_enabled) or self._zero_stage == 3
-
-    @property
-    def _zero_stage(self) -> int:
-        plugin = self.accelerator.state.deepspeed_plugin
-        return 0 if plugin is None else int(plugin.zero_stage)
-
-    def _current_loss_scale(self) -> float:
-        if self.is_deepspeed_enabled:  # it may change the scale within the last backward of a step
-            return float(getattr(self.model_wrapped.optimizer, "loss_scale", 1.0))
-        scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
-    def _check_student(self) -> None:
-        # Axolotl may keep head, norms and embeddings in float32 under bf16: autocast joins them.
-        with self.accelerator.autocast():
-            check_output_head(self.model, "student")
+        self.student.check(training_has_begun=True)
 
     def _build_projectors(self, teacher: LiveTeacher | CachedTeacher, device: torch.device) -> None:
         tokenizers = self.processing_class, load_teacher_tokenizer(self.dskd)
         ids = SharedIds(*(torch.tensor(side, device=device) for side in shared_tokens(*tokenizers)))
-        embedding = self.model.get_input_embeddings().weight
-        with gathered((embedding, *head_module(self.model).parameters())):
-            head = self.student_head()
-            self._check_sizes(head, embedding)
-            self.projectors = Projectors(
-                head.hidden_size,
-                teacher.head.hidden_size,
-                with_query=self.alignment == "cma",
-                seed=self.args.seed,
-            ).to(device)
+        attends = self.alignment == "cma"
+        with self.student.gathered() as (head, embedding):
+            self.student.check_sizes(head, embedding, compares_embeddings=attends)
+            sizes = head.hidden_size, teacher.head.hidden_size
+            self.projectors = Projectors(*sizes, with_query=attends, seed=self.args.seed).to(device)
             started = start_projectors(
                 self.projectors,
                 self.dskd.projector.init,
@@ -193,24 +155,11 @@ class DSKDTrainer(AxolotlTrainer):
             start_report=StartReport(ids) if len(ids) else None,
         )
 
-    def _check_sizes(self, head: OutputHead, embedding: Tensor) -> None:
-        if head.weight.shape[0] < self.student_vocab_size:
-            raise ValueError(
-                f"the student's tokenizer has ids up to {self.student_vocab_size - 1}, but its "
-                f"output head only {head.weight.shape[0]} rows. Remove added tokens, or let "
-                "Axolotl resize the embeddings (`tokens:`)."
-            )
-        if self.alignment == "cma" and embedding.shape[1] != head.hidden_size:
-            raise ValueError(
-                f"the student embeds tokens in {embedding.shape[1]} numbers but its head takes "
-                f"{head.hidden_size}; cross-model attention does not support such students."
-            )
-
     def _open_teacher(self, device: torch.device) -> LiveTeacher | CachedTeacher:
         """The live teacher or, where a cache is configured, one that reads it."""
         config = self.dskd.teacher
         if config.cache is None:
-            sharded = is_to_be_sharded(config, student_is_sharded=self.is_sharded)
+            sharded = is_to_be_sharded(config, student_is_sharded=self.student.is_sharded)
             model = (load_sharded_teacher if sharded else load_teacher)(config, device)
             return LiveTeacher(model, self.teacher_vocab_size, device)
         with self.accelerator.local_main_process_first():  # the others find the weights hashed
@@ -233,10 +182,6 @@ class DSKDTrainer(AxolotlTrainer):
         self.add_callback(KeepTeacherCache(run))
         return teacher
 
-    def student_head(self) -> OutputHead:
-        """The student's head as it is now."""
-        return output_head(self.model, self.student_vocab_size)
-
     @property
     def projectors_warm_up(self) -> bool:
         """Whether the projectors train alone at this step."""
@@ -248,7 +193,7 @@ class DSKDTrainer(AxolotlTrainer):
         if chunk == "auto":
             chunk = auto_chunk_tokens(
                 _total_memory(self.accelerator.device),
-                (self.student_vocab_size, self.teacher_vocab_size),
+                (self.student.vocab_size, self.teacher_vocab_size),
                 torch.promote_types(dtype, self.teacher.head.weight.dtype)
                 if self.teacher
                 else dtype,
@@ -315,7 +260,7 @@ class DSKDTrainer(AxolotlTrainer):
         if self.accelerator.sync_gradients or not self.model.training:
             raise_together(self._problem, self.accelerator.device)
         self._sums["train" if self.model.training else "eval"].add(out)
-        self.loss_scale = self._current_loss_scale()
+        self.loss_scale = self.student.loss_scale
         count = max(out.student_tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
         # Through the outputs, which reach every parameter and where sharded backwards begin.
@@ -327,12 +272,13 @@ class DSKDTrainer(AxolotlTrainer):
         assert batch is not None
         mask_BL = batch.student_mask()
         student = batch.student_side(mask_BL)
+        head = self.student.head()
+        self._follow(head)  # on every rank, also on one without supervised tokens
         if len(student) == 0:
             if isinstance(self.teacher, LiveTeacher) and self.teacher.is_sharded:
                 self.teacher(batch)  # the other ranks wait for this one's shards
             return LossOutput((0.0 * hidden_BLd.float()).sum())
         hidden_Nd = hidden_BLd[mask_BL]
-        head = self.student_head()
         settings = self._loss_settings(hidden_Nd.dtype)
         call: dict[str, Any] = {
             "student_hidden": hidden_Nd,
@@ -344,9 +290,9 @@ class DSKDTrainer(AxolotlTrainer):
         if self.teacher is not None:
             signal = self.teacher(batch)
             assert self.exchange is not None
-            self._follow(head)
+            embedded = self.student.embed(student) if self.alignment == "cma" else None
             exchanged = self.exchange(
-                batch, hidden_Nd, student, self._embed(student), signal, settings.chunk_tokens
+                batch, hidden_Nd, student, embedded, signal, settings.chunk_tokens
             )
             call |= exchanged.loss_arguments(settings, self.teacher.head)
             if self.model.training:
@@ -367,17 +313,6 @@ class DSKDTrainer(AxolotlTrainer):
             return
         self._followed_step = step
         self.head_follower.follow(head)
-
-    @torch.no_grad()
-    def _embed(self, student: Side) -> tuple[Tensor, Tensor] | None:
-        """[N, d] the student's embeddings of inputs and labels, where cross-model attention
-        compares them."""
-        if self.alignment != "cma":
-            return None
-        weight = self.model.get_input_embeddings().weight
-        with gathered([weight]):
-            table = whole(weight)
-            return table[student.input_ids], table[student.labels]
 
     def _not_finite(
         self, out: LossOutput, batch: DualBatch, student: Side, teacher: Side | None

@@ -70,14 +70,6 @@ def _sharding_on_this_cpu() -> None:
     AcceleratorState.__init__ = init
     build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
     ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
-    save = axolotl.train.save_trained_model
-
-    def save_whole(*args: Any, **kwargs: Any) -> None:
-        """Accelerate's way of gathering a state for a file gives no plain tensors on a CPU."""
-        if os.environ.get("ACCELERATE_USE_FSDP") != "true":
-            save(*args, **kwargs)
-
-    axolotl.train.save_trained_model = save_whole
 
 
 _on_this_cpu()
@@ -191,7 +183,15 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
             for k, v in unwrapped.state_dict().items()
         }
         logits = model.eval()(input_ids=ids).logits
+    teacher = getattr(getattr(trainer, "teacher", None), "model", None)
     return {
+        "teacher_is_sharded": teacher is not None
+        and any(isinstance(parameter, DTensor) for parameter in teacher.parameters()),
+        "evaluations": [
+            {k: float(v) for k, v in entry.items() if k == "eval_loss" or k.startswith("eval_dskd")}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
         "losses": [float(entry["loss"]) for entry in logs],
         "logs": [
             {k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in logs

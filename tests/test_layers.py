@@ -18,6 +18,7 @@ ALLOWED = {
     "ranks": set(),
     "projectors": {"ranks"},
     "heads": {"types", "ranks"},
+    "student": {"types", "ranks", "heads"},
     "metrics": {"types", "ranks"},
     "losses": {"types"},
     "alignment": {"types", "projectors"},

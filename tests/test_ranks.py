@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
@@ -139,8 +141,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(folder: Path):
     assert "Say hello" in ranks[0]["error"]
 
 
-def test_a_rank_without_supervised_tokens_does_not_stop_the_others(folder: Path):
-    job = config(folder, "without", micro_batch_size=2, max_steps=4, datasets=FORTY_ROWS)
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_rank_without_supervised_tokens_does_not_stop_the_others(folder: Path, shard: str):
+    teacher = {"base_model": str(folder / "teacher"), "shard": shard}
+    settings = {"micro_batch_size": 2, "max_steps": 4, "datasets": FORTY_ROWS}
+    job = config(folder, f"without-{shard}", dskd={"teacher": teacher}, **settings)
     [ranks] = launch(2, [{"do": "train_without_labels", "config": job, "rank": 1}], timeout=120)
     assert all(len(rank["losses"]) == 4 for rank in ranks)
     assert all(value == value and value > 0 for value in ranks[0]["losses"])
@@ -173,8 +178,10 @@ def test_several_ranks_train_as_one(
     assert_same_training(trained[1][variant], trained[world_size][variant])
 
 
+# ---- sharded students --------------------------------------------------------------------------
+
 #: Axolotl's keys for FSDP2.
-SHARDED = {
+SHARDED: dict[str, Any] = {
     "fsdp_version": 2,
     "fsdp_config": {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
@@ -183,3 +190,109 @@ SHARDED = {
         "reshard_after_forward": True,
     },
 }
+
+
+def zero(folder: Path, stage: int) -> dict[str, Any]:
+    """Axolotl's key for DeepSpeed, with a configuration that partitions small parameters, too."""
+    path = folder / f"zero{stage}.json"
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    described = {
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": "auto",
+        **dict.fromkeys(keys, "auto"),
+    }
+    path.write_text(json.dumps(described))
+    return {"deepspeed": str(path)}
+
+
+def way(folder: Path, name: str) -> dict[str, Any]:
+    """How a run is sharded."""
+    if name.startswith("zero"):
+        return zero(folder, int(name.removeprefix("zero")))
+    return {
+        "fsdp2": SHARDED,
+        "hybrid": {**SHARDED, "dp_shard_size": 2, "dp_replicate_size": 2},
+        "rank 0 loads": {
+            **SHARDED,
+            "fsdp_config": {**SHARDED["fsdp_config"], "cpu_ram_efficient_loading": True},
+        },
+        "teacher": {"dskd": {"teacher": {"base_model": str(folder / "teacher"), "shard": "full"}}},
+    }[name]
+
+
+#: (way, ranks, variant). FSDP2 and ZeRO-3 cut the teacher, too (`shard: auto`).
+SHARDINGS = [
+    ("zero1", 2, "padded"),
+    ("zero2", 2, "accumulated"),
+    ("zero3", 2, "packed"),
+    ("zero3", 2, "lora"),
+    ("fsdp2", 2, "packed"),
+    ("fsdp2", 2, "lora"),
+    ("rank 0 loads", 2, "padded"),
+    ("hybrid", 4, "padded"),
+    ("teacher", 2, "padded"),
+]
+#: The trainer's model in each, so that no run is quietly one of plain DDP.
+WRAPPERS = {"zero": "DeepSpeedEngine", "teac": "DistributedDataParallel"}
+
+
+@pytest.mark.parametrize(("name", "world_size", "variant"), SHARDINGS)
+def test_sharded_students_and_teachers_train_as_whole_ones(
+    folder: Path,
+    trained: dict[int, dict[str, Result]],
+    name: str,
+    world_size: int,
+    variant: str,
+):
+    """The teacher reads few tokens at once: ranks need unlike many of its forwards."""
+    settings = {**variants(world_size)[variant], **way(folder, name)}
+    job = config(folder, f"{name}-{variant}", **settings)
+    [found] = run(world_size, {"do": "train_in_small_forwards", "tokens": 60, "config": job})
+    assert found["trainer"].startswith(WRAPPERS.get(name[:4], "FSDP"))
+    assert found["teacher_is_sharded"] == (name not in ("zero1", "zero2"))
+    assert_same_training(trained[1][variant], found)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
+def test_a_sharded_run_evaluates_resumes_and_exports(folder: Path, name: str):
+    """Full fine-tuning: s2t follows the head, also from the checkpoint on."""
+    settings = {
+        "micro_batch_size": 2,
+        "datasets": FORTY_ROWS,
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "val_set_size": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "gradient_checkpointing": True,
+        **way(folder, name),
+    }
+    out = folder / f"{name}-straight"
+    [straight] = run(2, {"do": "train", "config": config(folder, out.name, **settings)})
+    again = config(
+        folder,
+        f"{name}-resumed",
+        resume_from_checkpoint=str(out / "checkpoint-4"),
+        **settings,
+    )
+    [resumed] = run(2, {"do": "train", "config": again})
+    assert resumed["losses"][-2:] == pytest.approx(straight["losses"][-2:], rel=1e-6)
+    assert resumed["evaluations"][-1] == pytest.approx(straight["evaluations"][-1], rel=1e-5)
+    assert "eval_dskd/teacher_space" in straight["evaluations"][0]
+    assert "s2t_solution" in straight["projectors"]
+    for part in ("student", "projectors"):
+        for key, tensor in straight[part].items():
+            torch.testing.assert_close(resumed[part][key], tensor, rtol=0, atol=1e-6, msg=key)
+    exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        logits = exported.eval()(input_ids=torch.arange(3, 19).unsqueeze(0)).logits
+    torch.testing.assert_close(logits, straight["logits"], rtol=0, atol=1e-5)
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, "pt") as tensors:
+            assert not [key for key in tensors.keys() if "s2t" in key or "t2s" in key]  # noqa: SIM118

@@ -34,7 +34,10 @@ def apart_from_the_student() -> Iterator[None]:
     before = os.environ.get(key)
     os.environ[key] = "false"
     zero = _zero_config()
-    modules = (transformers.integrations.deepspeed, transformers.modeling_utils)
+    modules: tuple[Any, ...] = (
+        transformers.integrations.deepspeed,
+        transformers.modeling_utils,
+    )
     switches = [module.is_deepspeed_zero3_enabled for module in modules]
     for module in modules:
         module.is_deepspeed_zero3_enabled = lambda: False

@@ -72,7 +72,7 @@ def load_sharded_teacher(config: TeacherConfig, device: torch.device) -> Any:
     return freeze(model)
 
 
-def _empty(config: TeacherConfig, device: torch.device) -> nn.Module:
+def _empty(config: TeacherConfig, device: torch.device) -> Any:
     """The teacher without storage."""
     remote = config.trust_remote_code
     with apart_from_the_student(), init_empty_weights(include_buffers=True):
