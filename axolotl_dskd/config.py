@@ -349,6 +349,13 @@ def _refusals(data: dict[str, Any]) -> list[str]:
         for key in _PARALLEL
         if (data.get(key) or 1) > 1
     ]
+    block = data.get("dskd")
+    projector = block.get("projector") if isinstance(block, dict) else None
+    if data.get("deepspeed") and isinstance(projector, dict) and projector.get("warmup_steps"):
+        found.append(
+            "`deepspeed` with `dskd.projector.warmup_steps`: DeepSpeed updates the student within "
+            "its backward, so it cannot wait for the projectors; remove warmup_steps"
+        )
     if data.get("balance_labels") and not data.get("sample_packing"):
         found.append("`balance_labels` without `sample_packing`: set one, or remove the other")
     found += [

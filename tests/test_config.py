@@ -70,6 +70,14 @@ WRONG = {
         {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},
         "Set one of them",
     ),
+    "a quantised teacher in shards": (
+        {"teacher": {"base_model": "x", "load_in_4bit": True, "shard": "full"}},
+        "Use shard: none",
+    ),
+    "a cached teacher in shards": (
+        {"teacher": {"base_model": "x", "cache": {"path": "y"}, "shard": "full"}},
+        "axolotl-dskd cache",
+    ),
     "quantised adapter": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "adapter": "y"}},
         "merge-lora",
@@ -101,7 +109,10 @@ REFUSED = {
     "streaming": {"streaming": True},
     "skip_prepare_dataset": {"skip_prepare_dataset": True},
     "processor_type": {"processor_type": "AutoProcessor"},
-    "deepspeed": {"deepspeed": "zero2.json"},
+    "warmup_steps": {
+        "deepspeed": "zero2.json",
+        "dskd": {"teacher": {"base_model": "x"}, "projector": {"warmup_steps": 3}},
+    },
     "fsdp_config": {"fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
     "fsdp_version": {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
     "fsdp": {"fsdp": ["full_shard"]},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -192,9 +191,8 @@ SHARDED: dict[str, Any] = {
 }
 
 
-def zero(folder: Path, stage: int) -> dict[str, Any]:
+def zero(stage: int) -> dict[str, Any]:
     """Axolotl's key for DeepSpeed, with a configuration that partitions small parameters, too."""
-    path = folder / f"zero{stage}.json"
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     described = {
         "zero_optimization": {
@@ -206,14 +204,13 @@ def zero(folder: Path, stage: int) -> dict[str, Any]:
         "gradient_clipping": "auto",
         **dict.fromkeys(keys, "auto"),
     }
-    path.write_text(json.dumps(described))
-    return {"deepspeed": str(path)}
+    return {"deepspeed": described}
 
 
 def way(folder: Path, name: str) -> dict[str, Any]:
     """How a run is sharded."""
     if name.startswith("zero"):
-        return zero(folder, int(name.removeprefix("zero")))
+        return zero(int(name.removeprefix("zero")))
     return {
         "fsdp2": SHARDED,
         "hybrid": {**SHARDED, "dp_shard_size": 2, "dp_replicate_size": 2},
