@@ -28,7 +28,7 @@ test: $(INSTALLED)
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not gpu"
 
-# Needs two GPUs.
+# What the GPUs of this machine allow: precisions on one, every way of sharding on two.
 gpu: $(INSTALLED)
 	$(BIN)/python tests/gpu/run.py
 

@@ -204,6 +204,9 @@ def zero(stage: int) -> dict[str, Any]:
         "gradient_clipping": "auto",
         **dict.fromkeys(keys, "auto"),
     }
+    if stage == 1:  # an optimizer of DeepSpeed's, which then moves the schedule on, too
+        rates = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+        described["optimizer"] = {"type": "AdamW", "params": {**rates, "torch_adam": True}}
     return {"deepspeed": described}
 
 
