@@ -91,7 +91,9 @@ class Reconcile:
             labels = _only(labels, sides[0].positions)
             teacher_labels = _only(teacher_labels, sides[1].positions)
         # A causal teacher need not read on after its last supervised token.
-        last = max((i for i, y in enumerate(teacher_labels) if y != IGNORE_INDEX), default=0) + 1
+        last = len(teacher_labels)
+        while last > 1 and teacher_labels[last - 1] == IGNORE_INDEX:
+            last -= 1
         out: dict[str, Any] = {
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
@@ -164,10 +166,11 @@ def _count(runs: list[Run]) -> int:
 
 def _apart(runs: list[Run], matched: list[Run], parts: list[Part], whole: bool) -> IntArray:
     """Positions of the runs without text that no text was matched with."""
-    taken = {p for run in matched for p in run.positions.tolist()}
-    places = [p for run in runs for p in run.positions.tolist() if p not in taken]
+    places = np.concatenate([run.positions for run in runs])
+    taken = np.concatenate([run.positions for run in matched])
+    places = places[~np.isin(places, taken, assume_unique=True)]
     last = max(int(part.positions[-1]) for part in parts if len(part))
-    return np.array([p for p in places if whole or p < last], np.int64)
+    return places if whole else places[places < last]
 
 
 def _only(labels: list[int], positions: IntArray) -> list[int]:
