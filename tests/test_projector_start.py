@@ -49,6 +49,30 @@ def test_s2t_is_the_pseudo_inverse_start_of_the_head_as_it_is_now():
         )
 
 
+@pytest.mark.parametrize("with_query", [False, True])
+def test_the_start_reads_the_shared_rows_block_by_block(with_query: bool):
+    heads = tuple(
+        OutputHead(randn(n, width, seed=width), bias=randn(n, seed=n))
+        for n, width in ((70, d), (90, D))
+    )
+    ids = SharedIds(torch.arange(k), torch.arange(k).flip(0) + 20)
+    embeddings = randn(70, d, seed=8), randn(90, D, seed=9)
+    weights = []
+    for rows_at_once in (k, 7):
+        projectors = Projectors(d, D, with_query=with_query, seed=0)
+        blocks = list(shared_rows(ids, heads, embeddings, rows_at_once))
+        assert [len(b.student_head) for b in blocks][:-1] == [rows_at_once] * (len(blocks) - 1)
+        assert sum(len(b.teacher_embedding) for b in blocks) == k
+        start_from_shared_tokens(projectors, iter(blocks))
+        weights.append(dict(projectors.named_parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    expected = torch.linalg.pinv(heads[0].rows(ids.student)[0].double()).float()
+    expected @= heads[1].rows(ids.teacher)[0]
+    if with_query:  # the keys and values of cross-model attention are divided by this
+        expected *= embeddings[1][ids.teacher].std()
+    torch.testing.assert_close(weights[0]["t2s.weight"].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_training_added_to_s2t_stays_when_it_follows():
     (student, teacher), ids, projectors = parts()
     follower = HeadFollower(projectors, ids, teacher, student)
