@@ -173,7 +173,7 @@ def test_the_pairs_are_those_that_character_offsets_allow(student: str, teacher:
 
 @pytest.mark.parametrize(("student", "teacher"), [*PAIRS, BOTH_WITH_DUMMY_SPACES])
 def test_both_tokens_of_a_pair_have_the_same_bytes(student: str, teacher: str) -> None:
-    for turns in mixed_rows(60):
+    for turns in mixed_rows(200):
         row = prepared(student, teacher, turns)
         ours = [_table(student)[y] for y in row["labels"] if y != -100]
         theirs = [_table(teacher)[y] for y in row["teacher_labels"] if y != -100]
