@@ -303,6 +303,11 @@ def test_an_end_token_apart_from_its_answer_pairs_with_the_other_sides() -> None
     assert set(zip(ends, teacher_ends, strict=True)) <= set(pairs_of(row))
 
 
+def test_tokens_without_bytes_are_no_pair_by_standing_at_one_place() -> None:
+    student, teacher = tile([0, 3, 2]), tile([0, 3, 0, 2])
+    assert [side.tolist() for side in exact_pairs(student, teacher)] == [[1, 2], [1, 3]]
+
+
 def test_no_shared_tokens_give_no_pairs() -> None:
     nothing = tile([])
     assert [len(side) for side in exact_pairs(nothing, tile([1, 2]))] == [0, 0]

@@ -206,7 +206,7 @@ def reconcile_dataset(
         )
     if counts[DIFFERENT] > MAX_DIFFERING_SHARE * total:
         at = [i for i, status in enumerate(statuses) if status == DIFFERENT][:3]
-        examples = "\n".join(_example(dataset[i], reconcile) for i in at)
+        examples = "\n".join(differing_example(dataset[i], reconcile) for i in at)
         raise ValueError(
             f"{counts[DIFFERENT]} of {total} rows do not have the same supervised "
             f"{'tokens' if reconcile.same_ids else 'text'} for student and teacher. Check "
@@ -229,7 +229,9 @@ def reconcile_dataset(
     return kept.remove_columns(STATUS)
 
 
-def _example(row: dict[str, Any], reconcile: Reconcile) -> str:
+def differing_example(row: dict[str, Any], reconcile: Reconcile) -> str:
+    """The supervised texts of both sides of a row, in two lines."""
+
     def spelled(ids: list[int], labels: list[int], table: list[bytes]) -> str:
         run = joined(supervised_runs(ids, labels, table))
         text = run.text.decode(errors="replace")
