@@ -245,6 +245,20 @@ def test_the_plan_follows_what_the_configuration_says(pair_folder: Path, inspect
     assert teacher["teacher layers"] < 0.35 * plain.at_peak["teacher layers"]
     ends = "teacher embedding and head"
     assert teacher[ends] == plain.at_peak[ends]
+    folder = str(pair_folder / "teacher")
+    cached = plan(dskd={"teacher": {"base_model": folder, "cache": {"path": "cache"}}})
+    assert "teacher layers" not in cached.at_peak
+    one_space = plan(dskd={"teacher": {"base_model": folder}, "teacher_space_weight": 0.0})
+    loss = "alignment and loss"
+    assert one_space.phases[loss] < plain.phases[loss]
+
+
+def test_gradients_live_from_one_micro_step_to_the_next(pair_folder: Path, inspect: Inspect):
+    one, two = (
+        inspect(tiny.base_config(pair_folder, gradient_accumulation_steps=n)) for n in (1, 2)
+    )
+    gained = two.memory.phases["student forward"] - one.memory.phases["student forward"]
+    assert gained >= 4 * one.student.trained  # bytes in float32
 
 
 def test_where_it_does_not_fit_changes_are_named_until_it_does(pair_folder: Path, inspect: Inspect):
