@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from axolotl_dskd.alignment import align_exact_pairs
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.heads import captured_head_input, output_head, single
-from axolotl_dskd.projector_start import HeadFollower, SharedIds, StartReport, shared_rows
+from axolotl_dskd.projector_start import (
+    HeadFollower,
+    SharedIds,
+    StartReport,
+    shared_rows,
+    start_projectors,
+)
 from axolotl_dskd.projectors import Projectors, start_from_shared_tokens
 from axolotl_dskd.types import OutputHead, Side, TeacherSignal
 
 d, D, k = 8, 12, 60
 
 
-def randn(*shape: int, seed: int) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -124,6 +131,55 @@ def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
         assert (divergence < 1e-6) == exact
         assert (report.warning() is None) == exact
         assert "on 40 exact pairs over 70 shared tokens" in report.text()
+
+
+def test_the_report_measures_each_pair_by_its_own_states():
+    heads = OutputHead(randn(70, d, seed=0)), OutputHead(randn(90, D, seed=1))
+    ids = SharedIds(torch.arange(k), torch.arange(k) + 20)
+    hidden, teacher_hidden = randn(30, d, seed=2), randn(40, D, seed=3)
+    nothing = torch.zeros(40, dtype=torch.long)
+    signal = TeacherSignal(teacher_hidden, Side(nothing, nothing, nothing), randn(1), randn(1))
+    theirs = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
+    pairs = torch.stack([torch.arange(30), theirs], dim=1)
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    aligned = align_exact_pairs(hidden, pairs, signal, projectors)
+    report = StartReport(ids)
+    report.add(pairs, aligned, (hidden, teacher_hidden), heads)
+
+    def log_p(side: int, states: torch.Tensor) -> torch.Tensor:
+        index = (ids.student, ids.teacher)[side]
+        return (states @ heads[side].weight[index].T).log_softmax(-1)
+
+    student, teacher = log_p(0, hidden), log_p(1, teacher_hidden[theirs])
+    with torch.no_grad():
+        compared = {
+            "t2s": (teacher, log_p(0, projectors.t2s(teacher_hidden[theirs]))),
+            "s2t": (student, log_p(1, projectors.s2t(hidden))),
+            "as it is": (teacher, student),
+        }
+    for name, (p, q) in compared.items():
+        agreement = (p.argmax(1) == q.argmax(1)).float().mean()
+        divergence = F.kl_div(q, p, log_target=True, reduction="batchmean")
+        assert report.means()[name] == pytest.approx((float(agreement), float(divergence)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("init", "enough", "solved"),
+    [("auto", False, False), ("auto", True, True), ("lstsq", False, True), ("random", True, False)],
+)
+def test_auto_takes_least_squares_where_enough_tokens_are_shared(
+    init: str, enough: bool, solved: bool
+):
+    (student, teacher), ids, expected = parts()
+    if not enough:
+        ids = SharedIds(ids.student[: D - 1], ids.teacher[: D - 1])
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    embeddings = student.weight, teacher.weight
+    start_projectors(projectors, init, ids, (student, teacher), embeddings, follow=False)
+    random = Projectors(d, D, with_query=False, seed=0)
+    assert torch.equal(projectors.t2s.weight, random.t2s.weight) != solved
+    if enough and solved:
+        assert torch.equal(projectors.t2s.weight, expected.t2s.weight)
 
 
 @pytest.mark.slow

@@ -171,3 +171,10 @@ def test_the_least_squares_start_makes_up_for_the_heads_biases():
         rtol=1e-4,
         atol=1e-4,
     )
+    states = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(
+        projectors.s2t(states) @ rows.teacher_head.T + rows.teacher_bias,
+        states @ rows.student_head.T + bias,
+        rtol=1e-3,
+        atol=1e-3,
+    )
