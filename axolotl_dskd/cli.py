@@ -43,6 +43,12 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
             f"{path} is no configuration: its top level is {type(raw).__name__ if raw else 'empty'}"
             ", not `key: value` lines."
         )
+    named = [str(p).replace(":", ".") for p in raw.get("plugins") or []]
+    if raw.get("dskd") and not any(p.endswith("DSKDPlugin") for p in named):
+        raise click.ClickException(
+            f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
+            f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
+        )
     from axolotl.cli.config import load_cfg
 
     try:
@@ -50,11 +56,6 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
     except ValueError as error:  # pydantic's ValidationError is one
         raise click.ClickException(f"{path} is refused: {error}") from error
     config = DSKDConfig.of(cfg)
-    if config is None and raw.get("dskd"):  # Axolotl drops what it does not know
-        raise click.ClickException(
-            f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
-            f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
-        )
     if config is None:
         raise click.ClickException(
             f"{path} has no `dskd:` block. Add the plugin and\n"

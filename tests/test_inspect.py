@@ -251,6 +251,8 @@ def test_the_plan_follows_what_the_configuration_says(pair_folder: Path, inspect
     one_space = plan(dskd={"teacher": {"base_model": folder}, "teacher_space_weight": 0.0})
     loss = "alignment and loss"
     assert one_space.phases[loss] < plain.phases[loss]
+    at_random = plan(dskd={"teacher": {"base_model": folder}, "projector": {"init": "random"}})
+    assert set(plain.phases) - set(at_random.phases) == {"start of training"}
 
 
 def test_gradients_live_from_one_micro_step_to_the_next(pair_folder: Path, inspect: Inspect):
