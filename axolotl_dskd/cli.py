@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import PLUGIN_NAME, DSKDConfig
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,6 +32,23 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
     Raises:
         click.ClickException: Axolotl or we refuse the file, or it has no `dskd:` block.
     """
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{path} is no readable YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise click.ClickException(
+            f"{path} is no configuration: its top level is {type(raw).__name__ if raw else 'empty'}"
+            ", not `key: value` lines."
+        )
+    named = [str(p).replace(":", ".") for p in raw.get("plugins") or []]
+    if raw.get("dskd") and not any(p.endswith("DSKDPlugin") for p in named):
+        raise click.ClickException(
+            f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
+            f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
+        )
     from axolotl.cli.config import load_cfg
 
     try:

@@ -6,6 +6,7 @@ batches or the training loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,13 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_dskd.alignment import Aligned
-from axolotl_dskd.projectors import Gram, Projectors, SharedTokens, start_from_shared_tokens
+from axolotl_dskd.projectors import (
+    ROWS_AT_ONCE,
+    Gram,
+    Projectors,
+    SharedTokens,
+    start_from_shared_tokens,
+)
 from axolotl_dskd.ranks import is_first
 from axolotl_dskd.types import OutputHead
 
@@ -40,24 +47,29 @@ def shared_rows(
     ids: SharedIds,
     heads: tuple[OutputHead, OutputHead],
     embeddings: tuple[Tensor, Tensor],
-) -> SharedTokens:
-    """The shared tokens' rows of both models (student's first), on the student head's device."""
-    device = heads[0].weight.device
-    sides = [
-        (*head.rows(index.to(head.weight.device)), embedding.detach()[index.to(embedding.device)])
-        for head, embedding, index in zip(
-            heads, embeddings, (ids.student, ids.teacher), strict=True
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> Iterator[SharedTokens]:
+    """The shared tokens' rows of both models (student's first), on the device of the ids.
+
+    Block by block: all rows together would take gigabytes beside large models.
+    """
+    device = ids.student.device
+    for block in zip(ids.student.split(rows_at_once), ids.teacher.split(rows_at_once), strict=True):
+        (ours, our_bias, our_embedding), (theirs, their_bias, their_embedding) = (
+            (
+                *head.rows(index.to(head.weight.device)),
+                embedding.detach()[index.to(embedding.device)],
+            )
+            for head, embedding, index in zip(heads, embeddings, block, strict=True)
         )
-    ]
-    (ours, our_bias, our_embedding), (theirs, their_bias, their_embedding) = sides
-    return SharedTokens(
-        student_head=ours,
-        student_embedding=our_embedding.to(device),
-        teacher_head=theirs.to(device),
-        teacher_embedding=their_embedding.to(device),
-        student_bias=our_bias,
-        teacher_bias=None if their_bias is None else their_bias.to(device),
-    )
+        yield SharedTokens(
+            student_head=ours.to(device),
+            student_embedding=our_embedding.to(device),
+            teacher_head=theirs.to(device),
+            teacher_embedding=their_embedding.to(device),
+            student_bias=None if our_bias is None else our_bias.to(device),
+            teacher_bias=None if their_bias is None else their_bias.to(device),
+        )
 
 
 class HeadFollower:
@@ -80,15 +92,15 @@ class HeadFollower:
         self.projectors = projectors
         self.ids = ids
         self.teacher = teacher
-        self.gram = Gram(teacher.rows(ids.teacher)[0])
+        self.gram = Gram(teacher.rows(index)[0] for index in ids.teacher.split(ROWS_AT_ONCE))
         projectors.register_buffer("s2t_solution", projectors.s2t.weight.detach().clone())
         LOG.info("s2t follows the student's output head, which trains")
 
     @torch.no_grad()
     def follow(self, student: OutputHead) -> None:
         """After an update of the student, with its head as it is now, whole."""
-        rows = (self.teacher.rows(index)[0] for index in self.ids.teacher.split(8192))
-        targets = (student.rows(index)[0] for index in self.ids.student.split(8192))
+        rows = (self.teacher.rows(index)[0] for index in self.ids.teacher.split(ROWS_AT_ONCE))
+        targets = (student.rows(index)[0] for index in self.ids.student.split(ROWS_AT_ONCE))
         weight, before = self.projectors.s2t.weight, self.projectors.s2t_solution
         solution = self.gram.solve(zip(rows, targets, strict=True)).to(weight)
         weight += solution - before

@@ -19,6 +19,8 @@ from torch.nn.utils import skip_init
 
 from axolotl_dskd.ranks import average_over_ranks, share_first
 
+#: Rows of a vocabulary whose float64 copies are held at once.
+ROWS_AT_ONCE = 2048
 _FOLDER, _WEIGHTS, _OPTIMIZER = "dskd", "projectors.safetensors", "projector_optimizer.safetensors"
 
 
@@ -57,7 +59,7 @@ class Projectors(nn.Module):
 
 @dataclass(frozen=True)
 class SharedTokens:
-    """Rows of both models for the k tokens that stand for the same bytes in both vocabularies.
+    """A block of rows of both models, for k tokens that both vocabularies spell the same.
 
     Attributes:
         student_head, student_embedding: [k, d] rows of the output head and of the input embedding.
@@ -79,25 +81,49 @@ class Gram:
     The ridge, relative to the mean diagonal of xᵀx, only matters where columns of x are dependent.
 
     Args:
-        x: [k, a]; products are in float64, in blocks: no float64 copy of all rows.
+        x: blocks of rows, [k', a] each; products are in float64, a block at a time.
     """
 
-    def __init__(self, x: Tensor, ridge: float = 1e-9) -> None:
-        gram = x.new_zeros((x.shape[1], x.shape[1]), dtype=torch.float64)
-        for rows in x.split(8192):
+    def __init__(self, x: Iterable[Tensor], ridge: float = 1e-9) -> None:
+        products = Products()
+        for rows in x:
             wide = rows.double()
-            gram.addmm_(wide.T, wide)
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        self.factor = torch.linalg.cholesky(gram)
+            products.add("xx", wide, wide)
+        self.factor = _factor(products["xx"], ridge)
+
+    @classmethod
+    def of_product(cls, gram: Tensor, ridge: float = 1e-9) -> Gram:
+        """From xᵀx, [a, a] float64, which is overwritten."""
+        made = cls.__new__(cls)
+        made.factor = _factor(gram, ridge)
+        return made
 
     def solve(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         """[a, b] float64: W for the blocks' rows of x and y, [k', a] and [k', b] each."""
-        moment: Tensor | None = None
+        products = Products()
         for x, y in blocks:
-            product = x.double().T @ y.double()
-            moment = product if moment is None else moment.add_(product)
-        assert moment is not None
+            products.add("xy", x.double(), y.double())
+        return self.solve_product(products["xy"])
+
+    def solve_product(self, moment: Tensor) -> Tensor:
+        """[a, b] float64: W for xᵀy, [a, b] float64."""
         return torch.cholesky_solve(moment, self.factor)
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return torch.linalg.cholesky(gram)
+
+
+class Products(dict[str, Tensor]):
+    """Sums over blocks of rows of xᵀy, by name."""
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Count a block in: [k', a] and [k', b] float64."""
+        if name in self:
+            self[name].addmm_(x.T, y)
+        else:
+            self[name] = x.T @ y
 
 
 def least_squares(x: Tensor, y: Tensor) -> Tensor:
@@ -105,11 +131,12 @@ def least_squares(x: Tensor, y: Tensor) -> Tensor:
 
     The same as `pinv(x) @ y`, several times faster.
     """
-    return Gram(x).solve(zip(x.split(8192), y.split(8192), strict=True)).to(torch.float32)
+    blocks = zip(x.split(ROWS_AT_ONCE), y.split(ROWS_AT_ONCE), strict=True)
+    return Gram(x.split(ROWS_AT_ONCE)).solve(blocks).to(torch.float32)
 
 
 @torch.no_grad()
-def start_from_shared_tokens(projectors: Projectors, shared: SharedTokens) -> None:
+def start_from_shared_tokens(projectors: Projectors, shared: Iterable[SharedTokens]) -> None:
     """Projectors such that projected states give the shared tokens the logits they had before.
 
     In least squares over the shared tokens (arXiv 2504.11426, §3.3 for the first two):
@@ -121,25 +148,46 @@ def start_from_shared_tokens(projectors: Projectors, shared: SharedTokens) -> No
 
     Cross-model attention normalises what t2s receives by the standard deviation of the teacher's
     embeddings; there t2s starts with that factor put back.
+
+    Args:
+        shared: blocks of rows, read once: only one is held at a time.
     """
+    sums, numbers = Products(), 0
+    for rows in shared:
+        ours, theirs = rows.student_head.double(), rows.teacher_head.double()
+        sums.add("ours²", ours, ours)
+        sums.add("theirs²", theirs, theirs)
+        sums.add("ours·theirs", ours, theirs)
+        if rows.student_bias is not None or rows.teacher_bias is not None:
+            gap = ours.new_zeros(len(ours), 1)
+            for bias, sign in ((rows.teacher_bias, 1), (rows.student_bias, -1)):
+                if bias is not None:
+                    gap += sign * bias.double().unsqueeze(1)
+            sums.add("ours·gap", ours, gap)
+            sums.add("theirs·gap", theirs, gap)
+        if projectors.query is not None:
+            ours, theirs = rows.student_embedding.double(), rows.teacher_embedding.double()
+            sums.add("embedded²", ours, ours)
+            sums.add("embedded", ours, theirs)
+            flat = theirs.reshape(-1, 1)
+            sums.add("sum", flat, torch.ones_like(flat))
+            sums.add("squares", flat, flat)
+            numbers += flat.numel()
     for linear in projectors.children():
         assert isinstance(linear, nn.Linear)
         linear.bias.zero_()
-    t2s = least_squares(shared.student_head, shared.teacher_head)
-    projectors.s2t.weight.copy_(least_squares(shared.teacher_head, shared.student_head))
-    if shared.student_bias is not None or shared.teacher_bias is not None:
-        ours, theirs = (
-            torch.zeros(len(shared.student_head), device=t2s.device) if b is None else b.float()
-            for b in (shared.student_bias, shared.teacher_bias)
-        )
-        gap = (theirs - ours).unsqueeze(1)
-        projectors.t2s.bias.copy_(least_squares(shared.student_head, gap).squeeze(1))
-        projectors.s2t.bias.copy_(least_squares(shared.teacher_head, -gap).squeeze(1))
+    student, teacher = Gram.of_product(sums["ours²"]), Gram.of_product(sums["theirs²"])
+    t2s = student.solve_product(sums["ours·theirs"])
+    projectors.s2t.weight.copy_(teacher.solve_product(sums["ours·theirs"].T))
+    if "ours·gap" in sums:
+        projectors.t2s.bias.copy_(student.solve_product(sums["ours·gap"]).squeeze(1))
+        projectors.s2t.bias.copy_(-teacher.solve_product(sums["theirs·gap"]).squeeze(1))
     if projectors.query is not None:
-        std = shared.teacher_embedding.float().std()
+        variance = (sums["squares"] - sums["sum"].square() / numbers) / (numbers - 1)
+        std = variance.sqrt().item()
         t2s *= std
         d, D = projectors.s2t.in_features, projectors.s2t.out_features
-        block = least_squares(shared.student_embedding, shared.teacher_embedding).T / std
+        block = Gram.of_product(sums["embedded²"]).solve_product(sums["embedded"]).T / std
         projectors.query.weight.zero_()
         projectors.query.weight[:D, :d] = block
         projectors.query.weight[D:, d:] = block

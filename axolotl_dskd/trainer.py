@@ -25,7 +25,7 @@ from axolotl_dskd.data import (
 )
 from axolotl_dskd.exchange import Exchange
 from axolotl_dskd.heads import captured_head_input, single
-from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
+from axolotl_dskd.losses import LossSettings, dual_space_loss
 from axolotl_dskd.metrics import MetricSums
 from axolotl_dskd.projector_start import (
     HeadFollower,
@@ -35,6 +35,7 @@ from axolotl_dskd.projector_start import (
 )
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
+from axolotl_dskd.settings import loss_settings
 from axolotl_dskd.student import Student
 from axolotl_dskd.teacher import (
     CachedTeacher,
@@ -188,31 +189,15 @@ class DSKDTrainer(AxolotlTrainer):
         return self.state.global_step < self.dskd.projector.warmup_steps
 
     def _loss_settings(self, dtype: torch.dtype) -> LossSettings:
-        config = self.dskd
-        chunk = config.chunk_tokens
-        if chunk == "auto":
-            chunk = auto_chunk_tokens(
-                _total_memory(self.accelerator.device),
-                (self.student.vocab_size, self.teacher_vocab_size),
-                torch.promote_types(dtype, self.teacher.head.weight.dtype)
-                if self.teacher
-                else dtype,
-            )
-        return LossSettings(
-            divergence=make_divergence(
-                config.divergence,
-                skew_lambda=config.skew_lambda,
-                adaptive_alpha=config.adaptive_alpha,
-                js_beta=config.js_beta,
-            ),
-            temperature=config.temperature,
-            kd_ratio=config.kd_ratio if self.teacher is not None else 0.0,
-            student_space_weight=config.student_space_weight,
-            teacher_space_weight=config.teacher_space_weight,
-            mask_wrong_projections=self.alignment == "cma"
-            if config.agreement_mask == "auto"
-            else config.agreement_mask,
-            chunk_tokens=chunk,
+        if self.teacher is not None:
+            dtype = torch.promote_types(dtype, self.teacher.head.weight.dtype)
+        return loss_settings(
+            self.dskd,
+            alignment=self.alignment,
+            memory=_total_memory(self.accelerator.device),
+            vocab_sizes=(self.student.vocab_size, self.teacher_vocab_size),
+            dtype=dtype,
+            with_teacher=self.teacher is not None,
         )
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -173,7 +173,7 @@ def test_the_pairs_are_those_that_character_offsets_allow(student: str, teacher:
 
 @pytest.mark.parametrize(("student", "teacher"), [*PAIRS, BOTH_WITH_DUMMY_SPACES])
 def test_both_tokens_of_a_pair_have_the_same_bytes(student: str, teacher: str) -> None:
-    for turns in mixed_rows(60):
+    for turns in mixed_rows(200):
         row = prepared(student, teacher, turns)
         ours = [_table(student)[y] for y in row["labels"] if y != -100]
         theirs = [_table(teacher)[y] for y in row["teacher_labels"] if y != -100]
@@ -301,6 +301,11 @@ def test_an_end_token_apart_from_its_answer_pairs_with_the_other_sides() -> None
     )
     assert len(ends) == 3
     assert set(zip(ends, teacher_ends, strict=True)) <= set(pairs_of(row))
+
+
+def test_tokens_without_bytes_are_no_pair_by_standing_at_one_place() -> None:
+    student, teacher = tile([0, 3, 2]), tile([0, 3, 0, 2])
+    assert [side.tolist() for side in exact_pairs(student, teacher)] == [[1, 2], [1, 3]]
 
 
 def test_no_shared_tokens_give_no_pairs() -> None:

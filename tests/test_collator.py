@@ -16,6 +16,7 @@ from axolotl.utils.collators import (
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_dskd.data import DualCollator
+from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS
 from axolotl_dskd.types import DualBatch, supervised_mask
 from tests import tiny
 
@@ -69,6 +70,30 @@ CASES = [
 
 def _features(kind: type) -> list[Any]:
     return _packed(_rows()) if kind in PACKING else _rows()
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+def test_pairs_and_spans_are_of_the_tokens_of_the_whole_batch(kind: type) -> None:
+    rows, expected = _rows(), []
+    for row in rows:
+        ours, theirs = (
+            [y for y in row[column][1:] if y != -100] for column in ("labels", "teacher_labels")
+        )
+        pairs = [(0, 0), (len(ours) - 1, len(theirs) - 1)]
+        row[EXACT_PAIRS] = [index for pair in pairs for index in pair]
+        row[SPANS], row[TEACHER_SPANS] = (
+            [x for y in s for x in (y, y + 1)] for s in (ours, theirs)
+        )
+        expected += [(ours[i], theirs[j]) for i, j in pairs]
+    batch = DualBatch.pop_from(_collator(kind)(_packed(rows) if kind in PACKING else rows))
+    student, (_, teacher) = batch.student_side(batch.student_mask()), batch.teacher_side()
+    assert batch.pairs is not None
+    i, j = batch.pairs.unbind(1)
+    found = zip(student.labels[i].tolist(), teacher.labels[j].tolist(), strict=True)
+    assert list(found) == expected
+    for spans, side in ((batch.spans, student), (batch.teacher_spans, teacher)):
+        assert spans is not None
+        assert spans.tolist() == [[y, y + 1] for y in side.labels.tolist()]
 
 
 @pytest.mark.parametrize(("kind", "side", "multiple"), CASES)

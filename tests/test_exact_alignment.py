@@ -14,7 +14,7 @@ from axolotl_dskd.alignment import (
     greedy_tokens,
     teacher_targets,
 )
-from axolotl_dskd.data.token_bytes import token_bytes, translation
+from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes, translation
 from axolotl_dskd.losses import LossSettings, dual_space_loss, make_divergence
 from axolotl_dskd.projectors import Projectors
 from axolotl_dskd.types import IGNORE_INDEX, OutputHead, Side, TeacherSignal
@@ -192,6 +192,23 @@ def test_every_translated_id_has_the_same_bytes_and_the_rest_has_none() -> None:
                 assert ours[i] == theirs[j]
                 assert j not in b.all_special_ids
         assert table[a.convert_tokens_to_ids("e")] == b.convert_tokens_to_ids("e")
+
+
+def test_shared_tokens_have_the_same_bytes_once_each_and_the_end_tokens_are_a_pair() -> None:
+    source, target = tiny.sentencepiece_tokenizer(), tiny.byte_level_tokenizer()
+    ours, theirs = token_bytes(source), token_bytes(target)
+    for a, b, tables in ((source, target, (ours, theirs)), (target, source, (theirs, ours))):
+        *pairs, ends = zip(*shared_tokens(a, b), strict=True)
+        assert ends == (a.eos_token_id, b.eos_token_id)
+        spelled = [(tables[0][i], tables[1][j]) for i, j in pairs]
+        assert all(x == y and x for x, y in spelled)
+        assert {x for x, _ in spelled} == set(ours) & set(theirs) - {b""}
+        assert len(pairs) == len({x for x, _ in spelled})
+    # Of a letter and its byte token, the letter, whichever side it is on.
+    letter, byte = source.convert_tokens_to_ids("e"), source.convert_tokens_to_ids("<0x65>")
+    for ids in (shared_tokens(source, target)[0], shared_tokens(target, source)[1]):
+        assert letter in ids
+        assert byte not in ids
 
 
 def test_added_tokens_translate_by_their_text() -> None:

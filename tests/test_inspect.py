@@ -17,6 +17,8 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from axolotl_dskd.cli import main, read_config
 from axolotl_dskd.config import DSKDConfig
@@ -243,6 +245,22 @@ def test_the_plan_follows_what_the_configuration_says(pair_folder: Path, inspect
     assert teacher["teacher layers"] < 0.35 * plain.at_peak["teacher layers"]
     ends = "teacher embedding and head"
     assert teacher[ends] == plain.at_peak[ends]
+    folder = str(pair_folder / "teacher")
+    cached = plan(dskd={"teacher": {"base_model": folder, "cache": {"path": "cache"}}})
+    assert "teacher layers" not in cached.at_peak
+    one_space = plan(dskd={"teacher": {"base_model": folder}, "teacher_space_weight": 0.0})
+    loss = "alignment and loss"
+    assert one_space.phases[loss] < plain.phases[loss]
+    at_random = plan(dskd={"teacher": {"base_model": folder}, "projector": {"init": "random"}})
+    assert set(plain.phases) - set(at_random.phases) == {"start of training"}
+
+
+def test_gradients_live_from_one_micro_step_to_the_next(pair_folder: Path, inspect: Inspect):
+    one, two = (
+        inspect(tiny.base_config(pair_folder, gradient_accumulation_steps=n)) for n in (1, 2)
+    )
+    gained = two.memory.phases["student forward"] - one.memory.phases["student forward"]
+    assert gained >= 4 * one.student.trained  # bytes in float32
 
 
 def test_where_it_does_not_fit_changes_are_named_until_it_does(pair_folder: Path, inspect: Inspect):
@@ -377,6 +395,25 @@ def changed(config: dict[str, Any], what: str) -> dict[str, Any]:
         config["bf16"] = True
     if what == "wrong type":
         config["datasets"][0]["type"] = "no_such_type"
+    if what == "nothing supervised":
+        config["datasets"][0]["roles_to_train"] = ["tool"]
+    if what == "all too long":
+        config["sequence_len"] = 8
+    if what == "no plugin":
+        del config["plugins"]
+    rows = Path(config["datasets"][0]["path"])
+    if what == "no rows":
+        rows.write_text("")
+    if what == "broken rows":
+        rows.write_text("{no json")
+    if what == "other columns":
+        tiny.write_rows(rows, [{"prompt": "a", "completion": "b"}] * 4)
+    if what == "tokenizer that loses text":
+        lossy = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]"))
+        teacher = PreTrainedTokenizerFast(
+            tokenizer_object=lossy, unk_token="[UNK]", eos_token="</s>"
+        )
+        teacher.save_pretrained(config["dskd"]["teacher"]["base_model"])
     return config
 
 
@@ -389,6 +426,13 @@ def changed(config: dict[str, Any], what: str) -> dict[str, Any]:
         ("no data", (), "not/there.jsonl"),
         ("kd_ratio 0", (), "uses no teacher"),
         ("wrong type", (), "no_such_type"),
+        ("nothing supervised", (), "look at roles_to_train"),
+        ("all too long", (), "raise sequence_len"),
+        ("no plugin", (), "does not name the plugin"),
+        ("no rows", (), "it has no rows"),
+        ("broken rows", (), "rows.jsonl cannot be read"),
+        ("other columns", (), "field_messages"),
+        ("tokenizer that loses text", (), "do not determine the text"),
         ("bf16 without a GPU", (), "--gpu-memory 24GiB"),
         ("", ("--gpu-memory", "24"), "with its unit"),
         ("", ("--gpu-memory", "much"), "no amount of memory"),
@@ -404,6 +448,33 @@ def test_nonsense_is_refused_in_words(
     assert done.output.startswith("Error: ")
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a: [b\n - c: :", "no readable YAML"), ("- a\n- b", "top level is list")]
+)
+def test_a_file_that_is_no_configuration_is_refused_in_words(tmp_path: Path, text: str, said: str):
+    path = tmp_path / "config.yml"
+    path.write_text(text)
+    done = run_command(str(path))
+    assert done.exit_code == 1
+    assert said in done.output
+
+
+def test_rows_that_would_stop_the_training_are_shown_with_both_texts(
+    pair_folder: Path, inspect: Inspect
+):
+    teacher = PreTrainedTokenizerFast.from_pretrained(pair_folder / "teacher")
+    backend = teacher.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), backend.normalizer])
+    teacher.save_pretrained(pair_folder / "teacher")
+    report = inspect(tiny.base_config(pair_folder))
+    stop, normalising, *_ = report.remarks
+    assert stop.startswith("Training will stop: ")
+    assert "student: 'Because air" in stop
+    assert "teacher: 'because air" in stop
+    assert "Lowercase" in normalising
+    assert well_formed(html_page(report))
 
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path):

@@ -14,13 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "axolotl_dskd"
 #: unit -> units of ours that it may import
 ALLOWED = {
     "types": set(),
-    "config": set(),
+    "cache_config": set(),
+    "config": {"cache_config"},
     "ranks": set(),
     "projectors": {"ranks"},
     "heads": {"types", "ranks"},
     "student": {"types", "ranks", "heads"},
     "metrics": {"types", "ranks"},
     "losses": {"types"},
+    "settings": {"config", "losses"},
     "alignment": {"types", "projectors"},
     "projector_start": {"types", "projectors", "alignment", "ranks"},
     "exchange": {"types", "losses", "alignment", "projectors", "projector_start"},
@@ -29,7 +31,17 @@ ALLOWED = {
     "cache": {"types"},
     "teacher": {"types", "config", "heads", "cache", "progress", "ranks"},
     # Like the trainer, it joins the units; nothing but the command line knows it.
-    "inspect": {"types", "config", "heads", "projectors", "losses", "alignment", "data", "teacher"},
+    "inspect": {
+        "types",
+        "config",
+        "settings",
+        "heads",
+        "projectors",
+        "losses",
+        "alignment",
+        "data",
+        "teacher",
+    },
 }
 
 

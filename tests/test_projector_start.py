@@ -9,18 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from axolotl_dskd.alignment import align_exact_pairs
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.heads import captured_head_input, output_head, single
-from axolotl_dskd.projector_start import HeadFollower, SharedIds, StartReport, shared_rows
+from axolotl_dskd.projector_start import (
+    HeadFollower,
+    SharedIds,
+    StartReport,
+    shared_rows,
+    start_projectors,
+)
 from axolotl_dskd.projectors import Projectors, start_from_shared_tokens
 from axolotl_dskd.types import OutputHead, Side, TeacherSignal
 
 d, D, k = 8, 12, 60
 
 
-def randn(*shape: int, seed: int) -> torch.Tensor:
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -47,6 +54,30 @@ def test_s2t_is_the_pseudo_inverse_start_of_the_head_as_it_is_now():
         torch.testing.assert_close(
             projectors.s2t.weight.detach(), solution(changed, teacher, ids), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("with_query", [False, True])
+def test_the_start_reads_the_shared_rows_block_by_block(with_query: bool):
+    heads = tuple(
+        OutputHead(randn(n, width, seed=width), bias=randn(n, seed=n))
+        for n, width in ((70, d), (90, D))
+    )
+    ids = SharedIds(torch.arange(k), torch.arange(k).flip(0) + 20)
+    embeddings = randn(70, d, seed=8), randn(90, D, seed=9)
+    weights = []
+    for rows_at_once in (k, 7):
+        projectors = Projectors(d, D, with_query=with_query, seed=0)
+        blocks = list(shared_rows(ids, heads, embeddings, rows_at_once))
+        assert [len(b.student_head) for b in blocks][:-1] == [rows_at_once] * (len(blocks) - 1)
+        assert sum(len(b.teacher_embedding) for b in blocks) == k
+        start_from_shared_tokens(projectors, iter(blocks))
+        weights.append(dict(projectors.named_parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    expected = torch.linalg.pinv(heads[0].rows(ids.student)[0].double()).float()
+    expected @= heads[1].rows(ids.teacher)[0]
+    if with_query:  # the keys and values of cross-model attention are divided by this
+        expected *= embeddings[1][ids.teacher].std()
+    torch.testing.assert_close(weights[0]["t2s.weight"].detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_training_added_to_s2t_stays_when_it_follows():
@@ -100,6 +131,55 @@ def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
         assert (divergence < 1e-6) == exact
         assert (report.warning() is None) == exact
         assert "on 40 exact pairs over 70 shared tokens" in report.text()
+
+
+def test_the_report_measures_each_pair_by_its_own_states():
+    heads = OutputHead(randn(70, d, seed=0)), OutputHead(randn(90, D, seed=1))
+    ids = SharedIds(torch.arange(k), torch.arange(k) + 20)
+    hidden, teacher_hidden = randn(30, d, seed=2), randn(40, D, seed=3)
+    nothing = torch.zeros(40, dtype=torch.long)
+    signal = TeacherSignal(teacher_hidden, Side(nothing, nothing, nothing), randn(1), randn(1))
+    theirs = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
+    pairs = torch.stack([torch.arange(30), theirs], dim=1)
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    aligned = align_exact_pairs(hidden, pairs, signal, projectors)
+    report = StartReport(ids)
+    report.add(pairs, aligned, (hidden, teacher_hidden), heads)
+
+    def log_p(side: int, states: torch.Tensor) -> torch.Tensor:
+        index = (ids.student, ids.teacher)[side]
+        return (states @ heads[side].weight[index].T).log_softmax(-1)
+
+    student, teacher = log_p(0, hidden), log_p(1, teacher_hidden[theirs])
+    with torch.no_grad():
+        compared = {
+            "t2s": (teacher, log_p(0, projectors.t2s(teacher_hidden[theirs]))),
+            "s2t": (student, log_p(1, projectors.s2t(hidden))),
+            "as it is": (teacher, student),
+        }
+    for name, (p, q) in compared.items():
+        agreement = (p.argmax(1) == q.argmax(1)).float().mean()
+        divergence = F.kl_div(q, p, log_target=True, reduction="batchmean")
+        assert report.means()[name] == pytest.approx((float(agreement), float(divergence)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("init", "enough", "solved"),
+    [("auto", False, False), ("auto", True, True), ("lstsq", False, True), ("random", True, False)],
+)
+def test_auto_takes_least_squares_where_enough_tokens_are_shared(
+    init: str, enough: bool, solved: bool
+):
+    (student, teacher), ids, expected = parts()
+    if not enough:
+        ids = SharedIds(ids.student[: D - 1], ids.teacher[: D - 1])
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    embeddings = student.weight, teacher.weight
+    start_projectors(projectors, init, ids, (student, teacher), embeddings, follow=False)
+    random = Projectors(d, D, with_query=False, seed=0)
+    assert torch.equal(projectors.t2s.weight, random.t2s.weight) != solved
+    if enough and solved:
+        assert torch.equal(projectors.t2s.weight, expected.t2s.weight)
 
 
 @pytest.mark.slow

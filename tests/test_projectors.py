@@ -128,7 +128,7 @@ def test_projected_states_keep_the_logits_of_shared_tokens():
     exact = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     rows = dataclasses.replace(rows, teacher_head=rows.student_head @ exact)
     projectors = Projectors(4, 6, with_query=False, seed=0)
-    start_from_shared_tokens(projectors, rows)
+    start_from_shared_tokens(projectors, [rows])
     states = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
         projectors.t2s(states) @ rows.student_head.T,
@@ -143,7 +143,7 @@ def test_equal_tokens_attend_to_each_other_from_the_start():
     mixing = torch.randn(60, 40, generator=torch.Generator().manual_seed(1))
     rows = dataclasses.replace(rows, student_embedding=rows.teacher_embedding @ mixing)
     projectors = Projectors(40, 60, with_query=True, seed=0)
-    start_from_shared_tokens(projectors, rows)
+    start_from_shared_tokens(projectors, [rows])
     x, y = torch.arange(0, 20), torch.arange(1, 21)
     query = projectors.query(torch.cat([rows.student_embedding[i] for i in (x, y)], 1))
     key = torch.cat([rows.teacher_embedding[i] for i in (x, y)], 1)
@@ -163,11 +163,18 @@ def test_the_least_squares_start_makes_up_for_the_heads_biases():
         teacher_bias=bias + rows.student_head @ shift,
     )
     projectors = Projectors(4, 6, with_query=False, seed=0)
-    start_from_shared_tokens(projectors, rows)
+    start_from_shared_tokens(projectors, [rows])
     states = torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
         projectors.t2s(states) @ rows.student_head.T + bias,
         states @ rows.teacher_head.T + rows.teacher_bias,
         rtol=1e-4,
         atol=1e-4,
+    )
+    states = torch.randn(3, 4, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(
+        projectors.s2t(states) @ rows.teacher_head.T + rows.teacher_bias,
+        states @ rows.student_head.T + bias,
+        rtol=1e-3,
+        atol=1e-3,
     )

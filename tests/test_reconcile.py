@@ -286,6 +286,25 @@ def test_an_end_token_beyond_the_shared_text_is_unsupervised() -> None:
     assert SENTENCEPIECE.eos_token_id not in out["teacher_labels"]
 
 
+def test_an_end_token_inside_a_run_is_unsupervised_where_the_other_side_was_cut_before_it() -> None:
+    table = [b"", b"a", b"b"]
+    row = {"input_ids": [0, 1, 0, 2, 0], "labels": [-100, 1, 0, 2, 0]}
+    row |= {"teacher_input_ids": [0, 1], "teacher_labels": [-100, 1]}
+    out = Reconcile(table, table, LONG, False, False)(row)
+    assert out["dskd_status"] == CUT
+    assert out["labels"] == [-100, 1, -100, -100, -100]
+    assert out["teacher_labels"] == [-100, 1]
+
+
+def test_an_end_token_apart_is_unsupervised_where_the_other_side_was_cut_before_it() -> None:
+    table = [b"", b"a", b"b"]
+    row = {"input_ids": [0, 1, 2, 1, 0], "labels": [-100, 1, 2, -100, 0]}
+    row |= {"teacher_input_ids": [0, 1], "teacher_labels": [-100, 1]}
+    out = Reconcile(table, table, LONG, False, False)(row)
+    assert out["dskd_status"] == CUT
+    assert out["labels"] == [-100, 1, -100, -100, -100]
+
+
 def test_a_lost_last_turn_leaves_the_others_whole() -> None:
     turns = [("a", "The first answer."), ("b", "The second answer."), ("c", "The third answer.")]
     for student, teacher in [(BYTE_LEVEL, SENTENCEPIECE), (SENTENCEPIECE, BYTE_LEVEL)]:

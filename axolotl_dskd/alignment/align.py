@@ -65,8 +65,8 @@ def align_exact_pairs(
     """
     ours, theirs = pairs.unbind(1)
     projected = projectors.t2s(teacher.hidden[theirs].to(student_hidden.dtype))
-    t2s = torch.zeros_like(student_hidden).index_copy(0, ours, projected)
-    mask = torch.zeros(len(t2s), dtype=torch.bool, device=t2s.device).index_fill(0, ours, True)
+    t2s = torch.zeros_like(student_hidden).index_copy_(0, ours, projected)
+    mask = torch.zeros(len(t2s), dtype=torch.bool, device=t2s.device).index_fill_(0, ours, True)
     return Aligned(t2s, projectors.s2t(student_hidden[ours]), mask, theirs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -66,7 +67,7 @@ class DualCollator:
 
         batch["dskd_segment_ids"] = self._segment_ids(lengths, batch["input_ids"].shape)
         ids, labels = (
-            [torch.as_tensor(s[column], dtype=torch.long) for s in samples]
+            [torch.from_numpy(np.array(s[column], dtype=np.int64)) for s in samples]
             for column in _TEACHER_COLUMNS
         )
         batch["dskd_teacher_input_ids"] = pad_sequence(ids, True, self.teacher_pad_id)
@@ -92,14 +93,17 @@ class DualCollator:
 
 def _spans_and_pairs(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """[N, 2], [M, 2] and [P, 2]: pairs index the N and M supervised tokens of the whole batch."""
+    # numpy reads a list of ints several times faster than torch does.
     spans, teacher_spans, pairs = (
-        [torch.as_tensor(s[column], dtype=torch.long).view(-1, 2) for s in samples]
+        [np.asarray(s[column], dtype=np.int64).reshape(-1, 2) for s in samples]
         for column in _SPAN_COLUMNS
     )
-    counts = torch.tensor([[len(a), len(b)] for a, b in zip(spans, teacher_spans, strict=True)])
+    counts = np.array([[len(a), len(b)] for a, b in zip(spans, teacher_spans, strict=True)])
     offsets = counts.cumsum(0) - counts
+    joined = np.concatenate(pairs)
+    joined += offsets.repeat([len(p) for p in pairs], axis=0)
     return {
-        "dskd_spans": torch.cat(spans),
-        "dskd_teacher_spans": torch.cat(teacher_spans),
-        "dskd_pairs": torch.cat([p + at for p, at in zip(pairs, offsets, strict=True)]),
+        "dskd_spans": torch.from_numpy(np.concatenate(spans)),
+        "dskd_teacher_spans": torch.from_numpy(np.concatenate(teacher_spans)),
+        "dskd_pairs": torch.from_numpy(joined),
     }

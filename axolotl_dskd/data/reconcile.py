@@ -91,7 +91,9 @@ class Reconcile:
             labels = _only(labels, sides[0].positions)
             teacher_labels = _only(teacher_labels, sides[1].positions)
         # A causal teacher need not read on after its last supervised token.
-        last = max((i for i, y in enumerate(teacher_labels) if y != IGNORE_INDEX), default=0) + 1
+        last = len(teacher_labels)
+        while last > 1 and teacher_labels[last - 1] == IGNORE_INDEX:
+            last -= 1
         out: dict[str, Any] = {
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
@@ -164,10 +166,11 @@ def _count(runs: list[Run]) -> int:
 
 def _apart(runs: list[Run], matched: list[Run], parts: list[Part], whole: bool) -> IntArray:
     """Positions of the runs without text that no text was matched with."""
-    taken = {p for run in matched for p in run.positions.tolist()}
-    places = [p for run in runs for p in run.positions.tolist() if p not in taken]
+    places = np.concatenate([run.positions for run in runs])
+    taken = np.concatenate([run.positions for run in matched])
+    places = places[~np.isin(places, taken, assume_unique=True)]
     last = max(int(part.positions[-1]) for part in parts if len(part))
-    return np.array([p for p in places if whole or p < last], np.int64)
+    return places if whole else places[places < last]
 
 
 def _only(labels: list[int], positions: IntArray) -> list[int]:
@@ -203,7 +206,7 @@ def reconcile_dataset(
         )
     if counts[DIFFERENT] > MAX_DIFFERING_SHARE * total:
         at = [i for i, status in enumerate(statuses) if status == DIFFERENT][:3]
-        examples = "\n".join(_example(dataset[i], reconcile) for i in at)
+        examples = "\n".join(differing_example(dataset[i], reconcile) for i in at)
         raise ValueError(
             f"{counts[DIFFERENT]} of {total} rows do not have the same supervised "
             f"{'tokens' if reconcile.same_ids else 'text'} for student and teacher. Check "
@@ -226,7 +229,9 @@ def reconcile_dataset(
     return kept.remove_columns(STATUS)
 
 
-def _example(row: dict[str, Any], reconcile: Reconcile) -> str:
+def differing_example(row: dict[str, Any], reconcile: Reconcile) -> str:
+    """The supervised texts of both sides of a row, in two lines."""
+
     def spelled(ids: list[int], labels: list[int], table: list[bytes]) -> str:
         run = joined(supervised_runs(ids, labels, table))
         text = run.text.decode(errors="replace")

@@ -18,7 +18,8 @@ from axolotl_dskd.data import (
     shared_tokens,
     vocabulary_size,
 )
-from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.data.reconcile import DIFFERENT, MAX_DIFFERING_SHARE
+from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from axolotl_dskd.heads import output_head
 from axolotl_dskd.inspect.card import Card
 from axolotl_dskd.inspect.fit import Run, memory_report, supervised
@@ -30,7 +31,7 @@ from axolotl_dskd.inspect.report import (
     cover,
     pick_examples,
 )
-from axolotl_dskd.inspect.sample import DatasetSample, sample_rows
+from axolotl_dskd.inspect.sample import OUTCOMES, REMEDIES, DatasetSample, sample_rows
 from axolotl_dskd.inspect.skeleton import student_skeleton, teacher_skeleton, trained_tensors
 from axolotl_dskd.types import IGNORE_INDEX
 
@@ -79,12 +80,7 @@ def inspect_run(
     for part, _ in found:
         coverage.add(part)
     if not coverage.kept:
-        raise ValueError(
-            f"none of the {coverage.sampled} sampled rows would be trained on: "
-            + ", ".join(
-                f"{count} {outcome}" for outcome, count in coverage.outcomes.items() if count
-            )
-        )
+        raise ValueError(_nothing_kept(coverage, samples))
     progress("models")
     student = student_skeleton(cfg, student_tokenizer)
     teacher = teacher_skeleton(config.teacher, on_gpu=card.gpu)
@@ -122,9 +118,46 @@ def inspect_run(
         datasets=[part for part, _ in found],
         examples=pick_examples(samples, [groups for _, groups in found], tables, tokenizers),
         memory=memory,
-        remarks=_remarks(facts, coverage, recommended, alignment),
+        remarks=[
+            *_differing(coverage, samples),
+            *_normalising(tokenizers),
+            *_remarks(facts, coverage, recommended, alignment),
+        ],
         probe=fidelity,
     )
+
+
+def _nothing_kept(coverage: Coverage, samples: Sequence[DatasetSample]) -> str:
+    lines = [f"none of the {coverage.sampled} sampled rows would be trained on."]
+    lines += [
+        f"{count} {OUTCOMES[outcome]}; {REMEDIES[outcome]}."
+        for outcome, count in coverage.outcomes.items()
+        if count
+    ]
+    return "\n".join([*lines, *(line for sample in samples for line in sample.differing[:3])])
+
+
+def _differing(coverage: Coverage, samples: Sequence[DatasetSample]) -> list[str]:
+    """What training will say of rows whose two sides spell different texts, or nothing."""
+    count, seen = coverage.outcomes.get(DIFFERENT, 0), sum(coverage.outcomes.values())
+    if count <= MAX_DIFFERING_SHARE * seen:
+        return []
+    examples = [line for sample in samples for line in sample.differing][:3]
+    return [
+        f"Training will stop: {count} of {seen} sampled rows do not have the same supervised text "
+        f"for student and teacher, more than {MAX_DIFFERING_SHARE:.0%}; {REMEDIES[DIFFERENT]}.\n"
+        + "\n".join(examples)
+    ]
+
+
+def _normalising(tokenizers: tuple[Any, Any]) -> list[str]:
+    """Which tokenizer changes a text before it splits it."""
+    return [
+        f"The {side}'s tokenizer changes text before it splits it ({', '.join(changes)}): rows "
+        "that this changes are dropped."
+        for side, tokenizer in zip(("student", "teacher"), tokenizers, strict=True)
+        if (changes := normalisations(tokenizer))
+    ]
 
 
 def _side(name: str, model: Any, tokenizer: Any) -> SideFacts:

@@ -19,7 +19,7 @@ from axolotl_dskd.inspect.memory import CUDA_CONTEXT, BatchShape, PlanSettings, 
 from axolotl_dskd.inspect.report import MemoryReport, Step
 from axolotl_dskd.inspect.sample import DatasetSample
 from axolotl_dskd.inspect.skeleton import model_bytes, teacher_dtype, teacher_skeleton
-from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, make_divergence
+from axolotl_dskd.settings import loss_settings
 from axolotl_dskd.types import IGNORE_INDEX
 
 
@@ -99,10 +99,7 @@ def plan_settings(run: Run) -> PlanSettings:
     cfg, config = run.cfg, run.config
     vocab_sizes = vocabulary_size(run.tokenizers[0]), vocabulary_size(run.tokenizers[1])
     low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
-    chunk = config.chunk_tokens
-    if chunk == "auto":
-        dtypes = low or cfg.torch_dtype, teacher_dtype(config.teacher, on_gpu=run.card.gpu)
-        chunk = auto_chunk_tokens(run.card.memory, vocab_sizes, torch.promote_types(*dtypes))
+    dtypes = low or cfg.torch_dtype, teacher_dtype(config.teacher, on_gpu=run.card.gpu)
     checkpointing = cfg.gradient_checkpointing
     kwargs = cfg.gradient_checkpointing_kwargs or {}
     batch, _ = batch_shape(cfg, run.samples)
@@ -121,16 +118,12 @@ def plan_settings(run: Run) -> PlanSettings:
         teacher_cached=bool(getattr(config.teacher, "cache", None)),
         start=config.projector.init,
         shared_tokens=run.shared,
-        loss=LossSettings(
-            divergence=make_divergence(
-                config.divergence,
-                skew_lambda=config.skew_lambda,
-                adaptive_alpha=config.adaptive_alpha,
-                js_beta=config.js_beta,
-            ),
-            kd_ratio=config.kd_ratio,
-            mask_wrong_projections=run.alignment == "cma",
-            chunk_tokens=chunk,
+        loss=loss_settings(
+            config,
+            alignment=run.alignment,
+            memory=run.card.memory,
+            vocab_sizes=vocab_sizes,
+            dtype=torch.promote_types(*dtypes),
         ),
         vocab_sizes=vocab_sizes,
         on_gpu=run.card.gpu,

@@ -22,7 +22,7 @@ from axolotl_dskd.inspect.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.inspect.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.inspect.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.losses import LossSettings, dual_space_loss, elementwise
-from axolotl_dskd.projectors import Projectors
+from axolotl_dskd.projectors import ROWS_AT_ONCE, Projectors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Side, TeacherSignal
 
@@ -178,16 +178,18 @@ def _loss(
         weight = student.get_input_embeddings().weight.detach()
         embedded = weight[ours.input_ids], weight[ours.labels]
         aligned = align_with_attention(hidden_Nd, embedded, ours, signal, projectors)
+    call: dict[str, Any] = {}
+    if settings.loss.student_space_weight:
+        call["t2s_hidden"] = aligned.t2s_hidden
+    if settings.loss.teacher_space_weight:
+        call |= {"s2t_hidden": aligned.s2t_hidden, "teacher_hidden": signal.hidden}
+        call |= {"teacher_labels": theirs.labels.to("meta"), "teacher_head": teacher_head}
     out = dual_space_loss(
         student_hidden=hidden_Nd,
         student_labels=ours.labels.to("meta"),
         student_head=head,
         settings=settings.loss,
-        t2s_hidden=aligned.t2s_hidden,
-        s2t_hidden=aligned.s2t_hidden,
-        teacher_hidden=signal.hidden,
-        teacher_labels=theirs.labels.to("meta"),
-        teacher_head=teacher_head,
+        **call,
     )
     return out.loss
 
@@ -245,13 +247,17 @@ def _micro_step(
 
 
 def _start_bytes(student: Any, teacher: Any, settings: PlanSettings) -> int:
-    """The least-squares start of the projectors: rows of both models, float64 normal equations."""
+    """The least-squares start of the projectors: a block of both models' rows, and the float64
+    normal equations with a factorised copy."""
     ours, theirs = head_module(student).weight, output_head(teacher).weight
     d, D, shared = output_head(student).hidden_size, theirs.shape[1], settings.shared_tokens
     if settings.start == "random" or (settings.start == "auto" and shared < max(d, D)):
         return 0
-    rows = 2 * shared * (d * ours.element_size() + D * theirs.element_size())
-    return rows + 8 * min(shared, 8192) * (d + D) + 3 * 8 * max(d, D) ** 2
+    numbers = 2 * min(shared, ROWS_AT_ONCE)  # head and embedding
+    rows = numbers * (d * (8 + ours.element_size()) + D * (8 + theirs.element_size()))
+    with_query = settings.alignment == "cma"
+    products = d * d + D * D + d * D + (d * d + d * D if with_query else 0)
+    return rows + 8 * (products + 2 * max(d, D) ** 2)
 
 
 def make_projectors(student: Any, teacher: Any, alignment: str) -> Projectors:

@@ -204,7 +204,9 @@ def _alignment(report: Report) -> str:
         if report.recommended == report.alignment
         else f"Recommended: <b>{escape(report.recommended)}</b>, {escape(report.recommended_why)}."
     )
-    remarks = "".join(f"<li>{escape(remark)}</li>" for remark in report.remarks)
+    remarks = "".join(
+        f"<li>{escape(remark).replace(chr(10), '<br>')}</li>" for remark in report.remarks
+    )
     return (
         f"<p><b>{escape(report.alignment)}</b>: {escape(report.alignment_why)}. {advice}</p>"
         f"<ul>{remarks}</ul>"

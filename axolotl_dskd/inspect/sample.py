@@ -18,10 +18,19 @@ from axolotl.utils.data.shared import datasets_with_name_generator
 from axolotl.utils.data.utils import handle_long_seq_in_dataset
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from datasets.exceptions import DatasetsError
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.hooks import make_reconcile
-from axolotl_dskd.data.reconcile import CUT, DIFFERENT, EMPTY, KEPT, STATUS, TOO_LONG
+from axolotl_dskd.data.reconcile import (
+    CUT,
+    DIFFERENT,
+    EMPTY,
+    KEPT,
+    STATUS,
+    TOO_LONG,
+    differing_example,
+)
 
 #: Outcomes of a row beside those of `reconcile`.
 UNTOKENIZED, STUDENT_LENGTH = "not tokenized", "student too long or empty"
@@ -37,6 +46,17 @@ OUTCOMES = {
     UNTOKENIZED: "dropped: the dataset's `type:` made nothing of it",
 }
 
+#: Outcome -> what to look at where it happens to all rows.
+REMEDIES = {
+    STUDENT_LENGTH: "raise sequence_len, or set excess_length_strategy: truncate",
+    TOO_LONG: "raise dskd.teacher.sequence_len, or set excess_length_strategy: truncate",
+    EMPTY: "the template marks nothing to train on; look at roles_to_train, train_on_inputs and "
+    "the fields of the rows",
+    DIFFERENT: "look at chat_template, dskd.teacher.chat_template, and whether both tokenizers "
+    "keep the text as it is",
+    UNTOKENIZED: "look at the dataset's type and its fields",
+}
+
 
 @dataclass
 class DatasetSample:
@@ -47,6 +67,7 @@ class DatasetSample:
         total: rows that the dataset has; `sampled` of them were read.
         outcomes: outcome -> rows (of the tokenized ones where a raw row becomes several).
         rows: the two-sided rows that would be trained on.
+        differing: of the first rows whose texts differ, both texts.
     """
 
     name: str
@@ -54,6 +75,7 @@ class DatasetSample:
     sampled: int
     outcomes: Counter[str] = field(default_factory=Counter)
     rows: list[dict[str, list[int]]] = field(default_factory=list)
+    differing: list[str] = field(default_factory=list)
 
     @property
     def kept(self) -> int:
@@ -106,8 +128,15 @@ def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> 
                     split="train",
                     seed=cfg.seed,
                 )
-            except (OSError, KeyError) as error:
-                raise ValueError(f"dataset {name} cannot be read: {error}") from error
+            except StopIteration as error:
+                raise ValueError(f"dataset {name} cannot be read: it has no rows") from error
+            except (OSError, KeyError, DatasetsError) as error:
+                why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+                raise ValueError(f"dataset {name} cannot be read: {why}") from error
+            except ValueError as error:
+                if name in str(error):
+                    raise
+                raise ValueError(f"dataset {name}: {error}") from error
         sample = DatasetSample(name, total=sizes[0], sampled=sizes[1])
         sample.outcomes[UNTOKENIZED] = max(0, sample.sampled - len(rows))
         _follow(sample, rows, cfg, reconcile)
@@ -125,5 +154,7 @@ def _follow(sample: DatasetSample, rows: Dataset, cfg: Any, reconcile: Any) -> N
         done = reconcile(row)
         status = done.pop(STATUS)
         sample.outcomes[status] += 1
+        if status == DIFFERENT and len(sample.differing) < 3:
+            sample.differing.append(differing_example({**row, **done}, reconcile))
         if status in (KEPT, CUT):
             sample.rows.append({"input_ids": list(row["input_ids"]), **done})

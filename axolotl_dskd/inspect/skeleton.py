@@ -7,6 +7,8 @@ shape and dtype that it will have. Knows models and their bytes; nothing of rows
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -95,7 +97,8 @@ def student_skeleton(cfg: Any, tokenizer: Any) -> Any:
     loader.model = _on_meta(
         loader.model_config, cfg.torch_dtype, quantization, bool(cfg.trust_remote_code)
     )
-    with torch.device("meta"):
+    # peft prints its count of parameters; the report has it.
+    with torch.device("meta"), redirect_stdout(StringIO()):
         loader._apply_post_model_load_setup()
         loader._load_adapters()
     loader.model.train()

@@ -1,12 +1,23 @@
 """Speed of the byte alignment, and how many tokens of real tokenizers are exactly aligned.
 
-One process, one thread. Per pair of tokenizers, on the same rows of mixed text:
+One process, one thread. Per pair of tokenizers, on the same rows of mixed text, once:
 
     prepare      all of what preparing a row adds: comparing the texts, spans, pairs
     spans+pairs  of that, spans and pairs from the tokens' lengths
-    step         what a training step does with stored pairs: collecting a batch's columns
-    loop         the usual Python loop over token strings, run in every step: strings from ids,
-                 markers stripped, both sides' text grown token by token and compared
+
+and in every step, for batches of eight rows:
+
+    read         the stored columns out of the data set (in the data workers, if there are any)
+    collate      the columns of a batch joined
+    use          what exact token alignment makes of the pairs: targets, states at their places
+    loop: pairs  the published way to find pairs (songmzhang/DSKDv2): per row, token strings from
+                 the label tensors, markers stripped, both texts grown token by token and compared
+    loop: all    that, and per pair: the teacher's choice as a string looked up in the student's
+                 vocabulary, the projected states of both sides written to their places
+
+The loops are written anew here and do what the published code does between its matrix products, no
+more: it looks at one element of a tensor at a time. On a GPU each such look also waits for the
+device; here everything is on the CPU.
 
 Last, the projectors' least-squares start against the pseudo-inverse by SVD.
 
@@ -20,7 +31,10 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,13 +42,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from axolotl_dskd.alignment import align_exact_pairs, teacher_targets
 from axolotl_dskd.data.byte_spans import exact_pairs, tile
 from axolotl_dskd.data.collator import _spans_and_pairs
 from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
+from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.projectors import least_squares
-from tests.test_byte_spans import FRAGMENTS, one_side
+from axolotl_dskd.types import Side, TeacherSignal
+from tests.test_byte_spans import FRAGMENTS, end_token, one_side
 from tests.test_token_bytes import TOKENIZERS, _table
 
 PAIRS = [
@@ -44,6 +64,10 @@ PAIRS = [
     ("tiny byte-level", "DeepSeek"),
 ]
 KINDS = [kind for kind in FRAGMENTS if kind != "short"]
+#: Of the states: with the narrow ones the bookkeeping shows, with the wide ones copying decides.
+WIDTHS = (8, 768)
+#: The projections themselves are matrix products in both forms, and left out of both.
+PROJECTED: Any = SimpleNamespace(t2s=lambda states: states, s2t=lambda states: states)
 
 
 def rows_of(kind: str, count: int) -> list[list[tuple[str, str]]]:
@@ -55,17 +79,23 @@ def rows_of(kind: str, count: int) -> list[list[tuple[str, str]]]:
     ]
 
 
-def string_loop(student: Any, teacher: Any, ids: list[int], teacher_ids: list[int]) -> int:
-    """Pairs found by comparing token strings, as a loss would do in each step."""
+def stripped(tokenizer: Any, ids: Tensor) -> list[str]:
+    """The strings of tokens without the marks that stand for spaces."""
+    return [t.replace("▁", "").replace("Ġ", "") for t in tokenizer.convert_ids_to_tokens(ids)]
+
+
+def pairs_by_strings(tokenizers: list[Any], labels: Tensor, teacher_labels: Tensor) -> list[Any]:
+    """Pairs found by comparing token strings of one row: indices of both sides' tokens."""
     ours, theirs = (
-        [t.replace("▁", "").replace("Ġ", "") for t in tokenizer.convert_ids_to_tokens(side)]
-        for tokenizer, side in ((student, ids), (teacher, teacher_ids))
+        stripped(tokenizer, side)
+        for tokenizer, side in zip(tokenizers, (labels, teacher_labels), strict=True)
     )
-    i = j = found = 0
-    text, other = "", ""
+    ends = tuple(t.eos_token for t in tokenizers)
+    i = j = 0
+    text, other, found = "", "", []
     while i < len(ours) and j < len(theirs):
-        if text == other and ours[i] == theirs[j]:
-            found += 1
+        if text == other and (ours[i] == theirs[j] or (ours[i], theirs[j]) == ends):
+            found.append((i, j))
             text, other, i, j = text + ours[i], other + theirs[j], i + 1, j + 1
         elif len(text) < len(other):
             text, i = text + ours[i], i + 1
@@ -76,10 +106,108 @@ def string_loop(student: Any, teacher: Any, ids: list[int], teacher_ids: list[in
     return found
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Rows of both sides, padded, as the loop takes them; and the same tokens compact, as we do.
+
+    Attributes:
+        labels, teacher_labels: [B, L] and [B, L'] int64, -100 where nothing is supervised.
+        choices: [B, L'] int64, what the teacher would say.
+        t2s, s2t: [B, L', width] and [B, L, width], projected states.
+        stored: our columns of the rows.
+    """
+
+    labels: Tensor
+    teacher_labels: Tensor
+    choices: Tensor
+    t2s: Tensor
+    s2t: Tensor
+    stored: list[dict[str, list[int]]]
+
+    @classmethod
+    def of(
+        cls, rows: list[dict[str, Any]], stored: list[dict[str, list[int]]], width: int
+    ) -> Batch:
+        """Pad rows; the teacher says the label three times in four, else something at random."""
+        generator = torch.Generator().manual_seed(0)
+        labels, teacher_labels = (
+            pad_sequence([torch.tensor(row[c]) for row in rows], True, -100)
+            for c in ("labels", "teacher_labels")
+        )
+        other = teacher_labels.flatten()[
+            torch.randperm(teacher_labels.numel(), generator=generator)
+        ]
+        wrong = torch.rand(teacher_labels.shape, generator=generator) < 0.25
+        choices = torch.where(wrong, other.view_as(wrong).clamp_min(0), teacher_labels)
+        states = (
+            torch.randn(*x.shape, width, generator=generator) for x in (teacher_labels, labels)
+        )
+        return cls(labels, teacher_labels, choices, *states, stored)
+
+    def compact(self) -> tuple[Side, TeacherSignal, Tensor, Tensor]:
+        """Student and teacher tokens with their states, and the teacher's choices."""
+        ours, theirs = self.labels != -100, self.teacher_labels != -100
+        student, teacher = (
+            Side(y, y, torch.zeros_like(y))
+            for y in (self.labels[ours], self.teacher_labels[theirs])
+        )
+        hidden = self.t2s[theirs]
+        signal = TeacherSignal(hidden, teacher, hidden, hidden)
+        return student, signal, self.s2t[ours], self.choices[theirs]
+
+
+def loop_pairs(batch: Batch, tokenizers: list[Any]) -> int:
+    """Number of pairs of a batch, row by row."""
+    found = 0
+    for labels, teacher_labels in zip(batch.labels, batch.teacher_labels, strict=True):
+        ours, theirs = (torch.where(y != -100)[0] for y in (labels, teacher_labels))
+        sides = labels[ours[0] : ours[-1] + 1], teacher_labels[theirs[0] : theirs[-1] + 1]
+        found += len(pairs_by_strings(tokenizers, *sides))
+    return found
+
+
+def loop_all(batch: Batch, tokenizers: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets [B, L] and the projected states where they belong, pair by pair."""
+    student, teacher = tokenizers
+    t2s, s2t = torch.zeros_like(batch.s2t), torch.zeros_like(batch.t2s)
+    targets = torch.full_like(batch.labels, -100)
+    for row, (labels, teacher_labels) in enumerate(
+        zip(batch.labels, batch.teacher_labels, strict=True)
+    ):
+        ours, theirs = (torch.where(y != -100)[0] for y in (labels, teacher_labels))
+        sides = labels[ours[0] : ours[-1] + 1], teacher_labels[theirs[0] : theirs[-1] + 1]
+        choices, said = batch.choices[row][theirs[0] : theirs[-1] + 1], [-100] * len(sides[0])
+        for i, j in pairs_by_strings(tokenizers, *sides):
+            word = teacher.convert_ids_to_tokens([choices[j]])
+            if choices[j] == teacher.eos_token_id:
+                said[i] = student.eos_token_id
+            else:
+                index = student.convert_tokens_to_ids(word)[0]
+                if index is None:
+                    continue
+                said[i] = index
+            s2t[row, j + theirs[0]] = batch.s2t[row, i + ours[0]]
+            t2s[row, i + ours[0]] = batch.t2s[row, j + theirs[0]]
+        targets[row, ours[0] : ours[-1] + 1] = torch.tensor(said)
+    return targets, t2s, s2t
+
+
+def each(run: Callable[..., Any], *sequences: Any) -> list[Any]:
+    """`run` on the first of each sequence, on the second, …"""
+    return [run(*arguments) for arguments in zip(*sequences, strict=True)]
+
+
+def use(compact: Any, pairs: Tensor, table: Tensor) -> tuple[Tensor, Any]:
+    """What `loop_all` returns, from stored pairs, by the package's own functions."""
+    student, signal, hidden, choices = compact
+    targets = teacher_targets(choices[pairs[:, 1]], pairs, student, signal.tokens, table)
+    return targets, align_exact_pairs(hidden, pairs, signal, PROJECTED)
+
+
 def seconds(run: Callable[[], Any]) -> float:
-    """Fastest of five."""
+    """Fastest of three."""
     times = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
@@ -87,7 +215,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}")
     print("\nShare of the student's tokens that are exactly aligned (found by the loop)")
     print(f"{'student <- teacher':36}" + "".join(f"{kind:>22}" for kind in KINDS))
@@ -97,6 +225,8 @@ def main() -> None:
             [TOKENIZERS[n]() for n in (student, teacher)],
             [_table(n) for n in (student, teacher)],
         )
+        for name, tokenizer in zip((student, teacher), tokenizers, strict=True):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(name))
         dummy = [writes_dummy_space(t, b) for t, b in zip(tokenizers, tables, strict=True)]
         reconcile = Reconcile(*tables, 1 << 20, False, False, *dummy)
         cells, all_rows, made = [], [], []
@@ -112,19 +242,32 @@ def main() -> None:
             assert {row["dskd_status"] for row in out} == {"kept"}
             tokens = sum(len(row[SPANS]) // 2 for row in out)
             paired = sum(len(row[EXACT_PAIRS]) // 2 for row in out)
-            by_loop = sum(string_loop(*tokenizers, *labelled(row)) for row in rows)
+            by_loop = sum(len(pairs_by_strings(tokenizers, *labelled(row))) for row in rows)
             cells.append(f"{paired / tokens:.1%} ({by_loop / tokens:.1%})")
             all_rows += rows
             made += out
         print(f"{f'{student} <- {teacher}':36}" + "".join(f"{cell:>22}" for cell in cells))
-        speeds.append((student, teacher, *speed(reconcile, tokenizers, tables, all_rows, made)))
-    print("\nStudent tokens a second, one thread")
-    names = ("prepare", "spans+pairs", "step", "loop", "step/loop", "spans+pairs/loop")
-    print(f"{'student <- teacher':36}" + "".join(f"{name:>18}" for name in names))
-    for student, teacher, *rates in speeds:
-        ratios = rates[2] / rates[3], rates[1] / rates[3]
-        cells = [f"{rate:,.0f}" for rate in rates] + [f"{ratio:.0f}x" for ratio in ratios]
-        print(f"{f'{student} <- {teacher}':36}" + "".join(f"{cell:>18}" for cell in cells))
+        # English, where the loop finds its pairs, and all kinds.
+        of_kind = len(all_rows) // len(KINDS)
+        for kinds, count in (("English", of_kind), ("all", len(all_rows))):
+            found = speed(reconcile, tokenizers, tables, all_rows[:count], made[:count])
+            speeds.append((f"{student} <- {teacher}, {kinds}", found))
+    print("\nStudent tokens a second, one thread (numbers in a state)")
+    print(f"{'student <- teacher, rows':38}" + "".join(f"{name:>16}" for name in speeds[0][1]))
+    for name, rates in speeds:
+        print(f"{name:38}" + "".join(f"{rate:>16,.0f}" for rate in rates.values()))
+    print("\nTimes faster than the published loop")
+    ratios = [f"a step / all ({width})" for width in WIDTHS]
+    ratios = ["prepare / pairs", "spans+pairs / pairs", "read+collate / pairs", *ratios]
+    print(f"{'student <- teacher, rows':38}" + "".join(f"{ratio:>22}" for ratio in ratios))
+    for name, rates in speeds:
+        stored = 1 / (1 / rates["read"] + 1 / rates["collate"])
+        times = [rates[side] / rates["loop: pairs"] for side in ("prepare", "spans+pairs")]
+        times.append(stored / rates["loop: pairs"])
+        for width in WIDTHS:
+            step = 1 / (1 / stored + 1 / rates[f"use ({width})"])
+            times.append(step / rates[f"loop: all ({width})"])
+        print(f"{name:38}" + "".join(f"{ratio:>21.1f}x" for ratio in times))
 
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(20_000, n, generator=generator) for n in (576, 896))
@@ -140,9 +283,9 @@ def main() -> None:
     )
 
 
-def labelled(row: dict[str, Any]) -> list[list[int]]:
+def labelled(row: dict[str, Any]) -> list[Tensor]:
     """Supervised ids of both sides."""
-    return [[y for y in row[c] if y != -100] for c in ("labels", "teacher_labels")]
+    return [torch.tensor([y for y in row[c] if y != -100]) for c in ("labels", "teacher_labels")]
 
 
 def speed(
@@ -151,25 +294,38 @@ def speed(
     tables: list[list[bytes]],
     rows: list[dict[str, Any]],
     made: list[dict[str, Any]],
-) -> list[float]:
-    """Tokens a second of `prepare`, `spans+pairs`, `step` and `loop`."""
+) -> dict[str, float]:
+    """Tokens a second of each thing that the module's docstring lists."""
     lengths = [np.array([len(b) for b in table]) for table in tables]
-    ids = [labelled(row) for row in rows]
-    arrays = [[np.array(side) for side in both] for both in ids]
+    arrays = [[side.numpy() for side in labelled(row)] for row in rows]
     columns = (SPANS, TEACHER_SPANS, EXACT_PAIRS)
     stored = [{c: row[c].tolist() for c in columns} for row in made]
-    batches = [stored[i : i + 8] for i in range(0, len(stored), 8)]
-    tokens = sum(len(both[0]) for both in ids)
-    runs = (
-        lambda: [reconcile(row) for row in rows],
-        lambda: [
+    dataset = Dataset.from_list(stored)
+    eight = [range(i, min(i + 8, len(rows))) for i in range(0, len(rows), 8)]
+    batches = [Batch.of([rows[i] for i in at], [stored[i] for i in at], 1) for at in eight]
+    pairs = [_spans_and_pairs(batch.stored)["dskd_pairs"] for batch in batches]
+    table = torch.tensor(translation(tokenizers[1], tokenizers[0]))
+    runs: dict[str, Callable[[], Any]] = {
+        "prepare": lambda: [reconcile(row) for row in rows],
+        "spans+pairs": lambda: [
             exact_pairs(*(tile(n[side]) for n, side in zip(lengths, both, strict=True)))
             for both in arrays
         ],
-        lambda: [_spans_and_pairs(batch) for batch in batches],
-        lambda: [string_loop(*tokenizers, *both) for both in ids],
-    )
-    return [tokens / seconds(run) for run in runs]
+        "read": lambda: [dataset.__getitems__(list(at)) for at in eight],
+        "collate": lambda: [_spans_and_pairs(batch.stored) for batch in batches],
+        "loop: pairs": lambda: [loop_pairs(batch, tokenizers) for batch in batches],
+    }
+    tokens = sum(len(both[0]) for both in arrays)
+    found = {name: tokens / seconds(run) for name, run in runs.items()}
+    for width in WIDTHS:
+        wide = [Batch.of([rows[i] for i in at], [stored[i] for i in at], width) for at in eight]
+        compact = [batch.compact() for batch in wide]
+        everything: dict[str, Callable[[], Any]] = {
+            "use": partial(each, partial(use, table=table), compact, pairs),
+            "loop: all": partial(each, partial(loop_all, tokenizers=tokenizers), wide),
+        }
+        found |= {f"{name} ({width})": tokens / seconds(run) for name, run in everything.items()}
+    return found
 
 
 if __name__ == "__main__":
