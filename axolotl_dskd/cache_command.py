@@ -5,17 +5,20 @@ Joins Axolotl's data pipeline with the teacher and its cache, as the trainer doe
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.common.datasets import load_datasets
+from axolotl.utils.logging import get_logger
 from rich.console import Console
 from rich.table import Table
 
 from axolotl_dskd.cache import (
+    TEMPORARY,
     Damaged,
     Plan,
     RowReader,
@@ -39,8 +42,11 @@ from axolotl_dskd.teacher import (
     open_cached_teacher,
 )
 from axolotl_dskd.teacher.fidelity import STORAGES, Fidelity, storage_fidelity
+from axolotl_dskd.teacher.identity import TeacherIdentity
 from axolotl_dskd.teacher.open import IDENTITY, TABLES, cache_folder
 from axolotl_dskd.teacher.tables import read_tables
+
+LOG = get_logger(__name__)
 
 FIDELITY = "fidelity.json"
 _PROBE_TOKENS = 2048
@@ -74,41 +80,70 @@ def _rows(cfg: Any) -> CacheableRows:
     return CacheableRows([d for d in (meta.train_dataset, *parts) if d is not None])
 
 
-def write_cache(cfg: Any, config: DSKDConfig, part: tuple[int, int] = (0, 1)) -> None:
+def write_cache(
+    cfg: Any, config: DSKDConfig, out: TextIO, *, part: tuple[int, int] = (0, 1)
+) -> None:
     """Cache every row of the configuration's datasets; those that are cached are skipped.
 
     Args:
         cfg: Axolotl's validated configuration.
         config: its `dskd:` block.
+        out: what was done is said there.
         part: do the rows of this number out of so many, from 0: one process per GPU.
 
     Raises:
         ValueError: the teacher cannot be used, or there is not enough room.
+        OSError: the cache's folder cannot be written.
     """
     teacher_config, device = checked_teacher(config), default_device()
+    assert teacher_config.cache is not None
+    _check_writable(Path(teacher_config.cache.path))
     rows = _rows(cfg)
     vocab_size = vocabulary_size(load_teacher_tokenizer(config))
     teacher = open_cached_teacher(teacher_config, vocab_size, device)
+    store = teacher.store
     missing = missing_rows(teacher, rows, part)
     width = teacher.codec.bytes_per_token
-    print(f"{teacher.store.folder}: {describe(rows, missing_rows(teacher, rows), width)}")
+    print(f"{store.folder}: {describe(rows, missing_rows(teacher, rows), width)}", file=out)
+    out.flush()
     if len(missing):
         _check_room(teacher, int(rows.tokens[missing].sum()) * width)
         fill(teacher, rows, missing, device)
-        if teacher.store.full is not None:
-            raise ValueError(
-                f"the cache takes no more: {teacher.store.full}. What was written stays; free "
-                "space (or raise max_size, use dtype int8 or int4, --prune) and run this again."
-            )
+    if store.full is not None or not (store.folder / TABLES).exists():
+        raise ValueError(
+            f"the cache takes no more: {store.full or 'no room for head and embedding'}. What was "
+            "written stays; free space (or raise max_size, use dtype int8 or int4, --prune) and "
+            "run this again."
+        )
     if teacher.body is not None:
         found = _measure(teacher, rows, device)
-        _print_fidelity(found, int(rows.tokens.sum()))
-        write_json(teacher.store.folder / FIDELITY, {f.storage: f.as_dict() for f in found})
+        _print_fidelity(found, int(rows.tokens.sum()), out)
+        write_json(store.folder / FIDELITY, {f.storage: f.as_dict() for f in found})
     left = missing_rows(teacher, rows)
     if not len(left):
-        print("Complete: training on this configuration never loads the teacher's layers.")
+        print(
+            "Complete: training on this configuration never loads the teacher's layers.", file=out
+        )
     elif part[1] > 1:
-        print(f"This part is done; {len(left):,} samples are other parts'.")
+        print(f"This part is done; {len(left):,} samples are other parts'.", file=out)
+
+
+def _check_writable(root: Path) -> None:
+    """Before hours of work, not after.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    probe = root / f".{secrets.token_hex(4)}{TEMPORARY}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"dskd.teacher.cache.path: nothing can be written to {root} ({error.strerror}). "
+            "Name a folder on a disk with room."
+        ) from error
 
 
 def _check_room(teacher: CachedTeacher, needed: int) -> None:
@@ -135,7 +170,7 @@ def _measure(teacher: CachedTeacher, rows: CacheableRows, device: torch.device) 
     return storage_fidelity(signal.hidden[:_PROBE_TOKENS], teacher.head)
 
 
-def _print_fidelity(found: list[Fidelity], tokens: int) -> None:
+def _print_fidelity(found: list[Fidelity], tokens: int, out: TextIO) -> None:
     table = Table(title=f"What a stored state loses, on {found[0].tokens:,} supervised tokens")
     heads = ("bytes/token", "these datasets", "KL from bfloat16", "its p99", "same first choice")
     table.add_column("dtype")
@@ -151,16 +186,25 @@ def _print_fidelity(found: list[Fidelity], tokens: int) -> None:
             "-" if same else f"{one.kl_p99:.1e}",
             "-" if same else f"{one.agreement:.1%}",
         )
-    Console().print(table)
+    _console(out).print(table)
+
+
+def _console(out: TextIO) -> Console:
+    """Rich takes 80 columns where there is no terminal, and would cut paths."""
+    return Console(file=out, width=None if out.isatty() else 120)
 
 
 def verify_cache(config: DSKDConfig) -> list[str]:
     """Read every byte; take damaged samples out. What was damaged, file by file.
 
     Raises:
-        ValueError: there is no such teacher.
+        ValueError: there is no such teacher, or nothing of it is cached.
     """
-    _, folder = cache_folder(checked_teacher(config), default_device())
+    teacher = checked_teacher(config)
+    identity, folder = cache_folder(teacher, default_device())
+    if not folder.exists():
+        what = " ".join(filter(None, (identity.content[k] for k in ("dtype", "quantisation"))))
+        raise ValueError(f"nothing is cached of this teacher ({what}) yet: there is no {folder}")
     found = []
     paths = shard_paths(folder)
     sizes = [path.stat().st_size for path in paths]
@@ -182,8 +226,12 @@ def verify_cache(config: DSKDConfig) -> list[str]:
     return found
 
 
-def show_cache(cfg: Any, config: DSKDConfig) -> None:
-    """Print what the folder holds, and how much of the configuration's rows."""
+def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
+    """Say what the folder holds, and how much of the configuration's rows.
+
+    Raises:
+        ValueError: there is no such teacher.
+    """
     teacher = checked_teacher(config)
     assert teacher.cache is not None
     _, folder = cache_folder(teacher, default_device())
@@ -199,23 +247,24 @@ def show_cache(cfg: Any, config: DSKDConfig) -> None:
         )
     for path in sorted(p.parent for p in root.glob(f"*/{IDENTITY}")):
         table.add_row(*_line(path), "this configuration" if path == folder else "")
-    Console().print(table)
+    _console(out).print(table)
     rows = _rows(cfg)
     reader = RowReader(folder)
     width = reader.shards[0].bytes_per_token if reader.shards else 0
     missing = np.flatnonzero(reader.missing(rows.keys))
-    print(f"This configuration: {describe(rows, missing, width)}")
+    print(f"This configuration: {describe(rows, missing, width)}", file=out)
     if (found := _note(folder / FIDELITY)) is not None:
-        _print_fidelity([Fidelity(**found[s]) for s in STORAGES], int(rows.tokens.sum()))
+        fidelity = [Fidelity(**found[storage]) for storage in STORAGES]
+        _print_fidelity(fidelity, int(rows.tokens.sum()), out)
     if status.abandoned:
-        print(f"{len(status.abandoned)} files of killed processes; --prune removes them.")
+        print(f"{len(status.abandoned)} files of killed processes; --prune removes them.", file=out)
 
 
 def _note(path: Path) -> dict[str, Any] | None:
     try:
         return read_json(path)
     except Damaged as error:
-        print(error)
+        LOG.warning(str(error))
         return None
 
 
@@ -244,7 +293,7 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
     """
     teacher = checked_teacher(config)
     assert teacher.cache is not None
-    _, folder = cache_folder(teacher, default_device())
+    identity, folder = cache_folder(teacher, default_device())
     plan = plan_prune(folder, _rows(cfg).keys)
     root = Path(teacher.cache.path)
     for path in folder_status(root).abandoned:
@@ -256,18 +305,29 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
         for shard, stay in plan.rewrite
     ]
     for other in sorted(p.parent for p in root.glob(f"*/{IDENTITY}") if p.parent != folder):
+        if _only_dtype_differs(teacher, identity, other):
+            LOG.warning(f"{other} stays: it is of this teacher where dtype auto is another")
+            continue
         lines.append(f"{other}: another teacher or storage ({', '.join(_line(other)[:3])})")
         for path in other.iterdir():
             plan.drop(path, "")
     return plan, lines
 
 
-def carry_out(plan: Plan) -> None:
-    """Prune, and say how much it freed."""
+def _only_dtype_differs(teacher: TeacherConfig, identity: TeacherIdentity, other: Path) -> bool:
+    """Whether a folder is this configuration's on another machine, say one that has a GPU."""
+    content = (_note(other / IDENTITY) or {}).get("content", {})
+    same_but = {**content, "dtype": identity.content["dtype"]} == identity.content
+    storage = teacher.cache.storage if teacher.cache else ""
+    return teacher.dtype == "auto" and same_but and other.name.endswith(f"-{storage}")
+
+
+def carry_out(plan: Plan) -> str:
+    """Prune; how much it freed, in words."""
     steps = len(plan.remove) + len(plan.rewrite)
     with Progress("Pruning", steps, "files") as progress:
         prune(plan, progress.advance)
     for folder in {path.parent for path, _ in plan.remove}:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    print(f"Freed about {quantity(plan.saved, 'bytes')}")
+    return f"Freed about {quantity(plan.saved, 'bytes')}"

@@ -7,15 +7,18 @@ answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
+import yaml
 
 from axolotl_dskd.config import PLUGIN_NAME, DSKDConfig
 
@@ -26,18 +29,19 @@ def main() -> None:
     """Dual-space knowledge distillation for Axolotl: what to do before and beside training."""
 
 
+class _Interrupted(click.ClickException):
+    exit_code = 130  # as shells say it of SIGINT
+
+
 def read_config(path: Path) -> tuple[Any, DSKDConfig]:
     """Axolotl's validated configuration and its typed `dskd:` block.
 
     Raises:
         click.ClickException: Axolotl or we refuse the file, or it has no `dskd:` block.
     """
-    import yaml
+    from axolotl.cli import config as axolotl_config
 
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{path} is no readable YAML: {error}") from error
+    raw = _yaml(path)
     if not isinstance(raw, dict):
         raise click.ClickException(
             f"{path} is no configuration: its top level is {type(raw).__name__ if raw else 'empty'}"
@@ -49,12 +53,15 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
             f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
             f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
         )
-    from axolotl.cli.config import load_cfg
-
+    start_log = axolotl_config.prepare_debug_log
+    # It would delete the log that the last training left in output_dir.
+    axolotl_config.prepare_debug_log = lambda _cfg: ""
     try:
-        cfg = load_cfg(str(path))
+        cfg = axolotl_config.load_cfg(str(path))
     except ValueError as error:  # pydantic's ValidationError is one
         raise click.ClickException(f"{path} is refused: {error}") from error
+    finally:
+        axolotl_config.prepare_debug_log = start_log
     config = DSKDConfig.of(cfg)
     if config is None:
         raise click.ClickException(
@@ -62,6 +69,13 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
             "dskd:\n  teacher:\n    base_model: <hub id or folder>"
         )
     return cfg, config
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{path} is no YAML: {error}") from error
 
 
 @main.command()
@@ -81,35 +95,46 @@ def cache(config: Path, action: str | None, yes: bool, part: str) -> None:
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
     if match is None or int(match[1]) > int(match[2]):
         raise click.BadParameter(f"{part!r} is no part such as 1/4", param_hint="--part")
-    cfg, dskd = read_config(config)
+    if action and part != "1/1":
+        raise click.UsageError(f"--part is for writing the cache; --{action} looks at all of it.")
+    if yes and action != "prune":
+        raise click.UsageError("--yes does nothing without --prune.")
+    with _logs_on_stderr() as out:
+        cfg, dskd = read_config(config)
 
-    from axolotl_dskd import cache_command as work
+        from axolotl_dskd import cache_command as work
 
-    try:
-        if action == "verify":
-            damage = work.verify_cache(dskd)
-            for line in damage:
-                click.echo(line)
-            if damage:
-                raise click.ClickException(
-                    f"{len(damage)} damaged files, now without their damaged parts. "
-                    f"`axolotl-dskd cache {config}` computes what was lost."
-                )
-            click.echo("No damage.")
-        elif action == "info":
-            work.show_cache(cfg, dskd)
-        elif action == "prune":
-            plan, lines = work.prune_cache(cfg, dskd)
-            for line in lines:
-                click.echo(line)
-            if lines and (yes or click.confirm(f"Remove these {plan.saved:,} bytes?")):
-                work.carry_out(plan)
-            elif not lines:
-                click.echo("Nothing to remove.")
-        else:
-            work.write_cache(cfg, dskd, part=(int(match[1]) - 1, int(match[2])))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+        try:
+            if action == "verify":
+                damage = work.verify_cache(dskd)
+                for line in damage:
+                    click.echo(line, out)
+                if damage:
+                    raise click.ClickException(
+                        f"{len(damage)} damaged files, now without their damaged parts. "
+                        f"`axolotl-dskd cache {config}` computes what was lost."
+                    )
+                click.echo("No damage.", out)
+            elif action == "info":
+                work.show_cache(cfg, dskd, out)
+            elif action == "prune":
+                plan, lines = work.prune_cache(cfg, dskd)
+                for line in lines:
+                    click.echo(line, out)
+                if lines and (
+                    yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True)
+                ):
+                    click.echo(work.carry_out(plan), out)
+                elif not lines:
+                    click.echo("Nothing to remove.", out)
+            else:
+                work.write_cache(cfg, dskd, out, part=(int(match[1]) - 1, int(match[2])))
+        except (ValueError, OSError) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            raise _Interrupted(
+                "interrupted. What was computed is kept; the same command goes on from there."
+            ) from None
 
 
 @main.command()
@@ -132,6 +157,33 @@ def inspect(**options: Any) -> None:
         from axolotl_dskd.inspect import run_inspect
 
         run_inspect(read_config, **options)
+
+
+@contextmanager
+def _logs_on_stderr() -> Iterator[TextIO]:
+    """While open, what libraries print and log goes to stderr. Yields stdout, for the answer.
+
+    Entered before they are imported, since they keep the stream that they find.
+    """
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        import axolotl.cli  # noqa: F401
+
+        known = (logging.getLogger(name) for name in logging.root.manager.loggerDict)
+        handlers = [h for logger in (logging.root, *known) for h in logger.handlers]
+        moved = [
+            handler
+            for handler in handlers
+            if isinstance(handler, logging.StreamHandler)
+            and handler.stream in (out, sys.__stdout__)
+        ]
+        for handler in moved:
+            handler.setStream(sys.stderr)
+        try:
+            yield out
+        finally:
+            for handler in moved:
+                handler.setStream(out)
 
 
 @contextmanager

@@ -172,10 +172,11 @@ class DSKDTrainer(AxolotlTrainer):
             teacher,
             [dataset for dataset in datasets if dataset is not None],
             device,
-            part=(self.args.process_index, self.args.world_size),
-            most=lambda number: int(
-                self.accelerator.gather(torch.tensor([number], device=device)).max()
-            ),
+            rank=self.args.process_index,
+            gather=lambda number: self.accelerator.gather(
+                torch.tensor([number], device=device)
+            ).tolist(),
+            stop_together=lambda problem: raise_together(problem, device),
         )
         run.start()
         for collator in self._collators:

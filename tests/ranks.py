@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -38,10 +39,7 @@ def launch(
     Raises:
         TimeoutError: they hang.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks_worker"])
-    from tests.ranks_worker_entry import main
-
+    context, main = _fork_server()
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -85,6 +83,29 @@ def run(world_size: int, *jobs: Job, **kwargs: Any) -> list[Result]:
         for rank, result in enumerate(ranks):
             assert not {"error", "exit"} & result.keys(), f"{job['do']} on rank {rank}: {result}"
     return [ranks[0] for ranks in results]
+
+
+def kill_during(job: Job, seconds: float, number: int = signal.SIGKILL) -> int:
+    """Run a job in one process and send it a signal after a while; its exit code."""
+    context, main = _fork_server()
+    folder = tempfile.mkdtemp(prefix="killed-")
+    process = context.Process(target=main, args=(0, 1, {}, folder, [job]))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _fork_server() -> tuple[Any, Any]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks_worker"])
+    from tests.ranks_worker_entry import main
+
+    return context, main
 
 
 def cpu_count() -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import os
 import sys
+import time
 from typing import Any
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -30,10 +32,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from axolotl_dskd import cli as cache_cli
+from axolotl_dskd.cache import files, store
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import gathered, raise_together, whole
-from axolotl_dskd.teacher import live
+from axolotl_dskd.teacher import LiveTeacher, cached, identity, live
+from axolotl_dskd.teacher import open as cache_open
 
 
 def _on_this_cpu() -> None:
@@ -202,3 +207,142 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
         "trainer": type(trainer.model_wrapped).__name__,
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
     }
+
+
+# ---- the teacher's cache -----------------------------------------------------------------------
+
+
+def cache(arguments: list[str]) -> dict[str, Any]:
+    """`axolotl-dskd cache CONFIG.yml …`."""
+    cache_cli.main(["cache", *arguments], standalone_mode=False)
+    return {}
+
+
+def noting_stages(folder: str, job: dict[str, Any]) -> dict[str, Any]:
+    """A job whose every step of work on the cache is noted in `<folder>/stages` as it begins.
+
+    Syncing takes a while, as on a disk: more moments at which files are half-way.
+    """
+    notes = os.open(f"{folder}/stages", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def note(module: Any, name: str, stage: str, slow: float = 0.0) -> None:
+        original = getattr(module, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            os.write(notes, f"{stage}\n".encode())
+            time.sleep(slow)
+            return original(*args, **kwargs)
+
+        setattr(module, name, noted)
+
+    note(identity, "hash_file", "weights", 0.1)
+    note(cache_open, "write_tables", "head")
+    note(cached.CachedTeacher, "compute", "teacher")
+    note(store, "write_shard", "shard")
+    note(files.os, "fsync", "sync", 0.03)
+    note(cache_open.CacheRun, "end_epoch", "epoch")
+    store.SHARD_BYTES = 10_000
+    importlib.import_module("axolotl_dskd.teacher.fill")._ROWS_AT_ONCE = 2  # type: ignore[attr-defined]
+    os.write(notes, b"begin\n")
+    arguments = dict(job)
+    return globals()[arguments.pop("do")](**arguments)
+
+
+def train_counting_loads(config: dict[str, Any]) -> dict[str, Any]:
+    """`train`; how often this rank loaded the teacher, for how many samples it ran it, and whether
+    it still holds it at the end."""
+    loads: list[int] = []
+    ran: list[int] = []
+    load, run = cache_open.load_teacher, LiveTeacher.__call__
+
+    def loading(*args: Any) -> Any:
+        loads.append(1)
+        return load(*args)
+
+    def running(self: Any, batch: Any) -> Any:
+        ran.append(len(batch.teacher_labels))
+        return run(self, batch)
+
+    kept: list[Any] = []
+    start = cache_open.CacheRun.start
+
+    def starting(self: Any) -> None:
+        kept.append(self.teacher)
+        start(self)
+
+    cache_open.load_teacher, LiveTeacher.__call__ = loading, running
+    cache_open.CacheRun.start = starting
+    try:
+        outcome = train(config)
+        return {**outcome, "loads": len(loads), "ran": sum(ran), "body": kept[-1].body is not None}
+    finally:
+        cache_open.load_teacher, LiveTeacher.__call__ = load, run
+        cache_open.CacheRun.start = start
+
+
+def train_where_files_show_late(
+    config: dict[str, Any], rank: int, seconds: float, patience: float
+) -> dict[str, Any]:
+    """As `train_counting_loads`, where a rank sees shards of others some seconds late.
+
+    Args:
+        patience: how long ranks that see unlike files wait for them.
+    """
+    write, listdir, own = store.write_shard, os.listdir, set()
+
+    def writing(*args: Any) -> Any:
+        path = write(*args)
+        own.add(path.name)
+        return path
+
+    def old_or_own(folder: Any) -> list[str]:
+        before = time.time_ns() - int(seconds * 1e9)
+        return [
+            name
+            for name in listdir(folder)
+            if not store.is_shard(name) or name in own or int(name.split("-")[1]) < before
+        ]
+
+    if _rank() == rank:
+        store.write_shard, os.listdir = writing, old_or_own
+    cache_open._LATE_SECONDS = patience
+    try:
+        return train_counting_loads(config)
+    finally:
+        store.write_shard, os.listdir = write, listdir
+
+
+def train_on_a_full_disk(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """As `train_counting_loads`, where one rank can write no samples."""
+    original = store.write_shard
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if _rank() == rank:
+        store.write_shard = full
+    cache_open._LATE_SECONDS = 0.4
+    try:
+        return train_counting_loads(config)
+    finally:
+        store.write_shard = original
+
+
+def train_on_a_disk_of_its_own(config: dict[str, Any]) -> dict[str, Any]:
+    """As `train_counting_loads`, where ranks are on two machines and share no folder."""
+    config["dskd"]["teacher"]["cache"]["path"] += f"-{_rank()}"
+    cache_open._LATE_SECONDS = 0.4
+    return train_counting_loads(config)
+
+
+def train_where_the_teacher_fails(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`train`, where one rank cannot load the teacher."""
+    original = cache_open.load_teacher
+
+    def failing(*args: Any) -> Any:
+        if _rank() == rank:
+            raise ValueError("no memory for the teacher")
+        return original(*args)
+
+    cache_open.load_teacher = failing
+    return train(config)

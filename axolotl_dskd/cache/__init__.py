@@ -5,6 +5,7 @@ Knows token ids, bytes and files; nothing of models, batches or training.
 
 from axolotl_dskd.cache.codec import Codec
 from axolotl_dskd.cache.files import (
+    TEMPORARY,
     Damaged,
     FolderStatus,
     folder_status,
@@ -18,6 +19,7 @@ from axolotl_dskd.cache.store import RowReader, RowStore
 from axolotl_dskd.cache.upkeep import Plan, plan_prune, prune, shard_paths, verify_shard
 
 __all__ = [
+    "TEMPORARY",
     "Codec",
     "Damaged",
     "FolderStatus",

@@ -64,11 +64,17 @@ class RowReader:
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
-    def rescan(self) -> bool:
-        """Take in what was added to or removed from the folder; whether anything was."""
+    def rescan(self, *, list_anyway: bool = False) -> bool:
+        """Take in what was added to or removed from the folder; whether anything was.
+
+        Args:
+            list_anyway: where the folder's time of change says that nothing was, too. A network
+                file system may answer that from memory, but asks its server for a listing.
+        """
         try:
             changed = self.folder.stat().st_mtime_ns
-            if changed == self._changed and time.time_ns() - changed > 2_000_000_000:
+            settled = changed == self._changed and time.time_ns() - changed > 2_000_000_000
+            if settled and not list_anyway:
                 return False
             names = sorted(filter(is_shard, os.listdir(self.folder)))
         except FileNotFoundError:

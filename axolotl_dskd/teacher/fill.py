@@ -74,7 +74,7 @@ def missing_rows(
         part: only those of this process, (its number from 0, how many there are). Which these are
             does not depend on what the others have written meanwhile.
     """
-    teacher.store.rescan()
+    teacher.store.rescan(list_anyway=True)
     missing = np.flatnonzero(teacher.store.missing(rows.keys))
     number, parts = part
     return missing[missing % parts == number]
@@ -97,41 +97,41 @@ def fill(
     todo = todo[np.argsort(-rows.lengths[todo], kind="stable")]
     budget = body.max_tokens_per_forward or live.MAX_TOKENS_PER_FORWARD
     total = int(rows.lengths[todo].sum())
-    with Progress("Teacher states", total, "tokens") as progress:
-        at = 0
-        while at < len(todo) and teacher.store.full is None:
-            group = todo[at : at + _ROWS_AT_ONCE]
-            size = max(1, min(len(group), budget // max(1, int(rows.lengths[group[0]]))))
-            group = group[:size]
-            longest = int(rows.lengths[group[0]])
-            try:
-                teacher.compute(rows.batch(group, 0, device), list(range(size)))
-            except torch.OutOfMemoryError as error:
-                if size == 1:
-                    raise ValueError(
-                        f"out of memory on one sample of {longest} teacher tokens. "
-                        "Set dskd.teacher.load_in_4bit: true, a device_map that offloads layers, "
-                        f"or a smaller dskd.teacher.sequence_len. ({error})"
-                    ) from error
-                budget = size * longest // 2
-                body.max_tokens_per_forward = budget
-                LOG.warning(f"Out of memory; the teacher goes on with {budget} tokens at once")
-            else:
-                at += size
-                progress.advance(int(rows.lengths[group].sum()))
-                continue
-            torch.cuda.empty_cache()  # only here has the failed forward let go of its memory
-    teacher.store.flush()
+    at = 0
+    try:
+        with Progress("Teacher states", total, "tokens") as progress:
+            while at < len(todo) and teacher.store.full is None:
+                group = todo[at : at + _ROWS_AT_ONCE]
+                size = max(1, min(len(group), budget // max(1, int(rows.lengths[group[0]]))))
+                group = group[:size]
+                longest = int(rows.lengths[group[0]])
+                try:
+                    teacher.compute(rows.batch(group, 0, device), list(range(size)))
+                except torch.OutOfMemoryError as error:
+                    if size == 1:
+                        raise ValueError(
+                            f"out of memory on one sample of {longest} teacher tokens. Set "
+                            "dskd.teacher.load_in_4bit: true, a device_map that offloads layers, "
+                            f"or a smaller dskd.teacher.sequence_len. ({error})"
+                        ) from error
+                    budget = size * longest // 2
+                    body.max_tokens_per_forward = budget
+                    LOG.warning(f"Out of memory; the teacher goes on with {budget} tokens at once")
+                else:
+                    at += size
+                    progress.advance(int(rows.lengths[group].sum()))
+                    continue
+                torch.cuda.empty_cache()  # only here has the failed forward let go of its memory
+    finally:  # also what was computed before an error, or before Ctrl-C
+        teacher.store.flush()
 
 
 def describe(rows: CacheableRows, missing: np.ndarray, bytes_per_token: int) -> str:
-    """How much of the rows is cached, in words."""
+    """How much of the rows is cached, in words; `bytes_per_token` is 0 where it is not known."""
     done = len(rows) - len(missing)
     text = f"{done:,} of {len(rows):,} samples cached"
     if len(missing):
         size = int(rows.tokens[missing].sum()) * bytes_per_token
-        text += (
-            f", {quantity(rows.tokens[missing].sum(), 'supervised tokens')} to go "
-            f"({quantity(size, 'bytes')})"
-        )
+        text += f", {quantity(rows.tokens[missing].sum(), 'supervised tokens')} to go"
+        text += f" ({quantity(size, 'bytes')})" if size else ""
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ LOG = get_logger(__name__)
 IDENTITY, TABLES = "teacher.json", "head.safetensors"
 #: So few samples missing are computed before training, so that its body need not stay for them.
 _FEW = 0.05
+#: How long processes that see unlike files wait for them to show.
+_LATE_SECONDS = 10.0
 
 
 def open_cached_teacher(
@@ -53,15 +57,11 @@ def open_cached_teacher(
     assert config.cache is not None
     root = Path(config.cache.path)
     identity, folder = cache_folder(config, device)
-    bodies: list[LiveTeacher] = []
 
     def load_body() -> LiveTeacher:
-        return (
-            bodies.pop()
-            if bodies
-            else LiveTeacher(load_teacher(config, device), vocab_size, device)
-        )
+        return LiveTeacher(load_teacher(config, device), vocab_size, device)
 
+    body = None
     try:
         tables = read_tables(folder / TABLES, vocab_size, device)
     except Damaged as error:
@@ -69,13 +69,17 @@ def open_cached_teacher(
         tables = None
     if tables is None:
         _say_what_differs(root, identity)
-        bodies.append(load_body())
-        tables = _keep_tables(folder, bodies[0], identity, device)
+        body = load_body()
+        tables = _keep_tables(folder, body, device)
+    if not (folder / IDENTITY).exists():
+        _keep_identity(folder, identity)
     head, embedding = tables
     check_sizes(head, embedding.weight, vocab_size)
     codec = Codec(config.cache.storage, head.hidden_size)
     store = RowStore(folder, codec.bytes_per_token, root=root, max_bytes=config.cache.max_bytes)
-    return CachedTeacher(store, codec, head, embedding, load_body)
+    teacher = CachedTeacher(store, codec, head, embedding, load_body)
+    teacher.body = body
+    return teacher
 
 
 def cache_folder(config: TeacherConfig, device: torch.device) -> tuple[TeacherIdentity, Path]:
@@ -90,19 +94,38 @@ def cache_folder(config: TeacherConfig, device: torch.device) -> tuple[TeacherId
     return identity, root / f"{identity.digest}-{config.cache.storage}"
 
 
+def _keep_identity(folder: Path, identity: TeacherIdentity) -> None:
+    content = {"base_model": identity.base_model, "content": identity.content}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / IDENTITY, content)
+    except OSError as error:
+        LOG.warning(f"Teacher cache: {folder} cannot be written: {error}. The work goes on.")
+
+
 def _keep_tables(
-    folder: Path, body: LiveTeacher, identity: TeacherIdentity, device: torch.device
+    folder: Path, body: LiveTeacher, device: torch.device
 ) -> tuple[OutputHead, EmbeddingTable]:
     table = EmbeddingTable.of(body.embedding)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            folder / IDENTITY, {"base_model": identity.base_model, "content": identity.content}
-        )
         write_tables(folder / TABLES, output_head(body.model), table)
     except OSError as error:
         LOG.warning(f"Teacher cache: {folder} cannot be written: {error}. The work goes on.")
     return body.head, EmbeddingTable(table.weight.to(device), table.scale)
+
+
+def _stop_alone(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _number_of(missing: np.ndarray) -> int:
+    """63 bits that tell sets of rows apart, 0 for none."""
+    if not len(missing):
+        return 0
+    digest = hashlib.blake2b(missing.astype("<i8").data, digest_size=8).digest()
+    return 1 + int.from_bytes(digest, "little") % (2**63 - 1)
 
 
 def _say_what_differs(root: Path, identity: TeacherIdentity) -> None:
@@ -130,12 +153,17 @@ def _say_what_differs(root: Path, identity: TeacherIdentity) -> None:
 class CacheRun:
     """A training run's use of the cache: what is missing, and when the body may go.
 
+    Every decision is made from numbers of all processes, so that they stay in step: files may show
+    on one later than on another, each may have a disk of its own, and one may be full.
+
     Args:
         teacher: on this process.
-        datasets: the rows that training and evaluation will see.
+        datasets: the rows that training and evaluation will see, the same on every process.
         device: where the loss is computed.
-        part: this process' number and how many there are.
-        most: the largest of a number over all processes; returns when each has given its own.
+        rank: this process' number.
+        gather: an integer of every process, by rank; returns when each has given its own.
+        stop_together: called by all with what went wrong here, or None; raises on all if anything
+            did on one.
     """
 
     def __init__(
@@ -144,56 +172,90 @@ class CacheRun:
         datasets: list[Any],
         device: torch.device,
         *,
-        part: tuple[int, int] = (0, 1),
-        most: Callable[[int], int] = lambda number: number,
+        rank: int = 0,
+        gather: Callable[[int], list[int]] = lambda number: [number],
+        stop_together: Callable[[str | None], None] = _stop_alone,
     ) -> None:
         self.teacher = teacher
         self.rows = CacheableRows(datasets)
         self.device = device
-        self.part = part
-        self.most = most
+        self.rank = rank
+        self.gather = gather
+        self.stop_together = stop_together
 
     def reader(self) -> RowReader:
         """For the data workers."""
         return RowReader(self.teacher.store.folder, self.teacher.codec.bytes_per_token, quiet=True)
 
     def start(self) -> None:
-        """Free the body if nothing is missing; else load it, and say what is to come."""
+        """Free the body if no process misses anything; else load it, and say what is to come.
+
+        Raises:
+            ValueError: the teacher cannot be loaded, or fails, on one of the processes.
+        """
         missing = missing_rows(self.teacher, self.rows)
         width = self.teacher.codec.bytes_per_token
         LOG.info(
             f"Teacher cache {self.teacher.store.folder}: {describe(self.rows, missing, width)}"
         )
-        # Files may show on one process later than on another: all must decide the same.
-        if 0 < self.most(len(missing)) <= _FEW * len(self.rows):
-            missing = self._complete()
-        if not len(missing):
+        most = max(self.gather(len(missing)))
+        if 0 < most <= _FEW * len(self.rows):
+            most = self._complete()
+            missing = missing_rows(self.teacher, self.rows)
+        if not most:
             self.teacher.free_body()
             return
         self._warn_of_space(int(self.rows.tokens[missing].sum()) * width)
-        self.teacher.load_body()
+        self._together(self.teacher.load_body)
 
     def end_epoch(self, *, more: bool) -> None:
         """Write what is waiting; with more epochs to come, complete the cache and free the body.
 
         Rows that the epoch left out (the last ones of an uneven batch) are computed now.
+
+        Raises:
+            ValueError: the teacher cannot be loaded, or fails, on one of the processes.
         """
         self.teacher.store.flush()
-        if not more:
-            return
-        self.most(0)  # all have written
-        missing = missing_rows(self.teacher, self.rows)
-        if self.most(len(missing)):
-            missing = self._complete()
-        if not len(missing):
+        if more and not self._complete():
             self.teacher.free_body()
 
-    def _complete(self) -> np.ndarray:
-        """Compute what is missing, each process its part; what is missing then."""
-        mine = missing_rows(self.teacher, self.rows, self.part)
-        fill(self.teacher, self.rows, mine, self.device)
-        self.most(0)
-        return missing_rows(self.teacher, self.rows)
+    def _complete(self) -> int:
+        """Compute what is missing, each process its part; how many the worst off still lacks."""
+        missing, views = self._views()
+        if not any(view for view in views):
+            return 0
+        alike = [rank for rank, view in enumerate(views) if view == views[self.rank]]
+        part = alike.index(self.rank), len(alike)
+        mine = missing[missing % part[1] == part[0]]
+        self._together(lambda: fill(self.teacher, self.rows, mine, self.device))
+        # Only now have all of them written.
+        return max(self.gather(len(self._views()[0])))
+
+    def _views(self) -> tuple[np.ndarray, list[int]]:
+        """What is missing here, and a number for what is missing on each process.
+
+        Processes that miss the same have the same number, those that miss nothing 0. They may
+        differ for a moment, while files that one has written do not show on another (NFS), or for
+        good, where every machine has a disk of its own.
+        """
+        self.gather(0)  # all have written
+        until = time.monotonic() + _LATE_SECONDS
+        while True:
+            missing = missing_rows(self.teacher, self.rows)
+            views = self.gather(_number_of(missing))
+            late = self.gather(int(time.monotonic() > until))
+            if len(set(views)) == 1 or any(late):
+                return missing, views
+            time.sleep(_LATE_SECONDS / 20)
+
+    def _together(self, work: Callable[[], Any]) -> None:
+        problem = None
+        try:
+            work()
+        except ValueError as error:
+            problem = str(error)
+        self.stop_together(problem)
 
     def _warn_of_space(self, needed: int) -> None:
         store = self.teacher.store
