@@ -33,7 +33,7 @@ from axolotl_dskd.projector_start import (
     StartReport,
     start_projectors,
 )
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors, check_checkpoint
 from axolotl_dskd.ranks import is_first, raise_together, sum_over_ranks, whole, world_size
 from axolotl_dskd.teacher import (
     CachedTeacher,
@@ -98,6 +98,9 @@ class DSKDTrainer(AxolotlTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Load the teacher, build the projectors, then train as Axolotl does."""
+        checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if isinstance(checkpoint, str):  # before a teacher is loaded for nothing
+            check_checkpoint(checkpoint)
         if self.teacher is None:
             self._set_up_distillation()
         return super().train(*args, **kwargs)

@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -17,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import axolotl.cli.config
 import axolotl.train
 import axolotl.utils.environment
+import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
@@ -25,13 +29,16 @@ from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.samplers import multipack
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from axolotl_dskd import projectors
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import raise_together, whole
+from axolotl_dskd.trainer import DSKDTrainer
 
 
 def _on_this_cpu() -> None:
@@ -45,6 +52,15 @@ def _on_this_cpu() -> None:
     axolotl.cli.config.normalize_config = normalized
     # A torch built for CUDA is asked about GPUs that are not there.
     axolotl.utils.environment.check_cuda_p2p_support = lambda: True
+    # Axolotl 0.19's Trainer reads the optimizer's state to "cpu:0", which torch does not know.
+    load = torch.load
+
+    def load_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("map_location")).startswith("cpu"):
+            kwargs["map_location"] = "cpu"
+        return load(*args, **kwargs)
+
+    torch.load = load_to_cpu
     # The jobs of a launch share one process group.
     axolotl.train.cleanup_distributed = lambda: None
 
@@ -72,8 +88,24 @@ def _fsdp_on_this_cpu() -> None:
     axolotl.train.save_trained_model = save_whole
 
 
+def _once_for_all_ranks() -> None:
+    """What every forked rank would otherwise import, compile or start anew (5 to 10 s a rank)."""
+    for module in ("axolotl.core.builders", "axolotl.prompt_strategies.chat_template"):
+        importlib.import_module(module)
+    lengths = np.arange(1, 9)
+    multipack.pack_parallel(lengths, 16, 100, 8, num_processes=1)
+    multipack.allocate_sequentially(lengths, 0, 16, 1)
+    save = datasets.Dataset.save_to_disk
+
+    def save_here(self: Any, path: Any, num_proc: Any = None, **kwargs: Any) -> None:
+        save(self, path, **kwargs)  # not from a process of its own
+
+    datasets.Dataset.save_to_disk = save_here
+
+
 _on_this_cpu()
 _fsdp_on_this_cpu()
+_once_for_all_ranks()
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -183,3 +215,38 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
         "trainer": type(trainer.model_wrapped).__name__,
         "world_size": dist.get_world_size() if dist.is_initialized() else 1,
     }
+
+
+def train_and_die(config: dict[str, Any], step: int, saving: bool, rank: int = 0) -> None:
+    """`train`, killed as a machine's failure would: no exception, nothing is cleaned up.
+
+    Args:
+        step: optimizer step in which `rank` dies.
+        saving: while it writes this step's checkpoint, between the projectors' two files; else in
+            the forward.
+    """
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if saving:
+        save_file, written = projectors.save_file, []
+
+        def save(tensors: Any, path: Any) -> None:
+            if f"checkpoint-{step}" in Path(path).parts:
+                if written:
+                    die()
+                written.append(path)
+            save_file(tensors, path)
+
+        projectors.save_file = save
+    else:
+        loss = DSKDTrainer.compute_loss
+
+        def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == step - 1 and _rank() == rank:
+                die()
+            return loss(self, *args, **kwargs)
+
+        DSKDTrainer.compute_loss = compute_loss
+    train(config)
