@@ -34,10 +34,9 @@ class StepProjectors(TrainerCallback):
         group = self.trainer.optimizer.param_groups[0]
         # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
         initial = group.get("initial_lr") or self.trainer.args.learning_rate
-        scaler = self.trainer.accelerator.scaler
         self.trainer.projector_optimizer.step(
             schedule_factor=float(group["lr"] / initial) if initial and not warming_up else 1.0,
-            loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+            scaler=self.trainer.accelerator.scaler,
         )
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:

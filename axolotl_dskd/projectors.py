@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from axolotl_dskd.ranks import average_over_ranks, share_first
+from axolotl_dskd.ranks import average_over_ranks, raise_together, share_first
 
 _FOLDER, _WEIGHTS, _OPTIMIZER = "dskd", "projectors.safetensors", "projector_optimizer.safetensors"
 
@@ -167,22 +167,35 @@ class ProjectorOptimizer:
         )
         share_first(parameter.data for parameter in projectors.parameters())
 
-    def step(self, schedule_factor: float, loss_scale: float = 1.0) -> None:
+    def step(
+        self,
+        schedule_factor: float,
+        loss_scale: float = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """One update from the accumulated gradients, which are cleared.
+
+        Under float16 a step whose gradients are not finite is skipped, as the student's is.
 
         Args:
             schedule_factor: the student's current learning rate over its initial one.
-            loss_scale: what the loss was multiplied by before backward (fp16); a step whose
-                unscaled gradients are not finite is skipped there, as the student's is.
+            loss_scale: what the loss was multiplied by before backward, where `scaler` is not
+                what did it.
+            scaler: the student's, before its `update`: gradients are divided by its scale, and it
+                lowers the scale where they overflow, also if the student's do not.
         """
-        gradients = []
-        for parameter in self.projectors.parameters():
+        gradients, not_finite = [], []
+        for name, parameter in self.projectors.named_parameters():
             if parameter.grad is None:  # a rank may see no supervised token
                 parameter.grad = torch.zeros_like(parameter)
             if loss_scale != 1.0:
                 parameter.grad.div_(loss_scale)
             gradients.append(parameter.grad)
+            if not torch.isfinite(parameter.grad.sum()):
+                not_finite.append(name)
         average_over_ranks(gradients)
+        if scaler is not None:  # after averaging: every rank finds the same
+            scaler.unscale_(self.adamw)
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm):
             if self.max_grad_norm > 0:
@@ -192,11 +205,17 @@ class ProjectorOptimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = self.learning_rate * schedule_factor
             self.adamw.step()
-        elif loss_scale == 1.0:
-            raise ValueError(
-                "the projectors' gradients are not finite although the loss is. Lower "
-                "dskd.projector.learning_rate or the student's learning_rate."
+        elif loss_scale == 1.0 and scaler is None:
+            # Every rank is here: it is the average that is not finite.
+            where = f" ({', '.join(not_finite)})" if not_finite else ""
+            taken = self.adamw.state[next(self.projectors.parameters())].get("step", 0)
+            problem = (
+                f"the projectors' gradients{where} are not finite at step {int(taken) + 1} "
+                "although the loss is. Lower dskd.projector.learning_rate or the student's "
+                "learning_rate."
             )
+            raise_together(problem if not_finite else None, gradients[0].device)
+            raise ValueError(problem)  # finite on every rank, their sum is not
         self.adamw.zero_grad(set_to_none=True)
 
     def save(self, checkpoint: str | Path) -> None:

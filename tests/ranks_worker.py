@@ -23,6 +23,8 @@ import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers.training_args
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType
 from axolotl.cli.args import TrainerCliArgs
@@ -33,6 +35,7 @@ from axolotl.utils.samplers import multipack
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from axolotl_dskd import projectors
 from axolotl_dskd.data import DualCollator
@@ -50,6 +53,8 @@ def _on_this_cpu() -> None:
         cfg.device_map = {"": "cpu"}
 
     axolotl.cli.config.normalize_config = normalized
+    for module in (axolotl.cli.config, transformers.training_args):
+        module.is_torch_bf16_gpu_available = lambda: True
     # A torch built for CUDA is asked about GPUs that are not there.
     axolotl.utils.environment.check_cuda_p2p_support = lambda: True
     # Axolotl 0.19's Trainer reads the optimizer's state to "cpu:0", which torch does not know.
@@ -250,3 +255,67 @@ def train_and_die(config: dict[str, Any], step: int, saving: bool, rank: int = 0
 
         DSKDTrainer.compute_loss = compute_loss
     train(config)
+
+
+def train_in(
+    config: dict[str, Any], precision: str, scale: float = 65536.0, spoilt: int | None = None
+) -> dict[str, Any]:
+    """`train`, in fp16 with autocast and a gradient scaler, which accelerate refuses on a CPU.
+
+    Args:
+        precision: "fp16", or what `config` says.
+        scale: its first scale.
+        spoilt: optimizer step in whose backward one projector's gradient overflows.
+
+    Returns:
+        What `train` does, and of every step whether the student and whether the projectors took
+        it, and the scale after it.
+    """
+    create = Trainer.create_accelerator_and_postprocess
+    step, student_step = ProjectorOptimizer.step, AcceleratedOptimizer.step
+    steps: list[list[float]] = []
+
+    def created(self: Any) -> None:
+        create(self)
+        if precision == "fp16":
+            AcceleratorState._shared_state["_mixed_precision"] = precision
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> None:
+        before = [p.detach().clone() for p in self.projectors.parameters()]
+        if len(steps) + 1 == spoilt:
+            self.projectors.t2s.weight.grad[0, 0] = float("inf")
+        step(self, *args, **kwargs)
+        after = self.projectors.parameters()
+        moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        steps.append([0.0, float(moved), 0.0])
+
+    def student_stepped(self: Any, *args: Any, **kwargs: Any) -> None:
+        student_step(self, *args, **kwargs)
+        if self.gradient_state.sync_gradients:
+            steps[-1][0] = float(not self.step_was_skipped)
+            steps[-1][2] = self.scaler.get_scale() if self.scaler else 1.0
+
+    Trainer.create_accelerator_and_postprocess = created
+    ProjectorOptimizer.step, AcceleratedOptimizer.step = stepped, student_stepped
+    try:
+        return train(config) | {"steps": steps}
+    finally:
+        Trainer.create_accelerator_and_postprocess = create
+        ProjectorOptimizer.step, AcceleratedOptimizer.step = step, student_step
+        AcceleratorState._reset_state()
+
+
+def train_spoilt(config: dict[str, Any], rank: int, step: int) -> dict[str, Any]:
+    """`train`, where one rank's gradient of a projector is not finite in one step."""
+    original, seen = ProjectorOptimizer.step, [0]
+
+    def spoil(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen[0] += 1
+        if _rank() == rank and seen[0] == step:
+            self.projectors.t2s.weight.grad[0, 0] = float("nan")
+        original(self, *args, **kwargs)
+
+    ProjectorOptimizer.step = spoil
+    return train(config)

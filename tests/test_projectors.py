@@ -140,24 +140,53 @@ def test_the_schedule_factor_scales_the_step():
         torch.testing.assert_close(2 * (value - start[name]), weights(whole)[name] - start[name])
 
 
-def test_a_scaled_loss_gives_the_same_step():
-    plain, scaled = optimizer(), optimizer()
+def scaled_step(which: ProjectorOptimizer, scaler: torch.amp.GradScaler, factor: float) -> None:
+    """As the training loop: backward, the projectors, the student, the scaler's update."""
+    student = torch.nn.Parameter(torch.ones(3))
+    adamw = torch.optim.AdamW([student], lr=0.1)
+    torch.manual_seed(0)
+    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.projectors.children())
+    scaler.scale(loss + student.sum()).backward()
+    which.projectors.t2s.weight.grad *= factor
+    which.step(1.0, scaler=scaler)
+    scaler.step(adamw)
+    scaler.update()
+    assert not torch.equal(student, torch.ones(3))  # the student's gradients are finite
+
+
+def test_a_gradient_scaler_does_not_change_the_step():
+    """Clipping included: it sees the unscaled gradients, whose norm is far above 1."""
+    plain, scaled, by_number = optimizer(), optimizer(), optimizer()
+    start = weights(plain)
     step(plain, 0)
-    step(scaled, 0, scale=1024.0)
-    torch.testing.assert_close(weights(plain), weights(scaled))
+    step(by_number, 0, scale=1024.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(scaled, scaler, 1.0)
+    for which in (scaled, by_number):
+        torch.testing.assert_close(weights(which), weights(plain), rtol=0, atol=1e-7)
+        assert not torch.equal(weights(which)["t2s.weight"], start["t2s.weight"])
+    assert scaler.get_scale() == 1024.0
 
 
-def test_an_overflow_under_a_loss_scaler_skips_the_step():
+@pytest.mark.parametrize("scale", [1024.0, 1.0])
+def test_an_overflow_skips_the_step_and_lowers_the_scale(scale: float):
+    """Otherwise projectors that overflow alone would never learn again."""
     which = optimizer()
     start = weights(which)
-    step(which, 0, scale=float("inf"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaled_step(which, scaler, float("inf"))
     torch.testing.assert_close(weights(which), start, rtol=0, atol=0)
+    assert scaler.get_scale() == scale / 2
+    scaled_step(which, scaler, 1.0)
+    assert not torch.equal(weights(which)["t2s.weight"], start["t2s.weight"])
 
 
 def test_gradients_that_are_not_finite_stop_the_run():
     which = optimizer()
     which.projectors.t2s.weight.grad = torch.full((4, 6), float("nan"))
-    with pytest.raises(ValueError, match=r"gradients are not finite.*learning_rate"):
+    with pytest.raises(
+        ValueError, match=r"\(t2s.weight\) are not finite at step 1 .*learning_rate"
+    ):
         which.step(1.0)
 
 
