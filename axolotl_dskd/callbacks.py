@@ -42,6 +42,7 @@ class StepProjectors(TrainerCallback):
         self.trainer.projector_optimizer.step(
             schedule_factor=1.0 if warming_up else self.schedule_factor,
             loss_scale=self.trainer.loss_scale,
+            scaler=self.trainer.accelerator.scaler,
         )
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from axolotl_dskd.ranks import average_over_ranks, share_first
+from axolotl_dskd.ranks import average_over_ranks, raise_together, share_first
 
 #: Rows of a vocabulary whose float64 copies are held at once.
 ROWS_AT_ONCE = 2048
@@ -217,22 +218,35 @@ class ProjectorOptimizer:
         )
         share_first(parameter.data for parameter in projectors.parameters())
 
-    def step(self, schedule_factor: float, loss_scale: float = 1.0) -> None:
+    def step(
+        self,
+        schedule_factor: float,
+        loss_scale: float = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
         """One update from the accumulated gradients, which are cleared.
+
+        Under float16 a step whose gradients are not finite is skipped, as the student's is.
 
         Args:
             schedule_factor: the student's current learning rate over its initial one.
-            loss_scale: what the loss was multiplied by before backward (fp16); a step whose
-                unscaled gradients are not finite is skipped there, as the student's is.
+            loss_scale: what the loss was multiplied by before backward, where `scaler` is not
+                what did it.
+            scaler: the student's, before its `update`: gradients are divided by its scale, and it
+                lowers the scale where they overflow, also if the student's do not.
         """
-        gradients = []
-        for parameter in self.projectors.parameters():
+        gradients, not_finite = [], []
+        for name, parameter in self.projectors.named_parameters():
             if parameter.grad is None:  # a rank may see no supervised token
                 parameter.grad = torch.zeros_like(parameter)
             if loss_scale != 1.0:
                 parameter.grad.div_(loss_scale)
             gradients.append(parameter.grad)
+            if not torch.isfinite(parameter.grad.sum()):
+                not_finite.append(name)
         average_over_ranks(gradients)
+        if scaler is not None:  # after averaging: every rank finds the same
+            scaler.unscale_(self.adamw)
         norm = torch.nn.utils.get_total_norm(gradients)
         if torch.isfinite(norm):
             if self.max_grad_norm > 0:
@@ -242,39 +256,45 @@ class ProjectorOptimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = self.learning_rate * schedule_factor
             self.adamw.step()
-        elif loss_scale == 1.0:
-            raise ValueError(
-                "the projectors' gradients are not finite although the loss is. Lower "
-                "dskd.projector.learning_rate or the student's learning_rate."
+        elif loss_scale == 1.0 and scaler is None:
+            # Every rank is here: it is the average that is not finite.
+            where = f" ({', '.join(not_finite)})" if not_finite else ""
+            taken = self.adamw.state[next(self.projectors.parameters())].get("step", 0)
+            problem = (
+                f"the projectors' gradients{where} are not finite at step {int(taken) + 1} "
+                "although the loss is. Lower dskd.projector.learning_rate or the student's "
+                "learning_rate."
             )
+            raise_together(problem if not_finite else None, gradients[0].device)
+            raise ValueError(problem)  # finite on every rank, their sum is not
         self.adamw.zero_grad(set_to_none=True)
 
     def save(self, checkpoint: str | Path) -> None:
         """Write `<checkpoint>/dskd/`: weights and optimizer state, as safetensors."""
         folder = Path(checkpoint) / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_cpu(self.projectors.state_dict()), folder / _WEIGHTS)
+        _write(self.projectors.state_dict(), folder / _WEIGHTS)
         state = {
             f"{name}.{key}": value
             for name, parameter in self.projectors.named_parameters()
             for key, value in self.adamw.state[parameter].items()
         }
-        save_file(_cpu(state), folder / _OPTIMIZER)
+        _write(state, folder / _OPTIMIZER)
 
     def load(self, checkpoint: str | Path) -> None:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the checkpoint has no projectors, or others than this run's.
+            ValueError: the checkpoint has no projectors, damaged ones, or others than this run's.
         """
+        check_checkpoint(checkpoint)
         folder = Path(checkpoint) / _FOLDER
-        if not (folder / _WEIGHTS).exists() or not (folder / _OPTIMIZER).exists():
+        try:
+            weights, state = load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER)
+        except SafetensorError as error:
             raise ValueError(
-                f"{checkpoint} cannot be resumed as a distillation: it has no projectors in "
-                f"{folder}. It was written without `dskd:` (or with save_only_model). Start from "
-                "it as `base_model:` instead of `resume_from_checkpoint:`."
-            )
-        weights = load_file(folder / _WEIGHTS)
+                f"the projectors in {folder} are damaged ({error}). {_other_checkpoint(checkpoint)}"
+            ) from error
         ours = {name: tuple(t.shape) for name, t in self.projectors.state_dict().items()}
         theirs = {name: tuple(t.shape) for name, t in weights.items()}
         if ours != theirs:
@@ -283,7 +303,6 @@ class ProjectorOptimizer:
                 "Teacher, student and alignment must be those of the interrupted run."
             )
         self.projectors.load_state_dict(weights)
-        state = load_file(folder / _OPTIMIZER)
         for name, parameter in self.projectors.named_parameters():
             prefix = f"{name}."
             self.adamw.state[parameter] = {
@@ -295,5 +314,56 @@ class ProjectorOptimizer:
             }
 
 
-def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+#: What the Trainer writes into a checkpoint last.
+_LAST_FILE = "trainer_state.json"
+
+
+def check_checkpoint(checkpoint: str | Path) -> None:
+    """Refuse a checkpoint that a distillation cannot go on from; reads no weights.
+
+    Raises:
+        ValueError: it was written without projectors, or its writing was interrupted.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise ValueError(f"resume_from_checkpoint: there is no folder {path}. Correct the path.")
+    files = [path / _FOLDER / name for name in (_WEIGHTS, _OPTIMIZER)]
+    missing = [file for file in files if not file.exists()]
+    whole = (path / _LAST_FILE).exists()
+    if whole and len(missing) == len(files):
+        raise ValueError(
+            f"{path} cannot be resumed as a distillation: it has no projectors in "
+            f"{path / _FOLDER}. It was written without `dskd:` (or with save_only_model). Start "
+            "from it as `base_model:` instead of `resume_from_checkpoint:`."
+        )
+    if missing or not whole:
+        first = missing[0] if missing else path / _LAST_FILE
+        raise ValueError(
+            f"{path} is not complete ({first.relative_to(path)} is missing): the run that wrote it "
+            f"was interrupted. {_other_checkpoint(path)}"
+        )
+
+
+def _other_checkpoint(checkpoint: str | Path) -> str:
+    """What to do about a checkpoint that is of no use."""
+    path = Path(checkpoint)
+
+    def number(folder: Path) -> int:
+        digits = folder.name.removeprefix("checkpoint-")
+        return int(digits) if digits.isdigit() else -1
+
+    before = [
+        folder
+        for folder in path.parent.glob("checkpoint-*")
+        if 0 <= number(folder) < number(path) and (folder / _LAST_FILE).exists()
+    ]
+    if not before:
+        return "Delete it; there is no checkpoint before it, so start anew."
+    return f"Delete it and resume from {max(before, key=number)}, the one before it."
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    """Under another name first: a process that dies leaves no half of a file."""
+    part = path.with_suffix(".part")
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part)
+    part.replace(path)

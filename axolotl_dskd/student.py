@@ -64,14 +64,14 @@ class Student:
 
     @property
     def loss_scale(self) -> float:
-        """What the next backward multiplies the loss by (float16).
+        """What DeepSpeed multiplies the loss by in its next backward (float16), else 1.
 
-        DeepSpeed may change it within the last backward of a step: ask before.
+        It may change it within the last backward of a step: ask before. Without DeepSpeed a
+        gradient scaler does it, which knows by itself.
         """
-        if self.trainer.is_deepspeed_enabled:
-            return float(getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0))
-        scaler = self.trainer.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.get_scale())
+        if not self.trainer.is_deepspeed_enabled:
+            return 1.0
+        return float(getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0))
 
     def check(self, *, training_has_begun: bool) -> None:
         """Refuse a student that cannot be distilled into; once, as early as it is whole.

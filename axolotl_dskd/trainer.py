@@ -33,7 +33,7 @@ from axolotl_dskd.projector_start import (
     StartReport,
     start_projectors,
 )
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.projectors import ProjectorOptimizer, Projectors, check_checkpoint
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.settings import loss_settings
 from axolotl_dskd.student import Student
@@ -99,13 +99,16 @@ class DSKDTrainer(AxolotlTrainer):
         self._at_head: list[LossOutput] = []
         self._problem: str | None = None
         self._followed_step = 0
-        #: What losses are multiplied by before backward (float16), at the current step.
+        #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
         self.loss_scale = 1.0
 
     # ---- set-up ------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Load the teacher, build the projectors, then train as Axolotl does."""
+        checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if isinstance(checkpoint, str):  # before a teacher is loaded for nothing
+            check_checkpoint(checkpoint)
         if self.teacher is None:
             self._set_up_distillation()
         return super().train(*args, **kwargs)

@@ -7,8 +7,10 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -20,25 +22,33 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import axolotl.cli.config
 import axolotl.train
 import axolotl.utils.environment
+import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
+import transformers.training_args
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.samplers import multipack
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from axolotl_dskd import cli as cache_cli
+from axolotl_dskd import projectors
 from axolotl_dskd.cache import files, store
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import gathered, raise_together, whole
 from axolotl_dskd.teacher import LiveTeacher, cached, identity, live
 from axolotl_dskd.teacher import open as cache_open
+from axolotl_dskd.trainer import DSKDTrainer
 
 
 def _on_this_cpu() -> None:
@@ -50,8 +60,19 @@ def _on_this_cpu() -> None:
         cfg.device_map = {"": "cpu"}
 
     axolotl.cli.config.normalize_config = normalized
+    for module in (axolotl.cli.config, transformers.training_args):
+        module.is_torch_bf16_gpu_available = lambda: True
     # A torch built for CUDA is asked about GPUs that are not there.
     axolotl.utils.environment.check_cuda_p2p_support = lambda: True
+    # Axolotl 0.19's Trainer reads the optimizer's state to "cpu:0", which torch does not know.
+    load = torch.load
+
+    def load_to_cpu(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("map_location")).startswith("cpu"):
+            kwargs["map_location"] = "cpu"
+        return load(*args, **kwargs)
+
+    torch.load = load_to_cpu
     # The jobs of a launch share one process group.
     axolotl.train.cleanup_distributed = lambda: None
 
@@ -77,8 +98,24 @@ def _sharding_on_this_cpu() -> None:
     ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
 
 
+def _once_for_all_ranks() -> None:
+    """What every forked rank would otherwise import, compile or start anew (5 to 10 s a rank)."""
+    for module in ("axolotl.core.builders", "axolotl.prompt_strategies.chat_template"):
+        importlib.import_module(module)
+    lengths = np.arange(1, 9)
+    multipack.pack_parallel(lengths, 16, 100, 8, num_processes=1)
+    multipack.allocate_sequentially(lengths, 0, 16, 1)
+    save = datasets.Dataset.save_to_disk
+
+    def save_here(self: Any, path: Any, num_proc: Any = None, **kwargs: Any) -> None:
+        save(self, path, **kwargs)  # not from a process of its own
+
+    datasets.Dataset.save_to_disk = save_here
+
+
 _on_this_cpu()
 _sharding_on_this_cpu()
+_once_for_all_ranks()
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
@@ -345,4 +382,106 @@ def train_where_the_teacher_fails(config: dict[str, Any], rank: int) -> dict[str
         return original(*args)
 
     cache_open.load_teacher = failing
+    return train(config)
+
+
+# ---- interrupted runs and narrow dtypes --------------------------------------------------------
+
+
+def train_and_die(config: dict[str, Any], step: int, saving: bool, rank: int = 0) -> None:
+    """`train`, killed as a machine's failure would: no exception, nothing is cleaned up.
+
+    Args:
+        step: optimizer step in which `rank` dies.
+        saving: while it writes this step's checkpoint, between the projectors' two files; else in
+            the forward.
+    """
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if saving:
+        save_file, written = projectors.save_file, []
+
+        def save(tensors: Any, path: Any) -> None:
+            if f"checkpoint-{step}" in Path(path).parts:
+                if written:
+                    die()
+                written.append(path)
+            save_file(tensors, path)
+
+        projectors.save_file = save
+    else:
+        loss = DSKDTrainer.compute_loss
+
+        def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == step - 1 and _rank() == rank:
+                die()
+            return loss(self, *args, **kwargs)
+
+        DSKDTrainer.compute_loss = compute_loss
+    train(config)
+
+
+def train_in(
+    config: dict[str, Any], precision: str, scale: float = 65536.0, spoilt: int | None = None
+) -> dict[str, Any]:
+    """`train`, in fp16 with autocast and a gradient scaler, which accelerate refuses on a CPU.
+
+    Args:
+        precision: "fp16", or what `config` says.
+        scale: its first scale.
+        spoilt: optimizer step in whose backward one projector's gradient overflows.
+
+    Returns:
+        What `train` does, and of every step whether the student and whether the projectors took
+        it, and the scale after it.
+    """
+    create = Trainer.create_accelerator_and_postprocess
+    step, student_step = ProjectorOptimizer.step, AcceleratedOptimizer.step
+    steps: list[list[float]] = []
+
+    def created(self: Any) -> None:
+        create(self)
+        if precision == "fp16":
+            AcceleratorState._shared_state["_mixed_precision"] = precision
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> None:
+        before = [p.detach().clone() for p in self.projectors.parameters()]
+        if len(steps) + 1 == spoilt:
+            self.projectors.t2s.weight.grad[0, 0] = float("inf")
+        step(self, *args, **kwargs)
+        after = self.projectors.parameters()
+        moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        steps.append([0.0, float(moved), 0.0])
+
+    def student_stepped(self: Any, *args: Any, **kwargs: Any) -> None:
+        student_step(self, *args, **kwargs)
+        if self.gradient_state.sync_gradients:
+            steps[-1][0] = float(not self.step_was_skipped)
+            steps[-1][2] = self.scaler.get_scale() if self.scaler else 1.0
+
+    Trainer.create_accelerator_and_postprocess = created
+    ProjectorOptimizer.step, AcceleratedOptimizer.step = stepped, student_stepped
+    try:
+        return train(config) | {"steps": steps}
+    finally:
+        Trainer.create_accelerator_and_postprocess = create
+        ProjectorOptimizer.step, AcceleratedOptimizer.step = step, student_step
+        AcceleratorState._reset_state()
+
+
+def train_spoilt(config: dict[str, Any], rank: int, step: int) -> dict[str, Any]:
+    """`train`, where one rank's gradient of a projector is not finite in one step."""
+    original, seen = ProjectorOptimizer.step, [0]
+
+    def spoil(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen[0] += 1
+        if _rank() == rank and seen[0] == step:
+            self.projectors.t2s.weight.grad[0, 0] = float("nan")
+        original(self, *args, **kwargs)
+
+    ProjectorOptimizer.step = spoil
     return train(config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,14 @@ def step(which: ProjectorOptimizer, seed: int, factor: float = 1.0, scale: float
     which.step(factor, scale)
 
 
+def saved(which: ProjectorOptimizer, folder: Path) -> Path:
+    """A checkpoint, as far as projectors are concerned."""
+    folder.mkdir(exist_ok=True)
+    which.save(folder)
+    (folder / "trainer_state.json").touch()
+    return folder
+
+
 def weights(which: ProjectorOptimizer) -> dict[str, torch.Tensor]:
     return copy.deepcopy(which.projectors.state_dict())
 
@@ -46,7 +56,7 @@ def test_saved_and_loaded_goes_on_exactly(tmp_path):
     straight = optimizer()
     for seed in range(3):
         step(straight, seed)
-    straight.save(tmp_path)
+    saved(straight, tmp_path)
     resumed = optimizer()
     resumed.load(tmp_path)
     for which in (straight, resumed):
@@ -56,12 +66,61 @@ def test_saved_and_loaded_goes_on_exactly(tmp_path):
 
 
 def test_a_checkpoint_without_projectors_is_refused(tmp_path):
+    (tmp_path / "trainer_state.json").touch()
     with pytest.raises(ValueError, match=r"cannot be resumed as a distillation.*base_model"):
         optimizer().load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "missing", ["dskd/projectors.safetensors", "dskd/projector_optimizer.safetensors", "dskd", ""]
+)
+def test_half_a_checkpoint_is_refused_with_what_to_do(tmp_path, missing: str):
+    for number in (5, 40, 300):
+        half = saved(optimizer(), tmp_path / f"checkpoint-{number}")
+    (tmp_path / "checkpoint-200").mkdir()  # not complete either
+    (half / "trainer_state.json").unlink()  # written last
+    if missing == "dskd":
+        shutil.rmtree(half / missing)
+    elif missing:
+        (half / missing).unlink()
+    with pytest.raises(ValueError, match=r"300 is not complete.*Delete it.*checkpoint-40,"):
+        optimizer().load(half)
+    alone = shutil.copytree(half, tmp_path / "elsewhere" / "checkpoint-300")
+    with pytest.raises(ValueError, match="start anew"):
+        optimizer().load(alone)
+
+
+@pytest.mark.parametrize("name", ["projectors.safetensors", "projector_optimizer.safetensors"])
+def test_a_damaged_file_is_named(tmp_path, name: str):
+    saved(optimizer(), tmp_path / "checkpoint-4")
+    damaged = saved(optimizer(), tmp_path / "checkpoint-8")
+    path = damaged / "dskd" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    before = weights(which := optimizer())
+    with pytest.raises(ValueError, match=r"8/dskd are damaged.*Delete it.*checkpoint-4,"):
+        which.load(damaged)
+    torch.testing.assert_close(weights(which), before, rtol=0, atol=0)
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Also where an older one of the same name is overwritten."""
+    checkpoint = saved(optimizer(), tmp_path)
+    intact = (checkpoint / "dskd" / "projectors.safetensors").read_bytes()
+
+    def interrupted(_tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("axolotl_dskd.projectors.save_file", interrupted)
+    which = optimizer()
+    step(which, 0)
+    with pytest.raises(OSError, match="disk full"):
+        which.save(checkpoint)
+    assert (checkpoint / "dskd" / "projectors.safetensors").read_bytes() == intact
+
+
 def test_projectors_of_another_pair_are_refused(tmp_path):
-    optimizer().save(tmp_path)
+    saved(optimizer(), tmp_path)
     other = ProjectorOptimizer(
         Projectors(4, 8, with_query=True, seed=3),
         learning_rate=0.01,
@@ -81,24 +140,53 @@ def test_the_schedule_factor_scales_the_step():
         torch.testing.assert_close(2 * (value - start[name]), weights(whole)[name] - start[name])
 
 
-def test_a_scaled_loss_gives_the_same_step():
-    plain, scaled = optimizer(), optimizer()
+def scaled_step(which: ProjectorOptimizer, scaler: torch.amp.GradScaler, factor: float) -> None:
+    """As the training loop: backward, the projectors, the student, the scaler's update."""
+    student = torch.nn.Parameter(torch.ones(3))
+    adamw = torch.optim.AdamW([student], lr=0.1)
+    torch.manual_seed(0)
+    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.projectors.children())
+    scaler.scale(loss + student.sum()).backward()
+    which.projectors.t2s.weight.grad *= factor
+    which.step(1.0, scaler=scaler)
+    scaler.step(adamw)
+    scaler.update()
+    assert not torch.equal(student, torch.ones(3))  # the student's gradients are finite
+
+
+def test_a_gradient_scaler_does_not_change_the_step():
+    """Clipping included: it sees the unscaled gradients, whose norm is far above 1."""
+    plain, scaled, by_number = optimizer(), optimizer(), optimizer()
+    start = weights(plain)
     step(plain, 0)
-    step(scaled, 0, scale=1024.0)
-    torch.testing.assert_close(weights(plain), weights(scaled))
+    step(by_number, 0, scale=1024.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaled_step(scaled, scaler, 1.0)
+    for which in (scaled, by_number):
+        torch.testing.assert_close(weights(which), weights(plain), rtol=0, atol=1e-7)
+        assert not torch.equal(weights(which)["t2s.weight"], start["t2s.weight"])
+    assert scaler.get_scale() == 1024.0
 
 
-def test_an_overflow_under_a_loss_scaler_skips_the_step():
+@pytest.mark.parametrize("scale", [1024.0, 1.0])
+def test_an_overflow_skips_the_step_and_lowers_the_scale(scale: float):
+    """Otherwise projectors that overflow alone would never learn again."""
     which = optimizer()
     start = weights(which)
-    step(which, 0, scale=float("inf"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaled_step(which, scaler, float("inf"))
     torch.testing.assert_close(weights(which), start, rtol=0, atol=0)
+    assert scaler.get_scale() == scale / 2
+    scaled_step(which, scaler, 1.0)
+    assert not torch.equal(weights(which)["t2s.weight"], start["t2s.weight"])
 
 
 def test_gradients_that_are_not_finite_stop_the_run():
     which = optimizer()
     which.projectors.t2s.weight.grad = torch.full((4, 6), float("nan"))
-    with pytest.raises(ValueError, match=r"gradients are not finite.*learning_rate"):
+    with pytest.raises(
+        ValueError, match=r"\(t2s.weight\) are not finite at step 1 .*learning_rate"
+    ):
         which.step(1.0)
 
 
