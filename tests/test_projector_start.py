@@ -175,7 +175,7 @@ def test_auto_takes_least_squares_where_enough_tokens_are_shared(
         ids = SharedIds(ids.student[: D - 1], ids.teacher[: D - 1])
     projectors = Projectors(d, D, with_query=False, seed=0)
     embeddings = student.weight, teacher.weight
-    start_projectors(projectors, init, ids, (student, teacher), embeddings, follow=False)
+    start_projectors(projectors, init, ids, (student, teacher), embeddings)
     random = Projectors(d, D, with_query=False, seed=0)
     assert torch.equal(projectors.t2s.weight, random.t2s.weight) != solved
     if enough and solved:
