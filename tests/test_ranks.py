@@ -204,9 +204,6 @@ def zero(stage: int) -> dict[str, Any]:
         "gradient_clipping": "auto",
         **dict.fromkeys(keys, "auto"),
     }
-    if stage == 1:  # an optimizer of DeepSpeed's, which then moves the schedule on, too
-        rates = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
-        described["optimizer"] = {"type": "AdamW", "params": {**rates, "torch_adam": True}}
     return {"deepspeed": described}
 
 
@@ -227,7 +224,6 @@ def way(folder: Path, name: str) -> dict[str, Any]:
 
 #: (way, ranks, variant). FSDP2 and ZeRO-3 cut the teacher, too (`shard: auto`).
 SHARDINGS = [
-    ("zero1", 2, "padded"),
     ("zero2", 2, "accumulated"),
     ("zero3", 2, "packed"),
     ("zero3", 2, "lora"),
@@ -254,8 +250,26 @@ def test_sharded_students_and_teachers_train_as_whole_ones(
     job = config(folder, f"{name}-{variant}", **settings)
     [found] = run(world_size, {"do": "train_in_small_forwards", "tokens": 60, "config": job})
     assert found["trainer"].startswith(WRAPPERS.get(name[:4], "FSDP"))
-    assert found["teacher_is_sharded"] == (name not in ("zero1", "zero2"))
+    assert found["teacher_is_sharded"] == (name != "zero2")
     assert_same_training(trained[1][variant], found)
+
+
+def test_projectors_follow_a_schedule_that_deepspeed_moves_on_within_the_backward(folder: Path):
+    """It does so where its configuration names the optimizer."""
+    sharded = zero(1)
+    rates = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    params = {**rates, "torch_adam": True}
+    sharded["deepspeed"]["optimizer"] = {"type": "AdamW", "params": params}
+    # Such an optimizer decays norms, too.
+    settings = {"datasets": FORTY_ROWS, "weight_decay": 0.0}
+    one = config(folder, "zero1-one", micro_batch_size=4, **settings)
+    two = config(folder, "zero1-two", micro_batch_size=2, **settings, **sharded)
+    [expected], [found] = (
+        run(1, {"do": "train", "config": one}),
+        run(2, {"do": "train", "config": two}),
+    )
+    assert found["trainer"] == "DeepSpeedEngine"
+    assert_same_training(expected, found)
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
