@@ -54,55 +54,86 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SAVED_HEAD = LORA | {"lora_modules_to_save": ["lm_head"]}
+LORA_HEAD = LORA | {"lora_target_modules": [*LORA["lora_target_modules"], "lm_head"]}
+
+#: Name of the run: number of ranks, and what it trains.
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "full": (1, {}),
+    "lora": (1, LORA),
+    "full on two": (2, {}),
+    "saved head on two": (2, SAVED_HEAD),
+    "lora head on two": (2, LORA_HEAD),
+}
+ADAPTERS = [name for name, (_, kind) in RUNS.items() if kind]
+STEPS = 4
+
+
 @pytest.fixture(scope="module")
 def exported(folder: Path) -> dict[str, Result]:
-    """A full and a LoRA run, then the adapter merged and asked something; no teacher by then."""
-    common: dict[str, Any] = {
-        "learning_rate": 1e-2,
-        "dataloader_num_workers": 0,
-        "save_strategy": "steps",
-        "save_steps": 4,
-    }
-    full = tiny.base_config(folder, output_dir=str(folder / "full"), **common)
-    lora = tiny.base_config(folder, output_dir=str(folder / "lora"), **common, **LORA)
-    path = folder / "lora.yaml"
-    path.write_text(yaml.safe_dump(lora))
-    trained = run(1, {"do": "train", "config": full}, {"do": "train", "config": lora})
+    """The runs, then their adapters merged and one asked something; no teacher by then."""
+    paths, jobs = {}, {}
+    for name, (ranks, kind) in RUNS.items():
+        config = tiny.base_config(
+            folder,
+            output_dir=str(folder / name),
+            learning_rate=1e-2,
+            dataloader_num_workers=0,
+            save_strategy="steps",
+            save_steps=STEPS,
+            micro_batch_size=4 // ranks,
+            **kind,
+        )
+        paths[name] = folder / f"{name}.yaml"
+        paths[name].write_text(yaml.safe_dump(config))
+        jobs[name] = {"do": "train", "config": config}
+    results: dict[str, Result] = {}
+    for ranks in (1, 2):
+        names = [name for name in RUNS if RUNS[name][0] == ranks]
+        results |= zip(names, run(ranks, *(jobs[name] for name in names)), strict=True)
     shutil.move(folder / "teacher", folder / "away")
-    used = run(
-        1,
-        {"do": "command", "name": "merge_lora", "config": str(path)},
-        {
-            "do": "command",
-            "name": "inference",
-            "config": str(path),
-            "arguments": {"lora_model_dir": str(folder / "lora")},
-            "stdin": "Name a fruit.\n",
-        },
-    )
-    return dict(zip(("full", "adapter", "merge_lora", "inference"), [*trained, *used], strict=True))
+    question = {
+        "do": "command",
+        "name": "inference",
+        "config": str(paths["saved head on two"]),
+        "arguments": {"lora_model_dir": str(folder / "saved head on two")},
+        "stdin": "Name a fruit.\n",
+    }
+    merging = [
+        {"do": "command", "name": "merge_lora", "config": str(paths[name])} for name in ADAPTERS
+    ]
+    *_, results["inference"] = run(1, *merging, question)
+    return results
 
 
 def test_full_adapter_and_merged_give_the_training_time_logits(
     folder: Path, exported: dict[str, Result]
 ):
+    """And so does the last checkpoint, from which the projectors were removed."""
     student, out = folder / "student", folder / "logits.pt"
-    models = {
-        "full": (str(folder / "full"), None),
-        "adapter": (str(student), str(folder / "lora")),
-        "merged": (str(folder / "lora" / "merged"), None),
-        "start": (str(student), None),
-    }
+    models: dict[str, tuple[str, str | None]] = {"start": (str(student), None)}
+    source = {}
+    for name in RUNS:
+        checkpoint = folder / name / f"checkpoint-{STEPS}"
+        shutil.rmtree(checkpoint / "dskd")
+        for path in (folder / name, checkpoint):
+            key = f"{name}: {path.name}"
+            models[key] = (str(student), str(path)) if name in ADAPTERS else (str(path), None)
+            source[key] = name
+        if name in ADAPTERS:
+            models[f"{name}: merged"] = (str(folder / name / "merged"), None)
+            source[f"{name}: merged"] = name
     subprocess.run(
         [sys.executable, "-c", LOAD, json.dumps(models), str(out)], check=True, cwd=folder
     )
     found = torch.load(out, weights_only=True)
-    for name, source in (("full", "full"), ("adapter", "adapter"), ("merged", "adapter")):
-        torch.testing.assert_close(found[name], exported[source]["logits"], msg=name)
-        assert not torch.allclose(found[name], found["start"], atol=1e-2)
+    assert len(source) == 2 * len(RUNS) + len(ADAPTERS)
+    for key, name in source.items():
+        torch.testing.assert_close(found[key], exported[name]["logits"], msg=key)
+        assert not torch.allclose(found[key], found["start"], atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "lora/merged"])
+@pytest.mark.parametrize("kind", [*RUNS, *(f"{name}/merged" for name in ADAPTERS)])
 def test_no_file_and_no_tensor_of_ours_is_exported(
     folder: Path, exported: dict[str, Result], kind: str
 ):
