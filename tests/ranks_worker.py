@@ -272,7 +272,10 @@ def noting_stages(folder: str, job: dict[str, Any]) -> dict[str, Any]:
 
         setattr(module, name, noted)
 
+    note(cache_open, "teacher_identity", "identity")
     note(identity, "hash_file", "weights", 0.1)
+    note(cached.CachedTeacher, "__call__", "step")
+    note(importlib.import_module("axolotl_dskd.cache_command"), "_measure", "measure")
     note(cache_open, "write_tables", "head")
     note(cached.CachedTeacher, "compute", "teacher")
     note(store, "write_shard", "shard")

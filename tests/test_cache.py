@@ -258,6 +258,26 @@ def test_a_disk_that_takes_no_more_leaves_whole_files_only(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_gets_its_name_after_its_content_is_on_the_disk_and_then_the_name_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def syncing(descriptor: int) -> None:
+        done.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "content")
+        fsync(descriptor)
+
+    def renaming(self: Path, target: Path) -> Path:
+        done.append("name")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", renaming)
+    write_json(tmp_path / "note.json", {})
+    assert done == ["content", "name", "folder"]
+
+
 def test_json_that_was_damaged_is_noticed(tmp_path: Path):
     path = tmp_path / "note.json"
     assert read_json(path) is None

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from axolotl_dskd.cache import read_json, write_json
 from axolotl_dskd.cli import main
 from tests import tiny
 from tests.test_cached_teacher import loads, losses  # noqa: F401
@@ -42,6 +43,8 @@ def test_written_ahead_it_gives_the_live_runs_losses_and_no_teacher_is_loaded(
     assert result.exit_code == 0, result.output
     assert "16 samples cached" in result.output
     assert "Complete" in result.output
+    assert "base_model" not in result.stdout  # what Axolotl logs is no part of the answer
+    assert "Complete" in result.stdout
     errors = dict(re.findall(r"│ (int\d) .*│ +([\d.e-]+) │ +[\d.e-]+ │", result.output))
     assert 0 < float(errors["int8"]) < float(errors["int4"]) < 0.1
     assert len(loads) == 1
@@ -92,15 +95,22 @@ def test_info_shows_every_teacher_and_prune_keeps_only_what_the_config_uses(pair
     shown = command(pair_folder, cached, "--info").output
     assert "int4" in shown
     assert "16 of 16 samples cached" in shown
+    here = next(pair_folder.glob("cache/*-float32"))
+    note = read_json(here / "teacher.json")
+    assert note is not None
+    note["content"]["dtype"] = "bfloat16"  # as dtype auto is on a GPU
+    elsewhere = pair_folder / "cache" / "elsewhere-float32"
+    elsewhere.mkdir()
+    write_json(elsewhere / "teacher.json", note)
     fewer = {**cached, "datasets": [{**cached["datasets"][0], "split": "train[:8]"}]}
     asked = command(pair_folder, fewer, "--prune")  # no answer: nothing is removed
     assert asked.exit_code == 1
     assert "another teacher or storage" in asked.output
-    assert len(list(pair_folder.glob("cache/*/"))) == 2
+    assert len(list(pair_folder.glob("cache/*/"))) == 3
     pruned = command(pair_folder, fewer, "--prune", "--yes")
     assert pruned.exit_code == 0, pruned.output
     assert "8 of 16 samples that this configuration does not use" in pruned.output
-    assert len(list(pair_folder.glob("cache/*/"))) == 1
+    assert {p.name for p in pair_folder.glob("cache/*/")} == {here.name, elsewhere.name}
     assert "8 of 8 samples cached" in command(pair_folder, fewer).output
     assert "Nothing to remove" in command(pair_folder, fewer, "--prune").output
 
@@ -119,3 +129,23 @@ def test_too_little_room_and_missing_blocks_are_refused_before_the_teacher_runs(
     assert "nothing to cache" in command(pair_folder, none).output
     wrong = config(pair_folder, max_size="many")
     assert "'many' is no size" in command(pair_folder, wrong).output
+    nowhere = config(pair_folder, path="/proc/nothing")
+    assert "nothing can be written to /proc/nothing" in command(pair_folder, nowhere).output
+    nothing = command(pair_folder, config(pair_folder, dtype="int4"), "--verify")
+    assert nothing.exit_code == 1
+    assert "nothing is cached of this teacher (float32) yet" in nothing.output
+
+
+@pytest.mark.parametrize("options", [("--info", "--part", "1/2"), ("--info", "--yes")])
+def test_options_that_do_nothing_together_are_refused(tmp_path: Path, options: tuple[str, ...]):
+    result = command(tmp_path, {}, *options)
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [1,\n b: {"])
+def test_a_file_that_holds_no_configuration_is_refused_in_words(tmp_path: Path, text: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(main, ["cache", str(path)])
+    assert result.exit_code == 1
+    assert f"Error: {path} " in result.output

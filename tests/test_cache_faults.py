@@ -99,6 +99,24 @@ def test_killed_twenty_times_at_random_it_loses_no_written_sample_and_ends_compl
     assert assert_right(tmp_path, some) == len(some)
 
 
+def test_what_was_computed_before_an_interruption_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    some, compute, calls = rows(200), CachedTeacher.compute, [0]
+
+    def interrupted(self: CachedTeacher, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise KeyboardInterrupt
+        return compute(self, *args)
+
+    monkeypatch.setattr(CachedTeacher, "compute", interrupted)
+    teacher = opened(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fill(teacher, some, missing_rows(teacher, some), CPU)
+    assert assert_right(tmp_path, some) == 128
+
+
 def test_four_processes_fill_one_folder_at_once(tmp_path: Path):
     some = rows(200)
     processes = [fork(tmp_path, some, seed) for seed in range(4)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,15 @@ def test_a_teacher_that_differs_in_dtype_is_told_apart_in_words(
     assert one.store.folder != two.store.folder
     assert "differs in dtype" in cache_warnings[0]
     assert opened("float32").body is None
+
+
+def test_a_body_that_was_loaded_for_its_head_alone_is_given_back(pair_folder: Path):
+    config = TeacherConfig.model_validate(block(pair_folder, {})["teacher"])
+    teacher = open_cached_teacher(config, 600, CPU)  # neither head nor embedding are cached
+    assert teacher.body is not None
+    model = weakref.ref(teacher.body.model)
+    teacher.free_body()
+    assert model() is None
 
 
 @pytest.mark.slow
