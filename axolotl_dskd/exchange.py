@@ -114,7 +114,7 @@ class Exchange:
                 graph (for cross-model attention).
             chunk_tokens: tokens whose teacher logits may be held at once.
         """
-        pairs, targets = _pairs(batch, student), None
+        pairs, targets = batch.exact_pairs(student, signal.tokens), None
         if self.alignment == "positions":
             aligned = align_positions(hidden, student, signal, self.projectors)
         elif self.alignment == "eta":
@@ -162,10 +162,3 @@ class Exchange:
             LOG.info(report.text())
             if warning := report.warning():
                 LOG.warning(warning)
-
-
-def _pairs(batch: DualBatch, student: Side) -> Tensor:
-    if batch.pairs is not None:
-        return batch.pairs
-    # Rows prepared for positions: token i is token i.
-    return torch.arange(len(student), device=student.labels.device)[:, None].expand(-1, 2)

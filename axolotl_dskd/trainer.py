@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from axolotl_dskd.callbacks import KeepTeacherCache, StepProjectors
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data import (
-    COLUMNS,
     DualCollator,
     exact_share,
     load_teacher_tokenizer,
+    needed_columns,
     resolve_alignment,
     shared_tokens,
     translation,
@@ -208,7 +208,7 @@ class DSKDTrainer(AxolotlTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += COLUMNS
+            self._signature_columns += needed_columns(spans=self.dskd.causal)
 
     # ---- the loss ----------------------------------------------------------------------------
 

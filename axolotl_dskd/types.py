@@ -257,7 +257,8 @@ class DualBatch:
         spans, teacher_spans: [N, 2], [M, 2] first byte and end of each supervised token in the
             text of its sample that both sides share, or None where token i is token i of the
             other side (`alignment: positions`).
-        pairs: [P, 2] which supervised tokens of the two sides have the same span, or None.
+        pairs: [P, 3] which supervised tokens of the two sides have the same span, or None: the
+            sample's number, and the student's and the teacher's token within the sample.
     """
 
     input_ids: Tensor
@@ -311,6 +312,15 @@ class DualBatch:
         mask = supervised_mask(self.teacher_labels, segments)
         labels = labels_ahead(self.teacher_labels)
         return mask, Side(self.teacher_input_ids[mask], labels[mask], segments[mask])
+
+    def exact_pairs(self, student: Side, teacher: Side) -> Tensor:
+        """[P, 2] indices into the supervised tokens of both sides; those of one number where rows
+        have no pairs, as they were prepared for `alignment: positions`."""
+        if self.pairs is None:
+            return torch.arange(len(student), device=student.labels.device)[:, None].expand(-1, 2)
+        sample, *within = self.pairs.T.contiguous()
+        first = (torch.searchsorted(side.sample_ids, sample) for side in (student, teacher))
+        return torch.stack([a + b for a, b in zip(first, within, strict=True)], 1)
 
     def teacher_segment_ids(self) -> Tensor:
         """[S, L'] the row's number where there is a token, -1 on padding."""

@@ -3,7 +3,7 @@
 Knows tokenizers, rows and batches; nothing of models, heads or losses.
 """
 
-from axolotl_dskd.data.collator import COLUMNS, DualCollator
+from axolotl_dskd.data.collator import DualCollator, needed_columns
 from axolotl_dskd.data.hooks import install_hooks
 from axolotl_dskd.data.token_bytes import shared_tokens, translation
 from axolotl_dskd.data.tokenizers import (
@@ -15,11 +15,11 @@ from axolotl_dskd.data.tokenizers import (
 )
 
 __all__ = [
-    "COLUMNS",
     "DualCollator",
     "exact_share",
     "install_hooks",
     "load_teacher_tokenizer",
+    "needed_columns",
     "resolve_alignment",
     "shared_tokens",
     "teacher_position_limit",

@@ -14,9 +14,14 @@ from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS
 from axolotl_dskd.types import IGNORE_INDEX
 
 _TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
-_SPAN_COLUMNS = (SPANS, TEACHER_SPANS, EXACT_PAIRS)
+_SPAN_COLUMNS = (SPANS, TEACHER_SPANS)
 #: Columns of a prepared row that are ours.
-COLUMNS = (*_TEACHER_COLUMNS, *_SPAN_COLUMNS)
+COLUMNS = (*_TEACHER_COLUMNS, EXACT_PAIRS, *_SPAN_COLUMNS)
+
+
+def needed_columns(*, spans: bool) -> tuple[str, ...]:
+    """Those of ours that training reads: most of the numbers are spans, which few runs need."""
+    return COLUMNS if spans else tuple(c for c in COLUMNS if c not in _SPAN_COLUMNS)
 
 
 class DualCollator:
@@ -24,8 +29,8 @@ class DualCollator:
 
     The inner collator may pad rows (a list of rows) or pack them (a list of lists of rows). Ours
     is one teacher row per sample, padded on the right, the number of each student token's sample,
-    -1 on padding, and, where rows have them, the spans and exact pairs of all supervised tokens,
-    sample by sample. `input_ids` stays the batch's first key.
+    -1 on padding, and, where rows have them, the exact pairs and the spans of all supervised
+    tokens, sample by sample. `input_ids` stays the batch's first key.
 
     Attributes:
         read_cached: looks up a batch's samples in the teacher's cache: lists of ids and labels
@@ -75,8 +80,11 @@ class DualCollator:
         batch["dskd_teacher_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True)
         if self.read_cached is not None:
             batch["dskd_cached_states"], batch["dskd_cached"] = self.read_cached(ids, labels)
-        if SPANS in samples[0]:
-            batch |= _spans_and_pairs(samples)
+        if EXACT_PAIRS in samples[0]:
+            batch["dskd_pairs"] = _pairs(samples)
+        for key, column in zip(("dskd_spans", "dskd_teacher_spans"), _SPAN_COLUMNS, strict=True):
+            if column in samples[0]:
+                batch[key] = torch.from_numpy(np.concatenate(_twos(samples, column)))
         return batch
 
     def _segment_ids(self, lengths: list[list[int]], shape: torch.Size) -> Tensor:
@@ -91,19 +99,13 @@ class DualCollator:
         return segment_ids
 
 
-def _spans_and_pairs(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """[N, 2], [M, 2] and [P, 2]: pairs index the N and M supervised tokens of the whole batch."""
+def _pairs(samples: list[dict[str, Any]]) -> Tensor:
+    """[P, 3]: number of the sample, and the two tokens' numbers within it."""
+    pairs = _twos(samples, EXACT_PAIRS)
+    numbers = np.arange(len(pairs)).repeat([len(p) for p in pairs])
+    return torch.from_numpy(np.column_stack([numbers, np.concatenate(pairs)]))
+
+
+def _twos(samples: list[dict[str, Any]], column: str) -> list[np.ndarray]:
     # numpy reads a list of ints several times faster than torch does.
-    spans, teacher_spans, pairs = (
-        [np.asarray(s[column], dtype=np.int64).reshape(-1, 2) for s in samples]
-        for column in _SPAN_COLUMNS
-    )
-    counts = np.array([[len(a), len(b)] for a, b in zip(spans, teacher_spans, strict=True)])
-    offsets = counts.cumsum(0) - counts
-    joined = np.concatenate(pairs)
-    joined += offsets.repeat([len(p) for p in pairs], axis=0)
-    return {
-        "dskd_spans": torch.from_numpy(np.concatenate(spans)),
-        "dskd_teacher_spans": torch.from_numpy(np.concatenate(teacher_spans)),
-        "dskd_pairs": torch.from_numpy(joined),
-    }
+    return [np.asarray(s[column], dtype=np.int64).reshape(-1, 2) for s in samples]

@@ -48,12 +48,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_dskd.alignment import align_exact_pairs, teacher_targets
 from axolotl_dskd.data.byte_spans import exact_pairs, tile
-from axolotl_dskd.data.collator import _spans_and_pairs
-from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS, Reconcile
+from axolotl_dskd.data.collator import _pairs
+from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.projectors import least_squares
-from axolotl_dskd.types import Side, TeacherSignal
+from axolotl_dskd.types import DualBatch, Side, TeacherSignal
 from tests.test_byte_spans import FRAGMENTS, end_token, one_side
 from tests.test_token_bytes import TOKENIZERS, _table
 
@@ -148,8 +148,8 @@ class Batch:
         """Student and teacher tokens with their states, and the teacher's choices."""
         ours, theirs = self.labels != -100, self.teacher_labels != -100
         student, teacher = (
-            Side(y, y, torch.zeros_like(y))
-            for y in (self.labels[ours], self.teacher_labels[theirs])
+            Side(y[mask], y[mask], torch.where(mask)[0])
+            for y, mask in ((self.labels, ours), (self.teacher_labels, theirs))
         )
         hidden = self.t2s[theirs]
         signal = TeacherSignal(hidden, teacher, hidden, hidden)
@@ -197,9 +197,16 @@ def each(run: Callable[..., Any], *sequences: Any) -> list[Any]:
     return [run(*arguments) for arguments in zip(*sequences, strict=True)]
 
 
+def in_batch(pairs: Tensor, student: Side, teacher: Side) -> Tensor:
+    """[P, 2] from the collated pairs, by the package's own function."""
+    none = torch.empty(0)
+    return DualBatch(none, none, none, none, none, none, pairs=pairs).exact_pairs(student, teacher)
+
+
 def use(compact: Any, pairs: Tensor, table: Tensor) -> tuple[Tensor, Any]:
     """What `loop_all` returns, from stored pairs, by the package's own functions."""
     student, signal, hidden, choices = compact
+    pairs = in_batch(pairs, student, signal.tokens)
     targets = teacher_targets(choices[pairs[:, 1]], pairs, student, signal.tokens, table)
     return targets, align_exact_pairs(hidden, pairs, signal, PROJECTED)
 
@@ -298,12 +305,11 @@ def speed(
     """Tokens a second of each thing that the module's docstring lists."""
     lengths = [np.array([len(b) for b in table]) for table in tables]
     arrays = [[side.numpy() for side in labelled(row)] for row in rows]
-    columns = (SPANS, TEACHER_SPANS, EXACT_PAIRS)
-    stored = [{c: row[c].tolist() for c in columns} for row in made]
+    stored = [{EXACT_PAIRS: row[EXACT_PAIRS].tolist()} for row in made]
     dataset = Dataset.from_list(stored)
     eight = [range(i, min(i + 8, len(rows))) for i in range(0, len(rows), 8)]
     batches = [Batch.of([rows[i] for i in at], [stored[i] for i in at], 1) for at in eight]
-    pairs = [_spans_and_pairs(batch.stored)["dskd_pairs"] for batch in batches]
+    pairs = [_pairs(batch.stored) for batch in batches]
     table = torch.tensor(translation(tokenizers[1], tokenizers[0]))
     runs: dict[str, Callable[[], Any]] = {
         "prepare": lambda: [reconcile(row) for row in rows],
@@ -312,7 +318,7 @@ def speed(
             for both in arrays
         ],
         "read": lambda: [dataset.__getitems__(list(at)) for at in eight],
-        "collate": lambda: [_spans_and_pairs(batch.stored) for batch in batches],
+        "collate": lambda: [_pairs(batch.stored) for batch in batches],
         "loop: pairs": lambda: [loop_pairs(batch, tokenizers) for batch in batches],
     }
     tokens = sum(len(both[0]) for both in arrays)
