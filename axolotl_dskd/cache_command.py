@@ -237,10 +237,9 @@ def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
     _, folder = cache_folder(teacher, default_device())
     root = Path(teacher.cache.path)
     status = folder_status(root)
-    table = Table(
-        title=f"{root}: {quantity(status.used, 'bytes')} used, "
-        f"{quantity(status.free, 'bytes')} free"
-    )
+    used, free = quantity(status.used, "bytes"), quantity(status.free, "bytes")
+    print(f"{root}: {used} used, {free} free", file=out)
+    table = Table()
     for head in ("teacher", "dtype", "storage", "samples", "tokens", "bytes", ""):
         table.add_column(
             head, justify="right" if head in ("samples", "tokens", "bytes") else "left"

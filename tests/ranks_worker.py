@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,17 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
 
 
 def cache(arguments: list[str]) -> dict[str, Any]:
-    """`axolotl-dskd cache CONFIG.yml …`."""
-    cache_cli.main(["cache", *arguments], standalone_mode=False)
-    return {}
+    """`axolotl-dskd cache CONFIG.yml …`; returns what went to stdout."""
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as answer, os.fdopen(os.dup(1)) as before:
+        os.dup2(answer.fileno(), 1)
+        try:
+            cache_cli.main(["cache", *arguments], standalone_mode=False)
+        finally:
+            sys.stdout.flush()
+            os.dup2(before.fileno(), 1)
+        answer.seek(0)
+        return {"stdout": answer.read().decode()}
 
 
 def noting_stages(folder: str, job: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from axolotl_dskd.cache import (
     RowStore,
     dataset_keys,
     folder_status,
+    plan_prune,
+    prune,
     read_json,
     sample_key,
     write_json,
@@ -222,6 +224,19 @@ def test_a_shard_that_was_pruned_under_a_reader_is_no_error(tmp_path: Path):
     assert not found(reader, 1)
     written(tmp_path, range(3))
     assert found(reader, 1)
+
+
+def test_of_samples_that_stand_there_twice_pruning_keeps_the_newer(tmp_path: Path):
+    written(tmp_path, range(4), per_shard=4)
+    written(tmp_path, range(2, 6), per_shard=6)
+    old, new = shards(tmp_path)
+    wanted = np.stack([np.frombuffer(sample(n)[0], np.uint8) for n in range(5)])
+    prune(plan_prune(tmp_path, wanted))
+    assert not {old, new} & set(shards(tmp_path))
+    assert all(found(RowReader(tmp_path, WIDTH), number) for number in range(5))
+    assert not found(RowReader(tmp_path, WIDTH), 5)
+    assert sum(len(shard.keys) for shard in RowReader(tmp_path, WIDTH).shards) == 5
+    assert not plan_prune(tmp_path, wanted).rewrite
 
 
 def test_max_size_is_kept_and_said(tmp_path: Path, cache_warnings: list[str]):

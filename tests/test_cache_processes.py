@@ -141,6 +141,16 @@ def test_a_rank_that_cannot_load_the_teacher_stops_all(folder: Path, live: list[
     ] * 2
 
 
+def test_what_is_logged_is_no_part_of_the_answer(folder: Path):
+    path = folder / "answer.yaml"
+    path.write_text(yaml.safe_dump(config(folder, "answer")))
+    [shown] = run(1, {"do": "cache", "arguments": [str(path), "--info"]})
+    first, *_ = shown["stdout"].splitlines()
+    assert "answer: " in first and " used, " in first
+    assert "INFO" not in shown["stdout"]
+    assert "This configuration: 0 of 16 samples cached" in shown["stdout"]
+
+
 # ---- killed ------------------------------------------------------------------------------------
 
 
