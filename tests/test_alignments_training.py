@@ -44,6 +44,8 @@ def test_exact_pairs_train_and_a_causal_student_too(
         assert 0 < first["dskd/aligned"] <= 1
         evaluated = [e for e in trainer.state.log_history if "eval_loss" in e]
         assert evaluated[-1]["eval_dskd/aligned"] > 0
+        # Spans are most of what is stored with a row: only who needs them reads them.
+        assert ("dskd_spans" in next(iter(trainer.get_train_dataloader()))) == trainer.dskd.causal
         assert sum(m.startswith("Projectors at the start, on") for m in said) == 1
         # Random models say nothing that a projection could keep, and the log says so in words.
         assert any("hardly says what it said before projection" in m for m in said)
