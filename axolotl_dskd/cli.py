@@ -53,15 +53,18 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
             f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
             f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
         )
-    start_log = axolotl_config.prepare_debug_log
-    # It would delete the log that the last training left in output_dir.
+    start_log, start_ranks = axolotl_config.prepare_debug_log, axolotl_config.prepare_optim_env
+    # One would delete the log that the last training left in output_dir, the other set up the ranks
+    # that the file asks for (DeepSpeed opens a process group), where this process is alone.
     axolotl_config.prepare_debug_log = lambda _cfg: ""
+    axolotl_config.prepare_optim_env = lambda _cfg: None
     try:
         cfg = axolotl_config.load_cfg(str(path))
     except ValueError as error:  # pydantic's ValidationError is one
         raise click.ClickException(f"{path} is refused: {error}") from error
     finally:
         axolotl_config.prepare_debug_log = start_log
+        axolotl_config.prepare_optim_env = start_ranks
     config = DSKDConfig.of(cfg)
     if config is None:
         raise click.ClickException(
@@ -75,7 +78,7 @@ def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.ClickException(f"{path} is no YAML: {error}") from error
+        raise click.ClickException(f"{path} is no readable YAML: {error}") from error
 
 
 @main.command()

@@ -164,4 +164,6 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def _is_partitioned(parameter: Tensor) -> bool:
     status = getattr(parameter, "ds_status", None)
+    # One that is on its way would be left out of the gathering, and read before it is there.
+    assert status is None or status.name != "INFLIGHT"
     return status is not None and status.name != "AVAILABLE"

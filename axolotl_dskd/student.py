@@ -26,7 +26,9 @@ class Student:
         self.trainer = trainer
         self.vocab_size = vocab_size
         self._embedding = trainer.model.get_input_embeddings()
-        self._embedding_weight = self._embedding.weight
+        # Asked for within a forward, ZeRO-3 would take it for a parameter of the head from then on.
+        # Held under FSDP2, it would stay in memory beside the shards that take its place.
+        self._partitioned = self._embedding.weight if self._zero_stage == 3 else None
 
     @property
     def is_sharded(self) -> bool:
@@ -49,15 +51,14 @@ class Student:
         Under FSDP2 rank 0 may be the only one whose tensors have storage (`device` meta).
         """
         head = head_module(self.trainer.model)
-        with gathered((self._embedding_weight, *head.parameters())):
-            yield self.head(), self._embedding_weight
+        embedding = self._embedding.weight
+        with gathered((embedding, *head.parameters())):
+            yield self.head(), embedding
 
     @torch.no_grad()
     def embed(self, tokens: Side) -> tuple[Tensor, Tensor]:
         """[N, d] the embeddings of inputs and labels, without graph; within a forward."""
-        # Asked for within a forward, ZeRO-3 would take it for a parameter of the head from then on;
-        # FSDP2 puts another tensor in its place for the time of a forward.
-        weight = self._embedding_weight if self._zero_stage == 3 else self._embedding.weight
+        weight = self._embedding.weight if self._partitioned is None else self._partitioned
         with gathered([weight]):
             table = whole(weight)
             return table[tokens.input_ids], table[tokens.labels]
@@ -77,8 +78,8 @@ class Student:
         """Refuse a student that cannot be distilled into; once, as early as it is whole.
 
         Args:
-            training_has_begun: whether FSDP or ZeRO has taken hold of it. Only from then on can a
-                sharded student be run.
+            training_has_begun: whether FSDP or DeepSpeed has taken hold of it. Only from then on
+                can a sharded student be run, or one that DeepSpeed casts to one dtype.
 
         Raises:
             ValueError: it is spread over devices, or its head does something unknown to its logits.
@@ -90,7 +91,7 @@ class Student:
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
-        if training_has_begun == self.is_sharded:
+        if training_has_begun == (self.is_sharded or trainer.is_deepspeed_enabled):
             # Axolotl may keep head, norms, embeddings in float32 under bf16: autocast joins them.
             with trainer.accelerator.autocast():
                 check_output_head(trainer.model, "student")

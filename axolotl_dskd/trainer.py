@@ -266,7 +266,14 @@ class DSKDTrainer(AxolotlTrainer):
         if len(student) == 0:
             if isinstance(self.teacher, LiveTeacher) and self.teacher.is_sharded:
                 self.teacher(batch)  # the other ranks wait for this one's shards
-            return LossOutput((0.0 * hidden_BLd.float()).sum())
+            # Nor without its part in gathering what is sharded, forward and backward.
+            if self.teacher is not None and self.alignment == "cma":
+                self.student.embed(student)
+            loss = (0.0 * hidden_BLd.float()).sum()
+            for tensor in head.tensors():
+                if tensor is not None and tensor.requires_grad:
+                    loss = loss + (0.0 * tensor.flatten()[:1].float()).sum()
+            return LossOutput(loss)
         hidden_Nd = hidden_BLd[mask_BL]
         settings = self._loss_settings(hidden_Nd.dtype)
         call: dict[str, Any] = {

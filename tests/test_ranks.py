@@ -140,11 +140,12 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(folder: Path):
     assert "Say hello" in ranks[0]["error"]
 
 
-@pytest.mark.parametrize("shard", ["none", "full"])
-def test_a_rank_without_supervised_tokens_does_not_stop_the_others(folder: Path, shard: str):
-    teacher = {"base_model": str(folder / "teacher"), "shard": shard}
+@pytest.mark.parametrize("name", ["ddp", "teacher", "zero3", "zero3-lora", "fsdp2-lora"])
+def test_a_rank_without_supervised_tokens_does_not_stop_the_others(folder: Path, name: str):
     settings = {"micro_batch_size": 2, "max_steps": 4, "datasets": FORTY_ROWS}
-    job = config(folder, f"without-{shard}", dskd={"teacher": teacher}, **settings)
+    sharding, _, adapter = name.partition("-")
+    settings |= {**(way(folder, sharding) if name != "ddp" else {}), **(LORA if adapter else {})}
+    job = config(folder, f"without-{name}", **settings)
     [ranks] = launch(2, [{"do": "train_without_labels", "config": job, "rank": 1}], timeout=120)
     assert all(len(rank["losses"]) == 4 for rank in ranks)
     assert all(value == value and value > 0 for value in ranks[0]["losses"])

@@ -33,10 +33,22 @@ def is_to_be_sharded(config: TeacherConfig, *, student_is_sharded: bool) -> bool
 
     `auto` cuts it where the student is cut, too, if it can: not a quantised teacher, one with a
     `device_map`, or one behind a cache.
+
+    Raises:
+        ValueError: `full` for a checkpoint that is quantised already.
     """
     if world_size() == 1 or config.shard == "none":
         return False
-    return config.shard == "full" or (student_is_sharded and config.can_be_sharded)
+    if not (config.shard == "full" or (student_is_sharded and config.can_be_sharded)):
+        return False
+    if getattr(_described(config), "quantization_config", None) is None:
+        return True
+    if config.shard == "full":
+        raise ValueError(
+            f"dskd.teacher.shard: full cannot cut {config.base_model}, whose weights are stored "
+            "quantised. Use shard: none, or the unquantised model."
+        )
+    return False
 
 
 def load_sharded_teacher(config: TeacherConfig, device: torch.device) -> Any:
@@ -50,10 +62,11 @@ def load_sharded_teacher(config: TeacherConfig, device: torch.device) -> Any:
     """
     whole, problem = None, None
     if is_first():
+        dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
         try:
-            whole = load_teacher(config, torch.device("cpu"))
-        except ValueError as error:
-            problem = str(error)
+            whole = load_teacher(config.model_copy(update={"dtype": dtype}), torch.device("cpu"))
+        except Exception as error:  # whatever it is, the other ranks wait
+            problem = f"{type(error).__name__}: {error}"
     raise_together(problem, device)
     model = _empty(config, device)
     _shard(model, device)
@@ -76,16 +89,21 @@ def _empty(config: TeacherConfig, device: torch.device) -> Any:
     """The teacher without storage."""
     remote = config.trust_remote_code
     with apart_from_the_student(), init_empty_weights(include_buffers=True):
-        described = AutoConfig.from_pretrained(
-            config.base_model, revision=config.revision, trust_remote_code=remote
-        )
         optional = {"attn_implementation": config.attn_implementation}
         return AutoModelForCausalLM.from_config(
-            described,
+            _described(config),
             trust_remote_code=remote,
             dtype=resolve_dtype(config.dtype, device),
             **{key: value for key, value in optional.items() if value is not None},
         )
+
+
+def _described(config: TeacherConfig) -> Any:
+    return AutoConfig.from_pretrained(
+        config.base_model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _shard(model: Any, device: torch.device) -> None:
