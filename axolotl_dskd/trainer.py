@@ -115,6 +115,12 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _set_up_distillation(self) -> None:
         device = self.accelerator.device
+        if self.is_deepspeed_enabled and self.dskd.projector.warmup_steps:
+            # Not in the file that was validated, but in one of accelerate's.
+            raise ValueError(
+                "dskd.projector.warmup_steps does not work under DeepSpeed, which updates the "
+                "student within its backward. Remove it."
+            )
         self.student.check(training_has_begun=False)
         self.teacher = self._open_teacher(device)
         self._build_projectors(self.teacher, device)

@@ -44,10 +44,11 @@ from transformers import Trainer
 from axolotl_dskd import cli as cache_cli
 from axolotl_dskd import projectors
 from axolotl_dskd.cache import files, store
+from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
 from axolotl_dskd.ranks import gathered, raise_together, whole
-from axolotl_dskd.teacher import LiveTeacher, cached, identity, live
+from axolotl_dskd.teacher import LiveTeacher, cached, identity, live, load_sharded_teacher
 from axolotl_dskd.teacher import open as cache_open
 from axolotl_dskd.trainer import DSKDTrainer
 
@@ -195,6 +196,20 @@ def gathered_weight(hybrid: bool) -> dict[str, Any]:
         "same": torch.equal(gathered, before),
         "shard": linear.weight.to_local().shape[0],
         "grad": linear.weight.grad.full_tensor(),
+    }
+
+
+def sharded_teacher(model: str) -> dict[str, Any]:
+    """Logits of a teacher that is cut over the ranks, and how much of its layers is here."""
+    _process_group()
+    config = TeacherConfig(base_model=model, dtype="float32")
+    teacher = load_sharded_teacher(config, torch.device("cpu"))
+    layers = list(teacher.model.layers.parameters())
+    with torch.no_grad():
+        logits = teacher(input_ids=torch.arange(3, 19).unsqueeze(0), use_cache=False).logits
+    return {
+        "logits": logits,
+        "share": sum(p.to_local().numel() for p in layers) / sum(p.numel() for p in layers),
     }
 
 

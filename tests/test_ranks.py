@@ -112,6 +112,18 @@ def test_a_sharded_weight_is_gathered_and_gets_the_mean_gradient(world_size: int
         torch.testing.assert_close(rank["grad"], expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_teacher_is_the_teacher(tmp_path: Path, tied: bool):
+    model = tiny.tiny_llama(600, 48, seed=3, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(3, 19).unsqueeze(0)).logits
+    [ranks] = launch(2, [{"do": "sharded_teacher", "model": str(tmp_path)}])
+    for rank in ranks:
+        torch.testing.assert_close(rank["logits"], expected)
+        assert rank["share"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_the_problem_of_one_rank_stops_all():
     [ranks] = launch(2, [{"do": "stop", "rank": 1}], timeout=60)
     assert [rank["error"] for rank in ranks] == ["ValueError: rank 1: too hot"] * 2
@@ -249,7 +261,7 @@ def test_sharded_students_and_teachers_train_as_whole_ones(
     """The teacher reads few tokens at once: ranks need unlike many of its forwards."""
     settings = {**variants(world_size)[variant], **way(folder, name)}
     job = config(folder, f"{name}-{variant}", **settings)
-    [found] = run(world_size, {"do": "train_in_small_forwards", "tokens": 60, "config": job})
+    [found] = run(world_size, {"do": "train_in_small_forwards", "tokens": 110, "config": job})
     assert found["trainer"].startswith(WRAPPERS.get(name[:4], "FSDP"))
     assert found["teacher_is_sharded"] == (name != "zero2")
     assert_same_training(trained[1][variant], found)

@@ -47,6 +47,11 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "qlora": ({**QUANTISED, **LORA, "bf16": True}, {}, 0.05),
     "qlora-fsdp2": ({**QUANTISED, **LORA, "bf16": True}, SHARDED, 0.05),
     "qlora-zero2": ({**QUANTISED, **LORA, "bf16": True}, zero(2), 0.05),
+    "bfloat16-zero2": (
+        {"bf16": True},
+        {"deepspeed": zero(2)["deepspeed"] | {"bf16": {"enabled": True}}},
+        0.05,
+    ),
     "bfloat16-zero3": (
         {"bf16": True},
         {"deepspeed": zero(3)["deepspeed"] | {"bf16": {"enabled": True}}},
