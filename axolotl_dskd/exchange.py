@@ -95,7 +95,7 @@ class Exchange:
         self.causal = causal
         self.translation = translation
         self._start_report = start_report
-        self._first_step: int | None = None
+        self._saw_the_start = False
 
     def __call__(
         self,
@@ -148,16 +148,18 @@ class Exchange:
 
         Args:
             states, heads: student's first.
-            step: number of the optimizer step.
+            step: optimizer steps made so far. Projectors of a resumed run are past their start.
         """
         report = self._start_report
         if report is None:
             return
-        if self._first_step is None:
-            self._first_step = step
-        if step == self._first_step:
+        if step == 0:
+            self._saw_the_start = True
             report.add(exchanged.pairs, exchanged.aligned, states, heads)
-        if report.complete or step != self._first_step:
+        elif not self._saw_the_start:
+            self._start_report = None
+            return
+        if report.complete or step:
             self._start_report = None
             LOG.info(report.text())
             if warning := report.warning():

@@ -99,15 +99,19 @@ def test_auto_takes_exact_pairs_where_most_tokens_have_one(
 
 
 @pytest.mark.slow
-def test_resumed_goes_on_as_uninterrupted_also_where_s2t_follows(pair_folder: Path, train: Train):
+def test_resumed_goes_on_as_uninterrupted_also_where_s2t_follows(
+    pair_folder: Path, train: Train, said: list[str]
+):
     block = dskd(pair_folder, alignment="eta")
     base = tiny.base_config(pair_folder, dskd=block, max_steps=6, save_strategy="steps")
     base |= {"save_steps": 3, "learning_rate": 0.01}
     _, straight = train(base | {"output_dir": str(pair_folder / "straight")})
     assert straight.head_follower is not None
     checkpoint = pair_folder / "straight" / "checkpoint-3"
+    said.clear()
     _, resumed = train(
         base
         | {"output_dir": str(pair_folder / "resumed"), "resume_from_checkpoint": str(checkpoint)}
     )
     assert losses(resumed)[-3:] == pytest.approx(losses(straight)[-3:], rel=1e-5)
+    assert not any("Projectors at the start" in m for m in said)  # they are past it
