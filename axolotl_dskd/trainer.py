@@ -27,13 +27,14 @@ from axolotl_dskd.exchange import Exchange
 from axolotl_dskd.heads import captured_head_input, single
 from axolotl_dskd.losses import LossSettings, dual_space_loss
 from axolotl_dskd.metrics import MetricSums
+from axolotl_dskd.projector_optimizer import ProjectorOptimizer, check_checkpoint
 from axolotl_dskd.projector_start import (
     HeadFollower,
     SharedIds,
     StartReport,
     start_projectors,
 )
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors, check_checkpoint
+from axolotl_dskd.projectors import Projectors
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.settings import loss_settings
 from axolotl_dskd.student import Student

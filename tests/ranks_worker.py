@@ -42,11 +42,12 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from axolotl_dskd import cli as cache_cli
-from axolotl_dskd import projectors
+from axolotl_dskd import projector_optimizer
 from axolotl_dskd.cache import files, store
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.data import DualCollator
-from axolotl_dskd.projectors import ProjectorOptimizer, Projectors
+from axolotl_dskd.projector_optimizer import ProjectorOptimizer
+from axolotl_dskd.projectors import Projectors
 from axolotl_dskd.ranks import gathered, raise_together, whole
 from axolotl_dskd.teacher import LiveTeacher, cached, identity, live, load_sharded_teacher
 from axolotl_dskd.teacher import open as cache_open
@@ -428,7 +429,7 @@ def train_and_die(config: dict[str, Any], step: int, saving: bool, rank: int = 0
         os.kill(os.getpid(), signal.SIGKILL)
 
     if saving:
-        save_file, written = projectors.save_file, []
+        save_file, written = projector_optimizer.save_file, []
 
         def save(tensors: Any, path: Any) -> None:
             if f"checkpoint-{step}" in Path(path).parts:
@@ -437,7 +438,7 @@ def train_and_die(config: dict[str, Any], step: int, saving: bool, rank: int = 0
                 written.append(path)
             save_file(tensors, path)
 
-        projectors.save_file = save
+        projector_optimizer.save_file = save
     else:
         loss = DSKDTrainer.compute_loss
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from axolotl_dskd.projector_optimizer import ProjectorOptimizer
 from axolotl_dskd.projectors import (
-    ProjectorOptimizer,
     Projectors,
     SharedTokens,
     least_squares,
@@ -111,7 +111,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("axolotl_dskd.projectors.save_file", interrupted)
+    monkeypatch.setattr("axolotl_dskd.projector_optimizer.save_file", interrupted)
     which = optimizer()
     step(which, 0)
     with pytest.raises(OSError, match="disk full"):
