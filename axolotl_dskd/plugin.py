@@ -32,6 +32,6 @@ class DSKDPlugin(BasePlugin):
         config = DSKDConfig.of(cfg)
         if config is None or not config.uses_teacher:
             return None
-        from axolotl_dskd.trainer import DSKDTrainer
+        from axolotl_dskd.training.trainer import DSKDTrainer
 
         return DSKDTrainer.for_config(config)

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def train(validated: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
 def cache_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the teacher's cache warns of (Axolotl's logging lets nothing through to caplog)."""
     from axolotl_dskd.cache import store
-    from axolotl_dskd.teacher import identity, open
+    from axolotl_dskd.teacher.cached import identity, open
 
     said: list[str] = []
     for module in (store, identity, open):

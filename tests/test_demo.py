@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests import tiny
+from tests.support import tiny
 
 FOLDER = Path(__file__).parent.parent / "example_configs" / "demo"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_dskd.heads import (
+from axolotl_dskd.models.heads import (
     captured_head_input,
     check_output_head,
     head_module,

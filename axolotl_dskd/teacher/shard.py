@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from axolotl_dskd.config import TeacherConfig
-from axolotl_dskd.heads import head_module
+from axolotl_dskd.models.heads import head_module
 from axolotl_dskd.ranks import is_first, raise_together, share_first, world_size
 from axolotl_dskd.teacher.load import (
     apart_from_the_student,

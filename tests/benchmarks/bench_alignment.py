@@ -46,16 +46,16 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from axolotl_dskd.alignment import align_exact_pairs, teacher_targets
 from axolotl_dskd.data.byte_spans import exact_pairs, tile
 from axolotl_dskd.data.collator import _pairs
 from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import translation
-from axolotl_dskd.projectors import least_squares
+from axolotl_dskd.objectives.dual_space import align_exact_pairs, teacher_targets
+from axolotl_dskd.objectives.dual_space.projectors import least_squares
 from axolotl_dskd.types import DualBatch, Side, TeacherSignal
-from tests.test_byte_spans import FRAGMENTS, end_token, one_side
-from tests.test_token_bytes import TOKENIZERS, _table
+from tests.data.test_byte_spans import FRAGMENTS, end_token, one_side
+from tests.data.test_token_bytes import TOKENIZERS, _table
 
 PAIRS = [
     ("Mistral v1", "DeepSeek"),

@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from axolotl_dskd.config import DivergenceName
-from axolotl_dskd.losses import LossSettings, auto_chunk_tokens, dual_space_loss, make_divergence
+from axolotl_dskd.losses import make_divergence
+from axolotl_dskd.objectives.dual_space.loss import LossSettings, auto_chunk_tokens, dual_space_loss
 from axolotl_dskd.types import OutputHead
-from tests import naive
+from tests.support import naive
 
 #: name -> (tokens, d, D, V, U)
 SIZES = {

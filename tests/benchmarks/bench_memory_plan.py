@@ -1,7 +1,7 @@
 """The memory plan of `axolotl-dskd inspect` over what trainings held, as ratios.
 
 Run: `python -m tests.benchmarks.bench_memory_plan [--gpu]`; about a minute a case on a CPU. The
-trainings are those of tests/test_memory_plan.py: random models, rows of one length.
+trainings are those of tests/commands/test_memory_plan.py: random models, rows of one length.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.measured_memory import large_run, measure
-from tests.test_memory_plan import CASES, SIZES
+from tests.commands.test_memory_plan import CASES, SIZES
+from tests.support.measured_memory import large_run, measure
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests import tiny
-from tests.ranks import launch
+from tests.support import tiny
+from tests.support.ranks import launch
 
 SHORT, LONG = 4, 24
 ROWS = 160

@@ -48,8 +48,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from axolotl_dskd.cache import Codec, RowReader, RowStore, shard_paths
 from axolotl_dskd.teacher import CacheableRows, CachedTeacher, LiveTeacher, fill, missing_rows
-from axolotl_dskd.teacher.tables import EmbeddingTable
-from tests import tiny
+from axolotl_dskd.teacher.cached.tables import EmbeddingTable
+from tests.support import tiny
 
 CPU = torch.device("cpu")
 
@@ -189,7 +189,7 @@ def fill_ahead(config: dict[str, Any], pipe: Connection) -> None:
     from axolotl.cli.config import load_cfg
     from axolotl.utils.dict import DictDefault
 
-    from axolotl_dskd.cache_command import write_cache
+    from axolotl_dskd.commands.cache import write_cache
     from axolotl_dskd.config import DSKDConfig
 
     cfg = load_cfg(DictDefault(config))
@@ -388,7 +388,7 @@ def main() -> None:
         reading(arguments.teacher, console)
     # Imported once, before the processes of the trainings fork.
     importlib.import_module("axolotl.train")
-    importlib.import_module("axolotl_dskd.trainer")
+    importlib.import_module("axolotl_dskd.training.trainer")
     if arguments.only in (None, "losses"):
         losses(console)
     if arguments.only in (None, "steps"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.measured_memory import ADAPTER, large_run, measure
+from tests.support.measured_memory import ADAPTER, large_run, measure
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,332 @@
+"""`axolotl-dskd cache`: the teacher run once, ahead of training, alone on its device.
+
+Joins Axolotl's data pipeline with the teacher and its cache, as the trainer does.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.common.datasets import load_datasets
+from axolotl.utils.logging import get_logger
+from rich.console import Console
+from rich.table import Table
+
+from axolotl_dskd.cache import (
+    TEMPORARY,
+    Damaged,
+    Plan,
+    RowReader,
+    folder_status,
+    plan_prune,
+    prune,
+    read_json,
+    shard_paths,
+    verify_shard,
+    write_json,
+)
+from axolotl_dskd.config import DSKDConfig, TeacherConfig
+from axolotl_dskd.data import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.progress import Progress, quantity
+from axolotl_dskd.teacher import (
+    CacheableRows,
+    CachedTeacher,
+    describe,
+    fill,
+    missing_rows,
+    open_cached_teacher,
+)
+from axolotl_dskd.teacher.cached.fidelity import STORAGES, Fidelity, storage_fidelity
+from axolotl_dskd.teacher.cached.identity import TeacherIdentity
+from axolotl_dskd.teacher.cached.open import IDENTITY, TABLES, cache_folder
+from axolotl_dskd.teacher.cached.tables import read_tables
+
+LOG = get_logger(__name__)
+
+FIDELITY = "fidelity.json"
+_PROBE_TOKENS = 2048
+
+
+def checked_teacher(config: DSKDConfig) -> TeacherConfig:
+    """The teacher's configuration.
+
+    Raises:
+        ValueError: nothing is to be cached.
+    """
+    if config.teacher.cache is None:
+        raise ValueError(
+            "there is no `cache:` in dskd.teacher. Add\n"
+            "dskd:\n  teacher:\n    cache:\n      path: ./outputs/teacher-cache"
+        )
+    if not config.uses_teacher:
+        raise ValueError("kd_ratio is 0: training needs no teacher, so there is nothing to cache.")
+    return config.teacher
+
+
+def default_device() -> torch.device:
+    """Where the teacher goes unless it has a device_map."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _rows(cfg: Any) -> CacheableRows:
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    evaluation = meta.eval_dataset
+    parts = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    return CacheableRows([d for d in (meta.train_dataset, *parts) if d is not None])
+
+
+def write_cache(
+    cfg: Any, config: DSKDConfig, out: TextIO, *, part: tuple[int, int] = (0, 1)
+) -> None:
+    """Cache every row of the configuration's datasets; those that are cached are skipped.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        config: its `dskd:` block.
+        out: what was done is said there.
+        part: do the rows of this number out of so many, from 0: one process per GPU.
+
+    Raises:
+        ValueError: the teacher cannot be used, or there is not enough room.
+        OSError: the cache's folder cannot be written.
+    """
+    teacher_config, device = checked_teacher(config), default_device()
+    assert teacher_config.cache is not None
+    _check_writable(Path(teacher_config.cache.path))
+    rows = _rows(cfg)
+    vocab_size = vocabulary_size(load_teacher_tokenizer(config))
+    teacher = open_cached_teacher(teacher_config, vocab_size, device)
+    store = teacher.store
+    missing = missing_rows(teacher, rows, part)
+    width = teacher.codec.bytes_per_token
+    print(f"{store.folder}: {describe(rows, missing_rows(teacher, rows), width)}", file=out)
+    out.flush()
+    if len(missing):
+        _check_room(teacher, int(rows.tokens[missing].sum()) * width)
+        fill(teacher, rows, missing, device)
+    if store.full is not None or not (store.folder / TABLES).exists():
+        raise ValueError(
+            f"the cache takes no more: {store.full or 'no room for head and embedding'}. What was "
+            "written stays; free space (or raise max_size, use dtype int8 or int4, --prune) and "
+            "run this again."
+        )
+    if teacher.body is not None:
+        found = _measure(teacher, rows, device)
+        _print_fidelity(found, int(rows.tokens.sum()), out)
+        write_json(store.folder / FIDELITY, {f.storage: f.as_dict() for f in found})
+    left = missing_rows(teacher, rows)
+    if not len(left):
+        print(
+            "Complete: training on this configuration never loads the teacher's layers.", file=out
+        )
+    elif part[1] > 1:
+        print(f"This part is done; {len(left):,} samples are other parts'.", file=out)
+
+
+def _check_writable(root: Path) -> None:
+    """Before hours of work, not after.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    probe = root / f".{secrets.token_hex(4)}{TEMPORARY}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"dskd.teacher.cache.path: nothing can be written to {root} ({error.strerror}). "
+            "Name a folder on a disk with room."
+        ) from error
+
+
+def _check_room(teacher: CachedTeacher, needed: int) -> None:
+    store = teacher.store
+    status = folder_status(store.root)
+    what = (
+        f"{quantity(needed, 'bytes')} are to be written as {teacher.codec.storage}, but "
+        "{room}. Smaller: dskd.teacher.cache.dtype int8 takes about half of bfloat16, int4 about "
+        "a quarter. What other runs left goes with --prune."
+    )
+    if store.max_bytes is not None and status.used + needed > store.max_bytes:
+        used, limit = quantity(status.used, "bytes"), quantity(store.max_bytes, "bytes")
+        raise ValueError(what.format(room=f"{store.root} has {used} of max_size {limit} already"))
+    if needed > status.free:
+        room = f"the disk of {store.root} has {quantity(status.free, 'bytes')} free"
+        raise ValueError(what.format(room=room))
+
+
+def _measure(teacher: CachedTeacher, rows: CacheableRows, device: torch.device) -> list[Fidelity]:
+    """On random rows of about two thousand supervised tokens."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    count = int(np.searchsorted(rows.tokens[order].cumsum(), _PROBE_TOKENS)) + 1
+    signal = teacher.load_body()(rows.batch(order[:count], 0, device))
+    return storage_fidelity(signal.hidden[:_PROBE_TOKENS], teacher.head)
+
+
+def _print_fidelity(found: list[Fidelity], tokens: int, out: TextIO) -> None:
+    table = Table(title=f"What a stored state loses, on {found[0].tokens:,} supervised tokens")
+    heads = ("bytes/token", "these datasets", "KL from bfloat16", "its p99", "same first choice")
+    table.add_column("dtype")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for one in found:
+        same = one.storage == "bfloat16"
+        table.add_row(
+            one.storage,
+            f"{one.bytes_per_token:,}",
+            quantity(one.bytes_per_token * tokens, "bytes"),
+            "-" if same else f"{one.kl_mean:.1e}",
+            "-" if same else f"{one.kl_p99:.1e}",
+            "-" if same else f"{one.agreement:.1%}",
+        )
+    _console(out).print(table)
+
+
+def _console(out: TextIO) -> Console:
+    """Rich takes 80 columns where there is no terminal, and would cut paths."""
+    return Console(file=out, width=None if out.isatty() else 120)
+
+
+def verify_cache(config: DSKDConfig) -> list[str]:
+    """Read every byte; take damaged samples out. What was damaged, file by file.
+
+    Raises:
+        ValueError: there is no such teacher, or nothing of it is cached.
+    """
+    teacher = checked_teacher(config)
+    identity, folder = cache_folder(teacher, default_device())
+    if not folder.exists():
+        what = " ".join(filter(None, (identity.content[k] for k in ("dtype", "quantisation"))))
+        raise ValueError(f"nothing is cached of this teacher ({what}) yet: there is no {folder}")
+    found = []
+    paths = shard_paths(folder)
+    sizes = [path.stat().st_size for path in paths]
+    with Progress(f"Checking {folder}", sum(sizes), "bytes") as progress:
+        for path, size in zip(paths, sizes, strict=True):
+            if damage := verify_shard(path):
+                found.append(damage)
+            progress.advance(size)
+    for path, read in (
+        (folder / TABLES, lambda path: read_tables(path, 1 << 40, torch.device("cpu"))),
+        (folder / IDENTITY, read_json),
+        (folder / FIDELITY, read_json),
+    ):
+        try:
+            read(path)
+        except Damaged as error:
+            path.unlink(missing_ok=True)
+            found.append(str(error))
+    return found
+
+
+def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
+    """Say what the folder holds, and how much of the configuration's rows.
+
+    Raises:
+        ValueError: there is no such teacher.
+    """
+    teacher = checked_teacher(config)
+    assert teacher.cache is not None
+    _, folder = cache_folder(teacher, default_device())
+    root = Path(teacher.cache.path)
+    status = folder_status(root)
+    used, free = quantity(status.used, "bytes"), quantity(status.free, "bytes")
+    print(f"{root}: {used} used, {free} free", file=out)
+    table = Table()
+    for head in ("teacher", "dtype", "storage", "samples", "tokens", "bytes", ""):
+        table.add_column(
+            head, justify="right" if head in ("samples", "tokens", "bytes") else "left"
+        )
+    for path in sorted(p.parent for p in root.glob(f"*/{IDENTITY}")):
+        table.add_row(*_line(path), "this configuration" if path == folder else "")
+    _console(out).print(table)
+    rows = _rows(cfg)
+    reader = RowReader(folder)
+    width = reader.shards[0].bytes_per_token if reader.shards else 0
+    missing = np.flatnonzero(reader.missing(rows.keys))
+    print(f"This configuration: {describe(rows, missing, width)}", file=out)
+    if (found := _note(folder / FIDELITY)) is not None:
+        fidelity = [Fidelity(**found[storage]) for storage in STORAGES]
+        _print_fidelity(fidelity, int(rows.tokens.sum()), out)
+    if status.abandoned:
+        print(f"{len(status.abandoned)} files of killed processes; --prune removes them.", file=out)
+
+
+def _note(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(path)
+    except Damaged as error:
+        LOG.warning(str(error))
+        return None
+
+
+def _line(folder: Path) -> list[str]:
+    note = _note(folder / IDENTITY) or {}
+    content = note.get("content", {})
+    reader = RowReader(folder)
+    return [
+        str(note.get("base_model", "?")),
+        " ".join(filter(None, (content.get("dtype", "?"), content.get("quantisation")))),
+        folder.name.rpartition("-")[2],
+        f"{sum(len(shard.keys) for shard in reader.shards):,}",
+        f"{sum(int(shard.ends[-1]) for shard in reader.shards):,}",
+        quantity(folder_status(folder).used, "bytes"),
+    ]
+
+
+def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
+    """What in the cache's folder this configuration has no use for; nothing is removed yet.
+
+    Returns:
+        The plan and its lines in words.
+
+    Raises:
+        ValueError: there is no such teacher.
+    """
+    teacher = checked_teacher(config)
+    assert teacher.cache is not None
+    identity, folder = cache_folder(teacher, default_device())
+    plan = plan_prune(folder, _rows(cfg).keys)
+    root = Path(teacher.cache.path)
+    for path in folder_status(root).abandoned:
+        plan.drop(path, "left by a killed process")
+    lines = [f"{path}: {why}" for path, why in plan.remove]
+    lines += [
+        f"{shard.path}: {len(shard.keys) - len(stay)} of {len(shard.keys)} samples that this "
+        "configuration does not use, or that stand there twice"
+        for shard, stay in plan.rewrite
+    ]
+    for other in sorted(p.parent for p in root.glob(f"*/{IDENTITY}") if p.parent != folder):
+        if _only_dtype_differs(teacher, identity, other):
+            LOG.warning(f"{other} stays: it is of this teacher where dtype auto is another")
+            continue
+        lines.append(f"{other}: another teacher or storage ({', '.join(_line(other)[:3])})")
+        for path in other.iterdir():
+            plan.drop(path, "")
+    return plan, lines
+
+
+def _only_dtype_differs(teacher: TeacherConfig, identity: TeacherIdentity, other: Path) -> bool:
+    """Whether a folder is this configuration's on another machine, say one that has a GPU."""
+    content = (_note(other / IDENTITY) or {}).get("content", {})
+    same_but = {**content, "dtype": identity.content["dtype"]} == identity.content
+    storage = teacher.cache.storage if teacher.cache else ""
+    return teacher.dtype == "auto" and same_but and other.name.endswith(f"-{storage}")
+
+
+def carry_out(plan: Plan) -> str:
+    """Prune; how much it freed, in words."""
+    steps = len(plan.remove) + len(plan.rewrite)
+    with Progress("Pruning", steps, "files") as progress:
+        prune(plan, progress.advance)
+    for folder in {path.parent for path, _ in plan.remove}:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return f"Freed about {quantity(plan.saved, 'bytes')}"

@@ -1,0 +1,1 @@
+"""The models: their output heads, and the student whole or sharded."""

@@ -1,0 +1,117 @@
+"""The student as distillation sees it: its head, its embeddings, whole or sharded.
+
+The one place that knows how FSDP2, ZeRO and mixed precision change where the student's parameters
+are and when they can be read. Knows the trainer's model and accelerator; nothing of teachers,
+batches or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axolotl_dskd.models.heads import check_output_head, head_module, output_head
+from axolotl_dskd.ranks import gathered, whole
+from axolotl_dskd.types import OutputHead, Side
+
+
+class Student:
+    """Args: trainer, whose model it is; vocab_size, ids that its tokenizer can emit."""
+
+    def __init__(self, trainer: Any, vocab_size: int) -> None:
+        self.trainer = trainer
+        self.vocab_size = vocab_size
+        self._embedding = trainer.model.get_input_embeddings()
+        # Asked for within a forward, ZeRO-3 would take it for a parameter of the head from then on.
+        # Held under FSDP2, it would stay in memory beside the shards that take its place.
+        self._partitioned = self._embedding.weight if self._zero_stage == 3 else None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank holds a part of the student only, once training has begun."""
+        return bool(self.trainer.is_fsdp_enabled) or self._zero_stage == 3
+
+    @property
+    def _zero_stage(self) -> int:
+        plugin = self.trainer.accelerator.state.deepspeed_plugin
+        return 0 if plugin is None else int(plugin.zero_stage)
+
+    def head(self) -> OutputHead:
+        """The output head as it is now. Of a sharded student: within its forward or `gathered`."""
+        return output_head(self.trainer.model, self.vocab_size)
+
+    @contextmanager
+    def gathered(self) -> Iterator[tuple[OutputHead, Tensor]]:
+        """Head and input embedding [V, d] outside a forward, before training has begun.
+
+        Under FSDP2 rank 0 may be the only one whose tensors have storage (`device` meta).
+        """
+        head = head_module(self.trainer.model)
+        embedding = self._embedding.weight
+        with gathered((embedding, *head.parameters())):
+            yield self.head(), embedding
+
+    @torch.no_grad()
+    def embed(self, tokens: Side) -> tuple[Tensor, Tensor]:
+        """[N, d] the embeddings of inputs and labels, without graph; within a forward."""
+        weight = self._embedding.weight if self._partitioned is None else self._partitioned
+        with gathered([weight]):
+            table = whole(weight)
+            return table[tokens.input_ids], table[tokens.labels]
+
+    @property
+    def loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss by in its next backward (float16), else 1.
+
+        It may change it within the last backward of a step: ask before. Without DeepSpeed a
+        gradient scaler does it, which knows by itself.
+        """
+        if not self.trainer.is_deepspeed_enabled:
+            return 1.0
+        return float(getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0))
+
+    def check(self, *, training_has_begun: bool) -> None:
+        """Refuse a student that cannot be distilled into; once, as early as it is whole.
+
+        Args:
+            training_has_begun: whether FSDP or DeepSpeed has taken hold of it. Only from then on
+                can a sharded student be run, or one that DeepSpeed casts to one dtype.
+
+        Raises:
+            ValueError: it is spread over devices, or its head does something unknown to its logits.
+        """
+        trainer = self.trainer
+        placed = set((getattr(trainer.model, "hf_device_map", None) or {"": ""}).values())
+        if len(placed) > 1:
+            raise ValueError(
+                f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
+                "not supported. Start one process per GPU, or use one GPU."
+            )
+        if training_has_begun == (self.is_sharded or trainer.is_deepspeed_enabled):
+            # Axolotl may keep head, norms, embeddings in float32 under bf16: autocast joins them.
+            with trainer.accelerator.autocast():
+                check_output_head(trainer.model, "student")
+
+    def check_sizes(
+        self, head: OutputHead, embedding: Tensor, *, compares_embeddings: bool
+    ) -> None:
+        """Refuse a head or an embedding that does not fit the tokenizer or the alignment.
+
+        Raises:
+            ValueError: with what does not fit.
+        """
+        if head.weight.shape[0] < self.vocab_size:
+            raise ValueError(
+                f"the student's tokenizer has ids up to {self.vocab_size - 1}, but its "
+                f"output head only {head.weight.shape[0]} rows. Remove added tokens, or let "
+                "Axolotl resize the embeddings (`tokens:`)."
+            )
+        if compares_embeddings and embedding.shape[1] != head.hidden_size:
+            raise ValueError(
+                f"the student embeds tokens in {embedding.shape[1]} numbers but its head takes "
+                f"{head.hidden_size}; cross-model attention does not support such students."
+            )

@@ -1,0 +1,1 @@
+"""What is learned: one folder or file for each objective."""

@@ -1,0 +1,1 @@
+"""A teacher whose hidden states are kept on disk."""

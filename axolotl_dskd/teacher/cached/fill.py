@@ -1,0 +1,137 @@
+"""Run the teacher over rows of datasets that are not cached yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from axolotl_dskd.cache import dataset_keys
+from axolotl_dskd.progress import Progress, quantity
+from axolotl_dskd.teacher import live
+from axolotl_dskd.teacher.cached.teacher import CachedTeacher
+from axolotl_dskd.types import IGNORE_INDEX, DualBatch
+
+LOG = get_logger(__name__)
+
+_ROWS_AT_ONCE = 64
+
+
+class CacheableRows:
+    """The distinct samples of some prepared datasets, and what each is filed under.
+
+    Attributes:
+        keys: [n, 16] uint8.
+        tokens: [n] supervised teacher tokens.
+        lengths: [n] teacher tokens that the teacher has to read.
+    """
+
+    def __init__(self, datasets: list[Any]) -> None:
+        self._datasets = datasets
+        parts = [dataset_keys(dataset) for dataset in datasets]
+        which = [np.full(len(keys), number) for number, (keys, _, _) in enumerate(parts)]
+        rows = [np.arange(len(keys)) for keys, _, _ in parts]
+        keys, tokens, lengths = (np.concatenate(column) for column in zip(*parts, strict=True))
+        place = np.stack([np.concatenate(which), np.concatenate(rows)], 1)
+        _, first = np.unique(keys, axis=0, return_index=True)
+        kept = first[tokens[first] > 0]
+        self.keys, self.tokens, self.lengths = keys[kept], tokens[kept], lengths[kept]
+        self._place = place[kept]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def batch(self, rows: np.ndarray, pad_id: int, device: torch.device) -> DualBatch:
+        """Some samples' teacher sides, padded; the student's side is empty."""
+        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for number, row in self._place[rows].tolist():
+            sample = self._datasets[number][row]
+            for side, column in zip(sides, ("teacher_input_ids", "teacher_labels"), strict=True):
+                side.append(torch.as_tensor(sample[column], dtype=torch.long))
+        ids, labels = sides
+        nothing = torch.zeros((0, 1), dtype=torch.long, device=device)
+        return DualBatch(
+            nothing,
+            nothing,
+            nothing,
+            pad_sequence(ids, True, pad_id).to(device),
+            pad_sequence(labels, True, IGNORE_INDEX).to(device),
+            pad_sequence([torch.ones_like(i) for i in ids], True).to(device),
+        )
+
+
+def missing_rows(
+    teacher: CachedTeacher, rows: CacheableRows, part: tuple[int, int] = (0, 1)
+) -> np.ndarray:
+    """Indices of the samples that no shard holds.
+
+    Args:
+        teacher, rows: whose samples.
+        part: only those of this process, (its number from 0, how many there are). Which these are
+            does not depend on what the others have written meanwhile.
+    """
+    teacher.store.rescan(list_anyway=True)
+    missing = np.flatnonzero(teacher.store.missing(rows.keys))
+    number, parts = part
+    return missing[missing % parts == number]
+
+
+def fill(
+    teacher: CachedTeacher, rows: CacheableRows, todo: np.ndarray, device: torch.device
+) -> None:
+    """Compute and write samples, longest first; what is out of memory runs in smaller groups.
+
+    Returns when all are written, or the disk is full (`teacher.store.full`).
+
+    Raises:
+        ValueError: the teacher cannot be loaded, its states are not finite, or one sample alone
+            is out of memory.
+    """
+    if not len(todo):
+        return
+    body = teacher.load_body()
+    todo = todo[np.argsort(-rows.lengths[todo], kind="stable")]
+    budget = body.max_tokens_per_forward or live.MAX_TOKENS_PER_FORWARD
+    total = int(rows.lengths[todo].sum())
+    at = 0
+    try:
+        with Progress("Teacher states", total, "tokens") as progress:
+            while at < len(todo) and teacher.store.full is None:
+                group = todo[at : at + _ROWS_AT_ONCE]
+                size = max(1, min(len(group), budget // max(1, int(rows.lengths[group[0]]))))
+                group = group[:size]
+                longest = int(rows.lengths[group[0]])
+                try:
+                    teacher.compute(rows.batch(group, 0, device), list(range(size)))
+                except torch.OutOfMemoryError as error:
+                    if size == 1:
+                        raise ValueError(
+                            f"out of memory on one sample of {longest} teacher tokens. Set "
+                            "dskd.teacher.load_in_4bit: true, a device_map that offloads layers, "
+                            f"or a smaller dskd.teacher.sequence_len. ({error})"
+                        ) from error
+                    budget = size * longest // 2
+                    body.max_tokens_per_forward = budget
+                    LOG.warning(f"Out of memory; the teacher goes on with {budget} tokens at once")
+                else:
+                    at += size
+                    progress.advance(int(rows.lengths[group].sum()))
+                    continue
+                torch.cuda.empty_cache()  # only here has the failed forward let go of its memory
+    finally:  # also what was computed before an error, or before Ctrl-C
+        teacher.store.flush()
+
+
+def describe(rows: CacheableRows, missing: np.ndarray, bytes_per_token: int) -> str:
+    """How much of the rows is cached, in words; `bytes_per_token` is 0 where it is not known."""
+    done = len(rows) - len(missing)
+    text = f"{done:,} of {len(rows):,} samples cached"
+    if len(missing):
+        size = int(rows.tokens[missing].sum()) * bytes_per_token
+        text += f", {quantity(rows.tokens[missing].sum(), 'supervised tokens')} to go"
+        text += f" ({quantity(size, 'bytes')})" if size else ""
+    return text

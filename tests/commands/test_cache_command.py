@@ -1,0 +1,151 @@
+"""`axolotl-dskd cache`, in this process."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from axolotl_dskd.cache import read_json, write_json
+from axolotl_dskd.commands.cli import main
+from tests.support import tiny
+from tests.teacher.test_cached_teacher import loads, losses  # noqa: F401
+
+Train = Callable[[dict[str, Any]], Any]
+
+
+def config(folder: Path, **cache: Any) -> dict[str, Any]:
+    block = {"path": str(folder / "cache"), "dtype": "float32", **cache}
+    teacher = {"base_model": str(folder / "teacher"), "cache": block}
+    return tiny.base_config(folder, dskd={"teacher": teacher}, val_set_size=0.25)
+
+
+def command(folder: Path, content: dict[str, Any], *options: str) -> Result:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return CliRunner().invoke(main, ["cache", str(path), *options])
+
+
+def test_written_ahead_it_gives_the_live_runs_losses_and_no_teacher_is_loaded(
+    pair_folder: Path,
+    train: Train,
+    loads: list[int],  # noqa: F811
+):
+    cached = config(pair_folder)
+    plain = {**cached, "dskd": {"teacher": {"base_model": str(pair_folder / "teacher")}}}
+    expected = losses(train(plain)[1])
+    result = command(pair_folder, cached)
+    assert result.exit_code == 0, result.output
+    assert "16 samples cached" in result.output
+    assert "Complete" in result.output
+    assert "base_model" not in result.stdout  # what Axolotl logs is no part of the answer
+    assert "Complete" in result.stdout
+    errors = dict(re.findall(r"│ (int\d) .*│ +([\d.e-]+) │ +[\d.e-]+ │", result.output))
+    assert 0 < float(errors["int8"]) < float(errors["int4"]) < 0.1
+    assert len(loads) == 1
+    assert losses(train(cached)[1]) == pytest.approx(expected, rel=1e-6)
+    again = command(pair_folder, cached)
+    assert "16 of 16 samples cached" in again.output
+    assert len(loads) == 1
+
+
+@pytest.mark.slow
+def test_parts_make_up_the_whole(pair_folder: Path):
+    one = command(pair_folder, config(pair_folder), "--part", "1/2")
+    assert "samples are other parts'" in one.output
+    two = command(pair_folder, config(pair_folder), "--part", "2/2")
+    assert "16 of 16 samples cached" not in two.output
+    assert "Complete" in two.output
+    assert command(pair_folder, config(pair_folder), "--part", "3/2").exit_code == 2
+
+
+def test_verify_names_the_damaged_files_and_the_next_run_computes_what_they_lost(
+    pair_folder: Path,
+):
+    cached = config(pair_folder)
+    command(pair_folder, cached)
+    assert "No damage" in command(pair_folder, cached, "--verify").output
+    shard = next(pair_folder.glob("cache/*/states-*"))
+    head = next(pair_folder.glob("cache/*/head.safetensors"))
+    for path in (shard, head):
+        content = bytearray(path.read_bytes())
+        content[-100] ^= 1
+        path.write_bytes(content)
+    found = command(pair_folder, cached, "--verify")
+    assert found.exit_code == 1
+    assert f"{shard} is damaged: 1 of 16 samples are lost" in found.output
+    assert f"{head} is damaged" in found.output
+    assert "2 damaged files" in found.output
+    assert "No damage" in command(pair_folder, cached, "--verify").output
+    repaired = command(pair_folder, cached)
+    assert "15 of 16 samples cached" in repaired.output
+    assert "Complete" in repaired.output
+
+
+@pytest.mark.slow
+def test_info_shows_every_teacher_and_prune_keeps_only_what_the_config_uses(pair_folder: Path):
+    command(pair_folder, config(pair_folder, dtype="int4"))
+    cached = config(pair_folder)
+    command(pair_folder, cached)
+    shown = command(pair_folder, cached, "--info").output
+    assert "int4" in shown
+    assert "16 of 16 samples cached" in shown
+    here = next(pair_folder.glob("cache/*-float32"))
+    note = read_json(here / "teacher.json")
+    assert note is not None
+    note["content"]["dtype"] = "bfloat16"  # as dtype auto is on a GPU
+    elsewhere = pair_folder / "cache" / "elsewhere-float32"
+    elsewhere.mkdir()
+    write_json(elsewhere / "teacher.json", note)
+    fewer = {**cached, "datasets": [{**cached["datasets"][0], "split": "train[:8]"}]}
+    asked = command(pair_folder, fewer, "--prune")  # no answer: nothing is removed
+    assert asked.exit_code == 1
+    assert "another teacher or storage" in asked.output
+    assert len(list(pair_folder.glob("cache/*/"))) == 3
+    pruned = command(pair_folder, fewer, "--prune", "--yes")
+    assert pruned.exit_code == 0, pruned.output
+    assert "8 of 16 samples that this configuration does not use" in pruned.output
+    assert {p.name for p in pair_folder.glob("cache/*/")} == {here.name, elsewhere.name}
+    assert "8 of 8 samples cached" in command(pair_folder, fewer).output
+    assert "Nothing to remove" in command(pair_folder, fewer, "--prune").output
+
+
+@pytest.mark.slow
+def test_too_little_room_and_missing_blocks_are_refused_before_the_teacher_runs(
+    pair_folder: Path,
+):
+    small = command(pair_folder, config(pair_folder, max_size="200kB"))
+    assert small.exit_code == 1
+    assert "of max_size 200.0 kB already" in small.output
+    plain = tiny.base_config(pair_folder)
+    assert "no `cache:` in dskd.teacher" in command(pair_folder, plain).output
+    none = config(pair_folder)
+    none["dskd"]["kd_ratio"] = 0.0
+    assert "nothing to cache" in command(pair_folder, none).output
+    wrong = config(pair_folder, max_size="many")
+    assert "'many' is no size" in command(pair_folder, wrong).output
+    nowhere = config(pair_folder, path="/proc/nothing")
+    assert "nothing can be written to /proc/nothing" in command(pair_folder, nowhere).output
+    nothing = command(pair_folder, config(pair_folder, dtype="int4"), "--verify")
+    assert nothing.exit_code == 1
+    assert "nothing is cached of this teacher (float32) yet" in nothing.output
+
+
+@pytest.mark.parametrize("options", [("--info", "--part", "1/2"), ("--info", "--yes")])
+def test_options_that_do_nothing_together_are_refused(tmp_path: Path, options: tuple[str, ...]):
+    result = command(tmp_path, {}, *options)
+    assert result.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [1,\n b: {"])
+def test_a_file_that_holds_no_configuration_is_refused_in_words(tmp_path: Path, text: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    result = CliRunner().invoke(main, ["cache", str(path)])
+    assert result.exit_code == 1
+    assert f"Error: {path} " in result.output

@@ -1,0 +1,113 @@
+"""The real commands, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from tests.support import tiny
+
+pytestmark = pytest.mark.slow
+
+
+def axolotl(command: str, folder: Path, config: dict[str, Any]) -> subprocess.CompletedProcess:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.main", command, str(path)]
+        + (["--launcher", "python"] if command in ("train", "evaluate") else []),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={
+            **os.environ,
+            "AXOLOTL_DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
+        timeout=400,
+    )
+
+
+def test_preprocess_then_train_distils_and_the_metrics_fall(pair_folder: Path):
+    config = tiny.base_config(
+        pair_folder,
+        max_steps=10,
+        micro_batch_size=8,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=10,
+        dskd={
+            "teacher": {"base_model": str(pair_folder / "teacher")},
+            "projector": {"learning_rate": 1e-2},
+        },
+    )
+    prepared = axolotl("preprocess", pair_folder, config)
+    assert prepared.returncode == 0, prepared.stdout + prepared.stderr
+    trained = axolotl("train", pair_folder, config)
+    output = trained.stdout + trained.stderr
+    assert trained.returncode == 0, output
+    assert "Matching Teacher and Student Text" not in output  # prepared once, loaded now
+    state = json.loads((pair_folder / "out" / "checkpoint-10" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logs) == 10
+    for name in ("loss", "dskd/ce", "dskd/projector_ce", "dskd/teacher_space"):
+        assert logs[-1][name] < logs[0][name], name
+
+
+def test_a_mistake_ends_the_command_with_its_message_before_weights_load(pair_folder: Path):
+    config = tiny.base_config(pair_folder, batch_flattening=True)
+    result = axolotl("train", pair_folder, config)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "use `sample_packing: true` instead" in output
+    assert "Loading weights" not in output
+
+
+def test_merging_the_adapter_needs_no_teacher(pair_folder: Path):
+    config = tiny.base_config(
+        pair_folder,
+        max_steps=2,
+        adapter="lora",
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_modules=["q_proj", "v_proj"],
+    )
+    trained = axolotl("train", pair_folder, config)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    shutil.rmtree(pair_folder / "teacher")
+    merged = axolotl("merge-lora", pair_folder, config)
+    assert merged.returncode == 0, merged.stdout + merged.stderr
+    model = AutoModelForCausalLM.from_pretrained(pair_folder / "out" / "merged")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_ligers_patches_do_not_get_in_the_way(pair_folder: Path, train: Any):
+    """Its patched forward returns no logits when labels are given; the loss needs none.
+
+    In a process of its own, since the patches stay for good.
+    """
+    plugins = ["axolotl.integrations.liger.LigerPlugin", "axolotl_dskd.DSKDPlugin"]
+    liger = tiny.base_config(
+        pair_folder,
+        plugins=plugins,
+        liger_fused_linear_cross_entropy=True,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trained = axolotl("train", pair_folder, liger)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    state = json.loads((pair_folder / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    found = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    _, trainer = train(tiny.base_config(pair_folder, output_dir=str(pair_folder / "plain")))
+    plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert found == pytest.approx(plain, rel=1e-5)

@@ -1,0 +1,197 @@
+"""The `dskd:` block through Axolotl's own validation: defaults, bounds, refusals and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from axolotl_dskd.config import CacheConfig, DSKDConfig, ProjectorConfig, TeacherConfig
+from tests.support import tiny
+
+Validated = Callable[[dict[str, Any]], Any]
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_three_lines_are_a_complete_configuration(pair_folder: Path, validated: Validated):
+    config = DSKDConfig.of(validated(tiny.base_config(pair_folder)))
+    assert config is not None
+    assert config == DSKDConfig(teacher=TeacherConfig(base_model=str(pair_folder / "teacher")))
+    assert (config.temperature, config.kd_ratio, config.divergence) == (2.0, 0.5, "forward_kl")
+    assert config.teacher.trust_remote_code is False
+
+
+def test_a_run_without_a_block_is_not_ours(pair_folder: Path, validated: Validated):
+    cfg = validated(tiny.base_config(pair_folder, dskd=None, plugins=None))
+    assert DSKDConfig.of(cfg) is None
+
+
+@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, CacheConfig, ProjectorConfig])
+def test_every_field_has_a_description(model: type[BaseModel]):
+    assert all(field.description for field in model.model_fields.values())
+
+
+@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, CacheConfig, ProjectorConfig])
+def test_the_readme_names_every_key_with_its_default(model: type[BaseModel]):
+    text = README.read_text()
+    for name, field in model.model_fields.items():
+        default = field.default
+        if isinstance(default, bool):
+            assert f"{name}: {str(default).lower()}" in text, name
+        elif isinstance(default, float):
+            assert f"{name}: {default}" in text or f"{name}: {default:.1e}" in text.replace(
+                "e-3", "e-03"
+            ), name
+        elif isinstance(default, str):
+            assert f"{name}: {default}" in text, name
+        else:
+            assert f"{name}:" in text, name
+
+
+WRONG = {
+    "unknown key": ({"temprature": 1.0}, "temprature"),
+    "unknown teacher key": ({"teacher": {"base_model": "x", "base_modl": "y"}}, "base_modl"),
+    "temperature": ({"temperature": 0.0}, "greater than 0"),
+    "kd_ratio": ({"kd_ratio": 1.5}, "less than or equal to 1"),
+    "divergence": ({"divergence": "kl"}, "forward_kl"),
+    "alignment": ({"alignment": "greedy"}, "cma"),
+    "chunk_tokens": ({"chunk_tokens": 0}, "greater than or equal to 1"),
+    "projector rate": ({"projector": {"learning_rate": -1.0}}, "greater than 0"),
+    "js_beta": ({"js_beta": 1.0}, "less than 1"),
+    "nothing to distil": (
+        {"student_space_weight": 0.0, "teacher_space_weight": 0.0},
+        "both 0, so kd_ratio",
+    ),
+    "no teacher": ({"teacher": None}, "base_model|teacher"),
+    "two quantisations": (
+        {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},
+        "Set one of them",
+    ),
+    "a quantised teacher in shards": (
+        {"teacher": {"base_model": "x", "load_in_4bit": True, "shard": "full"}},
+        "Use shard: none",
+    ),
+    "a cached teacher in shards": (
+        {"teacher": {"base_model": "x", "cache": {"path": "y"}, "shard": "full"}},
+        "axolotl-dskd cache",
+    ),
+    "quantised adapter": (
+        {"teacher": {"base_model": "x", "load_in_4bit": True, "adapter": "y"}},
+        "merge-lora",
+    ),
+    "jinja without template": (
+        {"teacher": {"base_model": "x", "chat_template": "jinja"}},
+        "chat_template_jinja is empty",
+    ),
+    "template twice": (
+        {"teacher": {"base_model": "x", "chat_template": "chatml", "chat_template_jinja": "{}"}},
+        "Remove one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_block_is_refused_in_words(pair_folder: Path, validated: Validated, case: str):
+    block, message = WRONG[case]
+    block = {"teacher": {"base_model": str(pair_folder / "teacher")}, **block}
+    with pytest.raises(ValueError, match=message):
+        validated(tiny.base_config(pair_folder, dskd=block))
+
+
+REFUSED = {
+    "rl": {"rl": "dpo"},
+    "reward_model": {"reward_model": True},
+    "batch_flattening": {"batch_flattening": True},
+    "relora": {"relora": True},
+    "streaming": {"streaming": True},
+    "skip_prepare_dataset": {"skip_prepare_dataset": True},
+    "processor_type": {"processor_type": "AutoProcessor"},
+    "warmup_steps": {
+        "deepspeed": "zero2.json",
+        "dskd": {"teacher": {"base_model": "x"}, "projector": {"warmup_steps": 3}},
+    },
+    "fsdp_config": {"fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
+    "fsdp_version": {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
+    "fsdp": {"fsdp": ["full_shard"]},
+    "tensor_parallel_size": {"tensor_parallel_size": 2},
+    "context_parallel_size": {"context_parallel_size": 2},
+    "trainer_cls": {"trainer_cls": "my.Trainer"},
+    "pretraining_dataset": {"pretraining_dataset": "some/text"},
+    "axolotl.integrations.kd.KDPlugin": {
+        "plugins": ["axolotl_dskd.DSKDPlugin", "axolotl.integrations.kd.KDPlugin"]
+    },
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_does_not_combine_is_refused_before_anything_loads(pair_folder: Path, key: str):
+    from axolotl_dskd.config import DSKDArgs
+
+    config = tiny.base_config(pair_folder, **REFUSED[key])
+    with pytest.raises(ValueError, match=rf"does not combine with `dskd:`:\n- .*{key}"):
+        DSKDArgs.model_validate(config)
+
+
+def test_the_refusals_reach_users_through_axolotl(pair_folder: Path, validated: Validated):
+    with pytest.raises(ValueError, match=r"batch_flattening.*sample_packing: true"):
+        validated(tiny.base_config(pair_folder, batch_flattening=True))
+
+
+@pytest.mark.parametrize("key", ["dskdd", "dsdk", "dkd"])
+def test_a_misspelt_block_does_not_train_without_a_teacher(
+    pair_folder: Path, validated: Validated, key: str
+):
+    config = tiny.base_config(pair_folder)
+    config[key] = config.pop("dskd")
+    with pytest.raises(ValueError, match=rf"no `dskd:` block\. Did you mean it by `{key}:`"):
+        validated(config)
+
+
+def test_a_key_of_the_block_at_top_level_is_refused(pair_folder: Path, validated: Validated):
+    with pytest.raises(ValueError, match=r"unknown key 'dskd_temperature'.*under `dskd:`"):
+        validated(tiny.base_config(pair_folder, dskd_temperature=1.0))
+
+
+def test_inference_and_merging_need_no_teacher(pair_folder: Path, validated: Validated):
+    import shutil
+
+    shutil.rmtree(pair_folder / "teacher")
+    for elsewhere in ({"merge_lora": True}, {"inference": True}, {}):
+        cfg = validated(tiny.base_config(pair_folder, **elsewhere))
+        assert DSKDConfig.of(cfg) is not None
+
+
+@pytest.mark.parametrize("key", ["base_model", "tokenizer", "adapter"])
+def test_a_path_that_is_not_there_is_named_before_weights_load(pair_folder: Path, key: str):
+    from axolotl_dskd.data import load_teacher_tokenizer
+
+    paths = {"base_model": str(pair_folder / "teacher"), key: "./no/such/folder"}
+    config = DSKDConfig(teacher=TeacherConfig(**paths))
+    with pytest.raises(ValueError, match=rf"dskd\.teacher\.{key}: there is no \./no/such/folder"):
+        load_teacher_tokenizer(config)
+
+
+def test_the_home_folder_is_expanded():
+    assert TeacherConfig(base_model="~/teacher").base_model == str(Path("~/teacher").expanduser())
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("50GB", 50 * 10**9), ("200GiB", 200 << 30), ("1.5 tb", 15 * 10**11), (4096, 4096)],
+)
+def test_the_caches_size_is_read_as_people_write_it(written: str | int, size: int):
+    assert CacheConfig.model_validate({"path": "x", "max_size": written}).max_bytes == size
+
+
+@pytest.mark.parametrize("written", ["many", "GB", "-5GB", "5 GB more", "5 bananas"])
+def test_a_size_that_is_none_is_refused(written: str):
+    with pytest.raises(ValueError, match=r"max_size: .* is no size"):
+        CacheConfig.model_validate({"path": "x", "max_size": written})
+
+
+def test_max_memory_without_a_device_map_is_refused():
+    with pytest.raises(ValueError, match="does nothing without a device_map"):
+        TeacherConfig.model_validate({"base_model": "x", "max_memory": {0: "10GiB"}})

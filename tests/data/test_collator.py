@@ -1,0 +1,225 @@
+"""The collator that carries the teacher's side, and which tokens a batch supervises."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from axolotl.utils.collators import (
+    BatchSamplerDataCollatorForSeq2Seq,
+    DataCollatorForSeq2Seq,
+    V2BatchSamplerDataCollatorForSeq2Seq,
+)
+from transformers import PreTrainedTokenizerBase
+
+from axolotl_dskd.data import DualCollator
+from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS
+from axolotl_dskd.types import DualBatch, supervised_mask
+from tests.support import tiny
+
+PACKING = (BatchSamplerDataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq)
+TEACHER_PAD = 77
+
+
+def _rows() -> list[dict[str, Any]]:
+    """Samples of different lengths; ids say where a token comes from: 100 * sample + position."""
+    rows = []
+    for sample, (length, prompt, teacher_length) in enumerate(
+        [(5, 2, 7), (3, 0, 2), (6, 5, 4), (2, 1, 5)], start=1
+    ):
+        ids = [100 * sample + i for i in range(length)]
+        theirs = [1000 * sample + i for i in range(teacher_length)]
+        rows.append(
+            {
+                "input_ids": ids,
+                "attention_mask": [1] * length,
+                "labels": [-100] * prompt + ids[prompt:],
+                "position_ids": list(range(length)),
+                "teacher_input_ids": theirs,
+                "teacher_labels": [-100, *theirs[1:]],
+            }
+        )
+    return rows
+
+
+def _tokenizer(side: str) -> PreTrainedTokenizerBase:
+    tokenizer = copy.deepcopy(tiny.byte_level_tokenizer())
+    tokenizer.padding_side = side
+    return tokenizer
+
+
+def _collator(kind: type, side: str = "right", **kwargs: Any) -> DualCollator:
+    inner = kind(_tokenizer(side), **kwargs)
+    return DualCollator(inner, padding_side=side, teacher_pad_id=TEACHER_PAD)
+
+
+def _packed(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    return [rows[:3], rows[3:]]
+
+
+CASES = [
+    pytest.param(kind, side, multiple, id=f"{kind.__name__}-{side}-{multiple}")
+    for kind in (DataCollatorForSeq2Seq, *PACKING)
+    for side in ("right", "left")
+    for multiple in (None, 16)
+]
+
+
+def _features(kind: type) -> list[Any]:
+    return _packed(_rows()) if kind in PACKING else _rows()
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+def test_pairs_and_spans_are_of_the_tokens_of_the_whole_batch(kind: type) -> None:
+    rows, expected = _rows(), []
+    for row in rows:
+        ours, theirs = (
+            [y for y in row[column][1:] if y != -100] for column in ("labels", "teacher_labels")
+        )
+        pairs = [(0, 0), (len(ours) - 1, len(theirs) - 1)]
+        row[EXACT_PAIRS] = [index for pair in pairs for index in pair]
+        row[SPANS], row[TEACHER_SPANS] = (
+            [x for y in s for x in (y, y + 1)] for s in (ours, theirs)
+        )
+        expected += [(ours[i], theirs[j]) for i, j in pairs]
+    batch = DualBatch.pop_from(_collator(kind)(_packed(rows) if kind in PACKING else rows))
+    student, (_, teacher) = batch.student_side(batch.student_mask()), batch.teacher_side()
+    i, j = batch.exact_pairs(student, teacher).unbind(1)
+    found = zip(student.labels[i].tolist(), teacher.labels[j].tolist(), strict=True)
+    assert list(found) == expected
+    for spans, side in ((batch.spans, student), (batch.teacher_spans, teacher)):
+        assert spans is not None
+        assert spans.tolist() == [[y, y + 1] for y in side.labels.tolist()]
+
+
+@pytest.mark.parametrize(("kind", "side", "multiple"), CASES)
+def test_segment_ids_number_the_samples_and_are_minus_one_on_padding(
+    kind: type, side: str, multiple: int | None
+) -> None:
+    batch = _collator(kind, side, pad_to_multiple_of=multiple)(_features(kind))
+    ids, segments = batch["input_ids"], batch["dskd_segment_ids"]
+    assert segments.shape == ids.shape
+    assert (segments >= 0).sum() == sum(len(row["input_ids"]) for row in _rows())
+    # Padding has id 0, every token says its sample (counted from 1) in its hundreds.
+    assert torch.equal(segments, torch.where(ids >= 100, ids // 100 - 1, -1))
+
+
+@pytest.mark.parametrize(("kind", "side", "multiple"), CASES)
+def test_the_student_tensors_are_those_of_the_inner_collator(
+    kind: type, side: str, multiple: int | None
+) -> None:
+    dual = _collator(kind, side, pad_to_multiple_of=multiple)
+    plain = [{k: v for k, v in row.items() if not k.startswith("teacher_")} for row in _rows()]
+    expected = dual.inner(_packed(plain) if kind in PACKING else plain)
+    batch = dual(_features(kind))
+    assert set(batch) == set(expected) | set(DualBatch.EXTRA_KEYS)
+    for key, value in expected.items():
+        assert torch.equal(batch[key], value), key
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_teacher_has_one_right_padded_row_per_sample(kind: type, side: str) -> None:
+    batch = _collator(kind, side)(_features(kind))
+    for number, row in enumerate(_rows()):
+        length = len(row["teacher_input_ids"])
+        ids, labels = batch["dskd_teacher_input_ids"][number], batch["dskd_teacher_labels"][number]
+        mask = batch["dskd_teacher_attention_mask"][number]
+        assert ids[:length].tolist() == row["teacher_input_ids"]
+        assert labels[:length].tolist() == row["teacher_labels"]
+        assert set(ids[length:].tolist()) <= {TEACHER_PAD}
+        assert set(labels[length:].tolist()) <= {-100}
+        assert mask.tolist() == [1] * length + [0] * (len(mask) - length)
+    assert batch["dskd_teacher_input_ids"].shape == (4, 7)
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+def test_input_ids_is_the_first_key(kind: type) -> None:
+    assert next(iter(_collator(kind)(_features(kind)))) == "input_ids"
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+def test_the_features_are_left_as_they_were(kind: type) -> None:
+    features = _features(kind)
+    before = copy.deepcopy(features)
+    _collator(kind)(features)
+    assert features == before
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq])
+@pytest.mark.parametrize("missing", ["teacher_input_ids", "teacher_labels"])
+def test_rows_without_a_teacher_side_are_refused(kind: type, missing: str) -> None:
+    features = _features(kind)
+    for row in features if kind not in PACKING else [r for rows in features for r in rows]:
+        del row[missing]
+    with pytest.raises(ValueError, match=r"no teacher side.*delete dataset_prepared_path"):
+        _collator(kind)(features)
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+def test_a_pickled_collator_collates_the_same(kind: type) -> None:
+    collator = _collator(kind)
+    loaded = pickle.loads(pickle.dumps(collator))
+    batch, again = collator(_features(kind)), loaded(_features(kind))
+    assert list(batch) == list(again)
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+
+
+def test_attributes_come_from_the_inner_collator() -> None:
+    collator = _collator(DataCollatorForSeq2Seq, label_pad_token_id=-7)
+    assert collator.tokenizer is collator.inner.tokenizer
+    assert collator.label_pad_token_id == -7
+    with pytest.raises(AttributeError):
+        _ = collator.no_such_attribute
+
+
+def _supervised(kind: type, side: str) -> list[tuple[int, int, int]]:
+    """(position's token, predicted token, sample) of all supervised student tokens, in order."""
+    inputs = _collator(kind, side)(_features(kind))
+    batch = DualBatch.pop_from(inputs)
+    assert not set(inputs) & set(DualBatch.EXTRA_KEYS)
+    tokens = batch.student_side(batch.student_mask())
+    return list(
+        zip(
+            tokens.input_ids.tolist(),
+            tokens.labels.tolist(),
+            tokens.sample_ids.tolist(),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padded_and_packed_rows_supervise_the_same_tokens(kind: type, side: str) -> None:
+    expected = [
+        (row["input_ids"][i - 1], row["labels"][i], sample)
+        for sample, row in enumerate(_rows())
+        for i in range(1, len(row["labels"]))
+        if row["labels"][i] != -100
+    ]
+    assert _supervised(kind, side) == expected
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_first_token_of_a_sample_is_never_predicted(kind: type, side: str) -> None:
+    predicted = {label for _, label, _ in _supervised(kind, side)}
+    assert predicted
+    assert not predicted & {row["input_ids"][0] for row in _rows()}
+
+
+def test_the_mask_knows_samples_and_labels() -> None:
+    labels = torch.tensor([[-100, 5, 6, 7, 8, -100], [-100, 1, -100, 2, 9, 9]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1], [-1, -1, 2, 2, -1, -1]])
+    expected = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0]]).bool()
+    assert torch.equal(supervised_mask(labels, segments), expected)
+
+
+def test_teacher_positions_are_masked_like_the_student_ones() -> None:
+    batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(_rows()))
+    mask = supervised_mask(batch.teacher_labels, batch.teacher_segment_ids())
+    assert mask.sum(1).tolist() == [len(row["teacher_labels"]) - 1 for row in _rows()]

