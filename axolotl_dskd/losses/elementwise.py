@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.losses.divergences import Distribution, Divergence, forward_kl
-from axolotl_dskd.types import IGNORE_INDEX, OutputHead
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import IGNORE_INDEX
 
 #: Numbers of one matrix that are worked on at once: a block's temporaries fit into a CPU's cache,
 #: or are many enough for a GPU without Triton.

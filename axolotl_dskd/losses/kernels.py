@@ -22,7 +22,7 @@ from torch import Tensor
 
 from axolotl_dskd.losses.divergences import Divergence
 from axolotl_dskd.losses.elementwise import StudentTerms, Weights
-from axolotl_dskd.types import OutputHead
+from axolotl_dskd.output_head import OutputHead
 
 #: Numbers of a row that a program holds at once, and the warps that share them.
 _BLOCK, _WARPS = 2048, 8

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import gathered, is_sharded, whole
-from axolotl_dskd.types import OutputHead
 
 T = TypeVar("T")
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.models.heads import check_output_head, head_module, output_head
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import gathered, whole
-from axolotl_dskd.types import OutputHead, Side
+from axolotl_dskd.types import Side
 
 
 class Student:

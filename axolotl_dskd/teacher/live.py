@@ -14,8 +14,9 @@ from axolotl_dskd.models.heads import (
     output_head,
     single,
 )
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import is_sharded, max_over_ranks
-from axolotl_dskd.types import DualBatch, OutputHead, TeacherSignal
+from axolotl_dskd.types import DualBatch, TeacherSignal
 
 #: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
 MAX_TOKENS_PER_FORWARD = 8192

@@ -34,6 +34,7 @@ from axolotl_dskd.objectives.dual_space.start import (
     StartReport,
     start_projectors,
 )
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.teacher import (
     CachedTeacher,
@@ -47,7 +48,7 @@ from axolotl_dskd.teacher import (
 from axolotl_dskd.training.callbacks import KeepTeacherCache, StepProjectors
 from axolotl_dskd.training.metrics import MetricSums
 from axolotl_dskd.training.sidecar import ProjectorOptimizer, check_checkpoint
-from axolotl_dskd.types import DualBatch, LossOutput, OutputHead, Side
+from axolotl_dskd.types import DualBatch, LossOutput, Side
 
 LOG = get_logger(__name__)
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from axolotl_dskd.config import DivergenceName
 from axolotl_dskd.losses import elementwise, make_divergence
-from axolotl_dskd.types import OutputHead
+from axolotl_dskd.output_head import OutputHead
 
 NAMES = get_args(DivergenceName)
 V = 97

@@ -9,7 +9,7 @@ import torch
 
 from axolotl_dskd.losses import elementwise, make_divergence
 from axolotl_dskd.objectives.dual_space.loss import LossSettings, auto_chunk_tokens, dual_space_loss
-from axolotl_dskd.types import OutputHead
+from axolotl_dskd.output_head import OutputHead
 from tests.losses.test_divergences import NAMES
 from tests.support import naive
 

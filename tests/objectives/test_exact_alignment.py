@@ -18,7 +18,8 @@ from axolotl_dskd.objectives.dual_space import (
 )
 from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
-from axolotl_dskd.types import IGNORE_INDEX, OutputHead, Side, TeacherSignal
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import IGNORE_INDEX, Side, TeacherSignal
 from tests.support import naive, tiny
 
 d, D, V, U = 6, 10, 17, 23

@@ -13,7 +13,8 @@ from axolotl_dskd.losses import make_divergence
 from axolotl_dskd.objectives.dual_space import align_positions, align_with_attention, sample_std
 from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
-from axolotl_dskd.types import OutputHead, Side, TeacherSignal
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import Side, TeacherSignal
 
 FOLDER = Path(os.environ.get("DSKD_GOLDEN_DIR") or Path(__file__).parents[1] / "data" / "golden")
 # ULD is no method of this package.

@@ -22,7 +22,8 @@ from axolotl_dskd.objectives.dual_space.start import (
     shared_rows,
     start_projectors,
 )
-from axolotl_dskd.types import OutputHead, Side, TeacherSignal
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import Side, TeacherSignal
 
 d, D, k = 8, 12, 60
 

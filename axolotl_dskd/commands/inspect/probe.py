@@ -17,8 +17,9 @@ from torch import Tensor
 
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import captured_head_input, output_head, single
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher import load_teacher
-from axolotl_dskd.types import OutputHead, labels_ahead, supervised_mask
+from axolotl_dskd.types import labels_ahead, supervised_mask
 
 #: Tokens whose two distributions are compared at once.
 _CHUNK = 128

@@ -24,7 +24,8 @@ from axolotl_dskd.objectives.dual_space import (
 from axolotl_dskd.objectives.dual_space.loss import LossSettings
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.objectives.dual_space.start import StartReport
-from axolotl_dskd.types import IGNORE_INDEX, DualBatch, OutputHead, Side, TeacherSignal
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import IGNORE_INDEX, DualBatch, Side, TeacherSignal
 
 LOG = get_logger(__name__)
 

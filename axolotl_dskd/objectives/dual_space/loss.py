@@ -28,7 +28,8 @@ from torch import Tensor
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.losses.divergences import Divergence
 from axolotl_dskd.losses.elementwise import wide
-from axolotl_dskd.types import LossOutput, OutputHead
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import LossOutput
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from axolotl_dskd.objectives.dual_space.projectors import (
     SharedTokens,
     start_from_shared_tokens,
 )
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import is_first
-from axolotl_dskd.types import OutputHead
 
 LOG = get_logger(__name__)
 

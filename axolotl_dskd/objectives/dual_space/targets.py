@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from axolotl_dskd.types import IGNORE_INDEX, OutputHead, Side
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import IGNORE_INDEX, Side
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.cache import Codec
-from axolotl_dskd.types import OutputHead
+from axolotl_dskd.output_head import OutputHead
 
 STORAGES = ("float32", "bfloat16", "int8", "int4")
 _TOKENS_AT_ONCE = 128

@@ -23,6 +23,7 @@ from axolotl_dskd.cache import (
 )
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import output_head
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.progress import quantity
 from axolotl_dskd.teacher.cached.fill import CacheableRows, describe, fill, missing_rows
 from axolotl_dskd.teacher.cached.identity import TeacherIdentity, teacher_identity
@@ -30,7 +31,6 @@ from axolotl_dskd.teacher.cached.tables import EmbeddingTable, read_tables, writ
 from axolotl_dskd.teacher.cached.teacher import CachedTeacher
 from axolotl_dskd.teacher.live import LiveTeacher, check_sizes
 from axolotl_dskd.teacher.load import load_teacher, resolve_dtype
-from axolotl_dskd.types import OutputHead
 
 LOG = get_logger(__name__)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from axolotl_dskd.cache import Damaged, write_atomically
-from axolotl_dskd.types import OutputHead
+from axolotl_dskd.output_head import OutputHead
 
 
 @dataclass(frozen=True)

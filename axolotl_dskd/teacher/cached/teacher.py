@@ -12,9 +12,10 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor
 
 from axolotl_dskd.cache import Codec, RowStore, sample_key
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
 from axolotl_dskd.teacher.live import LiveTeacher
-from axolotl_dskd.types import DualBatch, OutputHead, TeacherSignal
+from axolotl_dskd.types import DualBatch, TeacherSignal
 
 LOG = get_logger(__name__)
 

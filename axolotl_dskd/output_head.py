@@ -1,0 +1,192 @@
+"""The output head: everything between final hidden states and logits, as plain tensors.
+
+Knows tensors; no model, vocabulary or loss. Reading a model's head is `models.heads`' part.
+Dimension letters as in `types`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """Everything between the final hidden state and the logits; the one way to logits here.
+
+    `logits(hidden)` equals
+
+        softcap(scale * (hidden @ (weight + lora_scale * lora_B @ lora_A).T + bias))[:, :vocab_size]
+
+    with `softcap(x) = cap * tanh(x / cap)` (Gemma 2), `scale` as in Granite and Cohere, `bias` as
+    in Phi. Rows from `vocab_size` on are padding that no tokenizer emits: they get no logit, so
+    no probability.
+
+    Attributes:
+        weight: [rows >= vocab_size, d].
+        bias: [rows] or None.
+        lora_A, lora_B: [r, d] and [rows, r], or both None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    lora_scale: float = 1.0
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int = 0
+
+    def __post_init__(self) -> None:
+        rows = self.weight.shape[0]
+        if not self.vocab_size:
+            object.__setattr__(self, "vocab_size", rows)
+        assert 0 < self.vocab_size <= rows, (self.vocab_size, rows)
+        assert (self.lora_A is None) == (self.lora_B is None)
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the hidden states that the head takes."""
+        return self.weight.shape[1]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any of the head's tensors wants a gradient."""
+        return any(t.requires_grad for t in self.tensors() if t is not None)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """`(weight, bias, lora_A, lora_B)`, the order in which `backward` takes buffers."""
+        return self.weight, self.bias, self.lora_A, self.lora_B
+
+    def frozen(self, dtype: torch.dtype | None = None) -> OutputHead:
+        """The same head cut from the autograd graph and from padding rows, in `dtype`.
+
+        Views, no copy, unless the dtype changes.
+        """
+
+        def cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
+            return None if tensor is None else tensor.detach()[rows].to(dtype or tensor.dtype)
+
+        rows = slice(None, self.vocab_size)
+        weight = cut(self.weight, rows)
+        assert weight is not None
+        return OutputHead(
+            weight=weight,
+            bias=cut(self.bias, rows),
+            lora_A=cut(self.lora_A, slice(None)),
+            lora_B=cut(self.lora_B, rows),
+            lora_scale=self.lora_scale,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+
+    @torch.no_grad()
+    def rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows of the matrix and the bias that the logits (before a softcap) come from.
+
+        Args:
+            ids: [k] int64, on the head's device.
+
+        Returns:
+            [k, d] and [k] or None, detached, with LoRA and scale in.
+        """
+        weight = self.weight.detach()[ids]
+        if self.lora_A is not None and self.lora_B is not None:
+            low = self.lora_B.detach()[ids].float() @ self.lora_A.detach().float()
+            weight = weight + self.lora_scale * low.to(weight.dtype)
+        bias = None if self.bias is None else self.bias.detach()[ids] * self.scale
+        return weight * self.scale, bias
+
+    def to(self, device: torch.device) -> OutputHead:
+        """The head on a device (itself if it is there already)."""
+        names = ("weight", "bias", "lora_A", "lora_B")
+        moved = {n: t.to(device) for n in names if (t := getattr(self, n)) is not None}
+        return replace(self, **moved)
+
+    def logits(self, hidden_Nd: Tensor) -> Tensor:
+        """[N, d] -> [N, vocab_size], in the dtype of the hidden states."""
+        return self.activation(self.linear(hidden_Nd))
+
+    def linear(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the head gives before scale and softcap: [N, vocab_size], in the states' dtype.
+
+        Args:
+            hidden_Nd: [N, d].
+            out: a contiguous [N, vocab_size] to write to (without autograd), or None.
+        """
+        dtype, rows = hidden_Nd.dtype, slice(None, self.vocab_size)
+        weight = self.weight[rows].to(dtype)
+        bias = None if self.bias is None else self.bias[rows].to(dtype)
+        if out is None:
+            out = F.linear(hidden_Nd, weight, bias)
+        else:
+            torch.mm(hidden_Nd, weight.T, out=out)
+            if bias is not None:
+                out += bias
+        if self.lora_A is not None and self.lora_B is not None:
+            low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype)).flatten(0, -2)
+            lora_B = self.lora_B[rows].to(dtype)
+            out.flatten(0, -2).addmm_(low_Nr, lora_B.T, alpha=self.lora_scale)
+        return out
+
+    def activation(self, linear_NV: Tensor) -> Tensor:
+        """Scale and softcap, elementwise; the tensor itself where the head has neither."""
+        logits_NV = linear_NV * self.scale if self.scale != 1.0 else linear_NV
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def activation_backward(self, logits_NV: Tensor, grad_logits_NV: Tensor) -> Tensor:
+        """From the gradient of `activation`'s result to that of its input; may work in place."""
+        if self.softcap is not None:
+            grad_logits_NV = grad_logits_NV * (1 - (logits_NV / self.softcap).square())
+        return grad_logits_NV * self.scale if self.scale != 1.0 else grad_logits_NV
+
+    def backward(
+        self,
+        hidden_Nd: Tensor,
+        grad_NV: Tensor,
+        buffers: tuple[Tensor | None, ...] = (None, None, None, None),
+    ) -> Tensor:
+        """Gradient of the hidden states, given that of `linear`'s result.
+
+        Args:
+            hidden_Nd: what `linear` was given.
+            grad_NV: [N, vocab_size], in the dtype of the hidden states.
+            buffers: tensors shaped as `tensors()` to add the head's own gradients to, or None.
+
+        Returns:
+            [N, d] in the dtype of the hidden states.
+        """
+        dtype, rows = hidden_Nd.dtype, slice(None, self.vocab_size)
+        assert grad_NV.dtype == dtype
+        grad_hidden_Nd = grad_NV @ self.weight[rows].to(dtype)
+        into_weight, into_bias, into_A, into_B = buffers
+        if into_weight is not None:
+            _add_product(into_weight[rows], grad_NV, hidden_Nd)
+        if into_bias is not None:
+            into_bias[rows].add_(grad_NV.sum(0, dtype=into_bias.dtype))
+        if self.lora_A is not None and self.lora_B is not None:
+            low_Nr = F.linear(hidden_Nd, self.lora_A.to(dtype))
+            grad_low_Nr = self.lora_scale * (grad_NV @ self.lora_B[rows].to(dtype))
+            grad_hidden_Nd = grad_hidden_Nd + grad_low_Nr @ self.lora_A.to(dtype)
+            if into_A is not None:
+                _add_product(into_A, grad_low_Nr, hidden_Nd)
+            if into_B is not None:
+                _add_product(into_B[rows], grad_NV, low_Nr * self.lora_scale)
+        return grad_hidden_Nd
+
+
+def _add_product(into: Tensor, grad: Tensor, states: Tensor) -> None:
+    """into += gradᵀ states, accumulated in the (wider) dtype of `into`."""
+    if into.dtype == grad.dtype:
+        into.addmm_(grad.T, states)
+    elif grad.is_cuda:
+        # Tensor cores take narrow factors and give float32; in slices, which bounds the copy.
+        for part, columns in zip(into.split(16384), grad.split(16384, dim=1), strict=True):
+            part += torch.mm(columns.T, states, out_dtype=into.dtype)
+    else:
+        into.addmm_(grad.T.to(into), states.to(into))
