@@ -5,7 +5,7 @@ Dimension letters, used as suffixes everywhere:
     B  rows of a batch            L  tokens of a padded or packed row
     S  samples of a batch (a packed row holds several)
     N  supervised student tokens  M  supervised teacher tokens
-    P  exactly aligned pairs
+    P  exactly aligned pairs       Q  pairs that begin at the same byte
     d  student hidden size        D  teacher hidden size
     V  student vocabulary         U  teacher vocabulary
 
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from axolotl_dskd.output_head import OutputHead
 
 IGNORE_INDEX = -100
 
@@ -46,6 +48,65 @@ class Side:
     def at(self, rows: Tensor) -> Side:
         """Some of the tokens."""
         return Side(self.input_ids[rows], self.labels[rows], self.sample_ids[rows])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective has to be given; what is not needed may be left out.
+
+    Attributes:
+        states: final hidden states and output head of both models.
+        embeddings: input embeddings of both sides' tokens.
+        one_vocabulary: the two tokenizers must have the same ids.
+    """
+
+    states: bool = True
+    embeddings: bool = False
+    one_vocabulary: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """One model on one batch: the same for student and teacher, live, cached or served.
+
+    Attributes:
+        tokens: the supervised tokens.
+        head: what maps `hidden` to logits, or None where the source gives no states.
+        hidden: [n, d] final hidden states as the head takes them, or None.
+        embedded: [n, d] input embeddings of the tokens' inputs and of their labels, or None.
+    """
+
+    tokens: Side
+    head: OutputHead | None = None
+    hidden: Tensor | None = None
+    embedded: tuple[Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which supervised tokens of the two sides are about the same text, by bytes.
+
+    All index the compact tokens of a batch (`Side`), student first, and ascend.
+
+    Attributes:
+        spans, teacher_spans: [N, 2], [M, 2] first byte and end of each token in the text of its
+            sample that both sides share.
+        exact: [P, 2] tokens with the same span on both sides.
+        starts: [Q, 2] tokens that begin at the same byte: both models have read the same text
+            before them. Contains the exact pairs.
+        groups, teacher_groups: [N], [M] which group between two boundaries that both sides have
+            a token belongs to, numbered over the batch. Every token is in one.
+    """
+
+    spans: Tensor
+    teacher_spans: Tensor
+    exact: Tensor
+    starts: Tensor
+    groups: Tensor
+    teacher_groups: Tensor
 
 
 @dataclass(frozen=True)
