@@ -1,8 +1,40 @@
-"""Divergences per token, and the elementwise part of the losses, fused where Triton is there.
+"""Divergences per token, and the one chunk mechanism that every loss is computed by.
 
-Knows torch and `axolotl_dskd.types`; nothing of models, batches or training.
+Knows heads, states and labels; nothing of models, batches or training.
 """
 
-from axolotl_dskd.losses.divergences import Distribution, Divergence, make_divergence
+from axolotl_dskd.losses.chunks import Budget, Chunk, Part, Stream, TermSpec, Values, over
+from axolotl_dskd.losses.divergences import (
+    DIVERGENCES,
+    Distribution,
+    Divergence,
+    make_divergence,
+)
+from axolotl_dskd.losses.elementwise import Weights
+from axolotl_dskd.losses.functions import by_autograd, by_rows, with_ce
+from axolotl_dskd.losses.learn import Learn
+from axolotl_dskd.losses.logprobs import token_logprobs
+from axolotl_dskd.losses.parts import even_parts, grouped_parts, paired_parts
 
-__all__ = ["Distribution", "Divergence", "make_divergence"]
+__all__ = [
+    "DIVERGENCES",
+    "Budget",
+    "Chunk",
+    "Distribution",
+    "Divergence",
+    "Learn",
+    "Part",
+    "Stream",
+    "TermSpec",
+    "Values",
+    "Weights",
+    "by_autograd",
+    "by_rows",
+    "even_parts",
+    "grouped_parts",
+    "make_divergence",
+    "over",
+    "paired_parts",
+    "token_logprobs",
+    "with_ce",
+]

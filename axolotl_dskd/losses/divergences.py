@@ -150,6 +150,19 @@ def tvd(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor]:
     return value, _through_softmax(gap.sign_().mul_(q.prob).mul_(0.5), q.prob)
 
 
+#: By name: the function, and which parameter it takes.
+_FUNCTIONS: dict[str, tuple[Function, str | None]] = {
+    "forward_kl": (forward_kl, None),
+    "reverse_kl": (reverse_kl, None),
+    "js_divergence": (js_divergence, "js_beta"),
+    "skewed_forward_kl": (skewed_forward_kl, "skew_lambda"),
+    "skewed_reverse_kl": (skewed_reverse_kl, "skew_lambda"),
+    "adaptive_kl": (adaptive_kl, "adaptive_alpha"),
+    "tvd": (tvd, None),
+}
+DIVERGENCES = tuple(_FUNCTIONS)
+
+
 def make_divergence(
     name: str, *, skew_lambda: float = 0.1, adaptive_alpha: float = 0.5, js_beta: float = 0.5
 ) -> Divergence:
@@ -158,16 +171,8 @@ def make_divergence(
     Raises:
         ValueError: unknown name.
     """
-    known: dict[str, tuple[Function, float | None]] = {
-        "forward_kl": (forward_kl, None),
-        "reverse_kl": (reverse_kl, None),
-        "js_divergence": (js_divergence, js_beta),
-        "skewed_forward_kl": (skewed_forward_kl, skew_lambda),
-        "skewed_reverse_kl": (skewed_reverse_kl, skew_lambda),
-        "adaptive_kl": (adaptive_kl, adaptive_alpha),
-        "tvd": (tvd, None),
-    }
-    if name not in known:
-        raise ValueError(f"unknown divergence {name!r}; known: {', '.join(known)}")
-    function, parameter = known[name]
-    return Divergence(name, parameter, function)
+    if name not in _FUNCTIONS:
+        raise ValueError(f"unknown divergence {name!r}; known: {', '.join(DIVERGENCES)}")
+    function, parameter = _FUNCTIONS[name]
+    values = {"skew_lambda": skew_lambda, "adaptive_alpha": adaptive_alpha, "js_beta": js_beta}
+    return Divergence(name, None if parameter is None else values[parameter], function)

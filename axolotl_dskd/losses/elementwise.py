@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from axolotl_dskd.losses.divergences import Distribution, Divergence, forward_kl
+from axolotl_dskd.losses.divergences import Distribution, Divergence
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import IGNORE_INDEX
 
@@ -37,25 +37,25 @@ class Weights:
     """What each term's gradient is multiplied by.
 
     Attributes:
-        ce: of the student's cross-entropy.
-        projector_ce: of the projected teacher's cross-entropy.
+        ce: of the learner's cross-entropy.
+        source_ce: of the source's cross-entropy; 0: the source learns nothing.
         divergence: of the divergence at `temperature`.
         temperature: of the divergence.
-        mask_wrong: the divergence counts only where the projection's argmax is its label.
+        mask_wrong: the divergence counts only where the source's argmax is its label.
     """
 
     ce: float
-    projector_ce: float
+    source_ce: float
     divergence: float
     temperature: float
     mask_wrong: bool = False
 
 
-class StudentTerms(NamedTuple):
-    """Per token [n], float32 or wider: the terms over the student's vocabulary."""
+class PairTerms(NamedTuple):
+    """Per token [n], float32 or wider, of logits that learn and logits that they learn from."""
 
     ce: Tensor
-    projector_ce: Tensor
+    source_ce: Tensor
     divergence: Tensor
     correct: Tensor
 
@@ -65,75 +65,72 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def student_terms(
-    student: Tensor,
-    projected: Tensor | None,
-    labels: Tensor,
-    projector_labels: Tensor,
-    head: OutputHead,
+def pair_terms(
+    learner: Tensor,
+    source: Tensor | None,
+    labels: Tensor | None,
+    source_labels: Tensor,
+    heads: tuple[OutputHead, OutputHead],
     divergence: Divergence,
     weights: Weights,
-) -> StudentTerms:
-    """Cross-entropies and divergence of one chunk; `student` and `projected` become gradients.
+) -> PairTerms:
+    """Terms of logits z that learn from logits u; both become their gradients.
+
+    `ce` = CE(z, labels), `source_ce` = CE(u, source_labels), `divergence` = D(softmax(u / T) ‖
+    softmax(z / T)) and `correct` = [argmax u == source_labels]. The gradient of the divergence
+    goes to z alone.
 
     Args:
-        student: [n, V] `head.linear` of the student's states.
-        projected: [n, V] the same of the projected teacher's states, or None: then only `ce`.
-        labels, projector_labels: [n] int64; a projector label of -100 counts nowhere.
-        head: for its scale and softcap.
+        learner: [n, V] `head.linear` of the states that learn.
+        source: [n, V] the same of the states that they learn from, or None: then only `ce`. Left
+            as it is where `source_ce` weighs nothing.
+        labels: [n] int64, -100 counts nowhere; None: no `ce`.
+        source_labels: [n] int64; `source_ce`, computed if it weighs anything, leaves -100 out.
+        heads: of learner and source, for their scale and softcap.
         divergence, weights: see there.
     """
-    terms = StudentTerms(*student.new_zeros((4, len(labels)), dtype=wide(student.dtype)))
-    for rows in _blocks(student):
-        z = head.activation(student[rows].to(terms.ce.dtype))
-        terms.ce[rows], grad_z = _cross_entropy(z, labels[rows], weights.ce)
-        if projected is not None:
-            u = head.activation(projected[rows].to(terms.ce.dtype))
-            targets = projector_labels[rows]
-            terms.projector_ce[rows], grad_u = _cross_entropy(u, targets, weights.projector_ce)
+    terms = PairTerms(*learner.new_zeros((4, len(learner)), dtype=wide(learner.dtype)))
+    T = weights.temperature
+    for rows in blocks(learner):
+        z = heads[0].activation(learner[rows].to(terms.ce.dtype))
+        grad_z = None
+        if labels is not None:
+            terms.ce[rows], grad_z = cross_entropy(z, labels[rows], weights.ce)
+        if source is not None:
+            u = heads[1].activation(source[rows].to(terms.ce.dtype))
+            targets = source_labels[rows]
             correct = (u.argmax(-1) == targets).to(u.dtype)
-            T = weights.temperature
             value, grad = divergence(Distribution.of(u, T), Distribution.of(z, T))
             if weights.mask_wrong:
                 value *= correct
                 grad *= correct.unsqueeze(-1)
             terms.divergence[rows], terms.correct[rows] = value, correct
-            grad_z.add_(grad, alpha=weights.divergence / T)
-            projected[rows] = head.activation_backward(u, grad_u)
-        student[rows] = head.activation_backward(z, grad_z)
+            grad.mul_(weights.divergence / T)
+            grad_z = grad if grad_z is None else grad_z.add_(grad)
+            if weights.source_ce:
+                found, grad_u = cross_entropy(u, targets, weights.source_ce)
+                terms.source_ce[rows] = found
+                source[rows] = heads[1].activation_backward(u, grad_u)
+        if grad_z is None:
+            grad_z = torch.zeros_like(z)
+        learner[rows] = heads[0].activation_backward(z, grad_z)
     return terms
 
 
-def teacher_terms(
-    teacher: Tensor, projected: Tensor, labels: Tensor, head: OutputHead, weights: Weights
-) -> tuple[Tensor, Tensor]:
-    """KL(teacher ‖ projected student) of one chunk; `projected` becomes its gradient.
-
-    Args:
-        teacher, projected: [m, U] `head.linear` of the teacher's and the projected states.
-        labels: [m] int64.
-
-    Returns:
-        `(divergence, correct)`, [m] each: the value, and whether the teacher's argmax is the label.
-    """
-    value, correct = teacher.new_zeros((2, len(labels)), dtype=wide(teacher.dtype)).unbind(0)
-    T = weights.temperature
-    for rows in _blocks(teacher):
-        t, s = (head.activation(x[rows].to(value.dtype)) for x in (teacher, projected))
-        correct[rows] = (t.argmax(-1) == labels[rows]).to(value.dtype)
-        value[rows], grad = forward_kl(Distribution.of(t, T), Distribution.of(s, T))
-        projected[rows] = head.activation_backward(s, grad.mul_(weights.divergence / T))
-    return value, correct
-
-
-def _blocks(matrix: Tensor) -> Iterator[slice]:
+def blocks(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix that are worked on at once, see `_BLOCK`."""
     rows = max(1, _BLOCK.get(matrix.device.type, 1 << 24) // matrix.shape[1])
     for start in range(0, len(matrix), rows):
         yield slice(start, start + rows)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Value per token at temperature 1, and the gradient of the logits times `weight`."""
+def cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy per token [n] at temperature 1 and its gradient [n, V] times `weight`.
+
+    Args:
+        logits: [n, V] float32 or wider.
+        labels: [n] int64; -100 counts nowhere.
+    """
     counted = (labels != IGNORE_INDEX).to(logits.dtype)
     at = labels.clamp_min(0).unsqueeze(-1)
     prob = torch.softmax(logits, -1)

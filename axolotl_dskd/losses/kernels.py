@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from axolotl_dskd.losses.divergences import Divergence
-from axolotl_dskd.losses.elementwise import StudentTerms, Weights
+from axolotl_dskd.losses.divergences import DIVERGENCES, Divergence
+from axolotl_dskd.losses.elementwise import PairTerms, Weights
 from axolotl_dskd.output_head import OutputHead
 
 #: Numbers of a row that a program holds at once, and the warps that share them.
@@ -29,22 +29,14 @@ _BLOCK, _WARPS = 2048, 8
 _BISECTIONS = 30
 
 # Names of divergences as the kernel's compile-time constants.
-_FORWARD_KL = tl.constexpr(0)
-_REVERSE_KL = tl.constexpr(1)
-_JS = tl.constexpr(2)
-_SKEWED_FORWARD_KL = tl.constexpr(3)
-_SKEWED_REVERSE_KL = tl.constexpr(4)
-_ADAPTIVE_KL = tl.constexpr(5)
-_TVD = tl.constexpr(6)
-_CODES = {
-    "forward_kl": 0,
-    "reverse_kl": 1,
-    "js_divergence": 2,
-    "skewed_forward_kl": 3,
-    "skewed_reverse_kl": 4,
-    "adaptive_kl": 5,
-    "tvd": 6,
-}
+_CODES = {name: code for code, name in enumerate(DIVERGENCES)}
+_FORWARD_KL = tl.constexpr(_CODES["forward_kl"])
+_REVERSE_KL = tl.constexpr(_CODES["reverse_kl"])
+_JS = tl.constexpr(_CODES["js_divergence"])
+_SKEWED_FORWARD_KL = tl.constexpr(_CODES["skewed_forward_kl"])
+_SKEWED_REVERSE_KL = tl.constexpr(_CODES["skewed_reverse_kl"])
+_ADAPTIVE_KL = tl.constexpr(_CODES["adaptive_kl"])
+_TVD = tl.constexpr(_CODES["tvd"])
 
 
 @triton.jit
@@ -100,27 +92,31 @@ def _value_and_G(log_p, log_q, p, q, parameter, weight, DIVERGENCE: tl.constexpr
 @triton.jit
 def _rows(
     z_pointer,  # [n, V] the logits that learn: gradients are written over them
-    u_pointer,  # [n, V] the logits that teach (PAIRED); with CE gradients are written over them
+    u_pointer,  # [n, V] the logits that teach (PAIRED); with SOURCE_CE gradients go over them
     z_stride,
     u_stride,
     label_pointer,  # [n]
     target_pointer,  # [n] labels of u
-    out_pointer,  # [4, n] ce, projector_ce, divergence, correct
+    out_pointer,  # [4, n] ce, source_ce, divergence, correct
     n,
     V,
     scale,
     softcap,
+    u_scale,
+    u_softcap,
     T,
     ce_weight,
-    projector_weight,
+    source_weight,
     divergence_weight,
     parameter,
     log_floor,  # log(parameter / V)
     DIVERGENCE: tl.constexpr,
     PAIRED: tl.constexpr,
     CE: tl.constexpr,
+    SOURCE_CE: tl.constexpr,
     MASK_WRONG: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    U_SOFTCAP: tl.constexpr,
     BISECTIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -146,12 +142,12 @@ def _rows(
             z_label += tl.sum(tl.where(at == label, z, 0.0), 0)
         z_max = new
         if PAIRED:
-            u = _logits(u_row, at, inside, scale, softcap, SOFTCAP)
+            u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
             top, place = tl.max(u, 0, return_indices=True)
             u_argmax = tl.where(top > u_max, start + place, u_argmax)
             new = tl.maximum(u_max, top)
             u_sum_T = u_sum_T * tl.exp((u_max - new) / T) + tl.sum(tl.exp((u - new) / T), 0)
-            if CE:
+            if SOURCE_CE:
                 u_sum = u_sum * tl.exp(u_max - new) + tl.sum(tl.exp(u - new), 0)
                 u_label += tl.sum(tl.where(at == target, u, 0.0), 0)
             u_max = new
@@ -170,10 +166,10 @@ def _rows(
         share = divergence_weight / T
         if MASK_WRONG:
             share = share * correct
-        if CE:
+        if SOURCE_CE:
             counted = tl.where(target == -100, 0.0, 1.0)
             tl.store(out_pointer + n + row, counted * (u_max - u_label + tl.log(u_sum)))
-            projector_weight = projector_weight * counted
+            source_weight = source_weight * counted
 
         if DIVERGENCE == _ADAPTIVE_KL:
             above = 1e-3 - u_log  # the largest log p is -u_log
@@ -183,7 +179,7 @@ def _rows(
                 mass = 0.0
                 for start in range(0, V, BLOCK):
                     at = start + tl.arange(0, BLOCK)
-                    u = _logits(u_row, at, at < V, scale, softcap, SOFTCAP)
+                    u = _logits(u_row, at, at < V, u_scale, u_softcap, U_SOFTCAP)
                     log_p = (u - u_max) / T - u_log
                     mass += tl.sum(tl.where(log_p < middle, tl.exp(log_p), 0.0), 0)
                 in_tail = mass <= parameter
@@ -195,7 +191,7 @@ def _rows(
                 at = start + tl.arange(0, BLOCK)
                 inside = at < V
                 z = _logits(z_row, at, inside, scale, softcap, SOFTCAP)
-                u = _logits(u_row, at, inside, scale, softcap, SOFTCAP)
+                u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
                 log_p = (u - u_max) / T - u_log
                 gap = tl.abs(tl.exp(log_p) - tl.exp((z - z_max) / T - z_log))
                 total += tl.sum(gap, 0)
@@ -207,7 +203,7 @@ def _rows(
             at = start + tl.arange(0, BLOCK)
             inside = at < V
             z = _logits(z_row, at, inside, scale, softcap, SOFTCAP)
-            u = _logits(u_row, at, inside, scale, softcap, SOFTCAP)
+            u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
             log_q = tl.where(inside, (z - z_max) / T - z_log, 0.0)
             log_p = tl.where(inside, (u - u_max) / T - u_log, 0.0)
             q = tl.where(inside, tl.exp(log_q), 0.0)
@@ -228,80 +224,65 @@ def _rows(
         if CE:
             grad += ce_weight * (tl.exp(z - z_max) / z_sum - tl.where(at == label, 1.0, 0.0))
         if PAIRED:
-            u = _logits(u_row, at, inside, scale, softcap, SOFTCAP)
+            u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
             log_q = tl.where(inside, (z - z_max) / T - z_log, 0.0)
             log_p = tl.where(inside, (u - u_max) / T - u_log, 0.0)
             q = tl.exp(log_q)
             p = tl.exp(log_p)
             _value, G = _value_and_G(log_p, log_q, p, q, parameter, mix, DIVERGENCE)
             grad += share * (G - q * G_sum)
-            if CE:
+            if SOURCE_CE:
                 u_grad = tl.exp(u - u_max) / u_sum - tl.where(at == target, 1.0, 0.0)
-                u_grad = projector_weight * u_grad
-                _store(u_row, at, inside, u, u_grad, scale, softcap, SOFTCAP)
+                u_grad = source_weight * u_grad
+                _store(u_row, at, inside, u, u_grad, u_scale, u_softcap, U_SOFTCAP)
         _store(z_row, at, inside, z, grad, scale, softcap, SOFTCAP)
 
 
-def _launch(
-    z: Tensor,
-    u: Tensor | None,
-    labels: Tensor,
-    targets: Tensor,
-    head: OutputHead,
-    divergence: Divergence | None,
+def pair_terms(
+    learner: Tensor,
+    source: Tensor | None,
+    labels: Tensor | None,
+    source_labels: Tensor,
+    heads: tuple[OutputHead, OutputHead],
+    divergence: Divergence,
     weights: Weights,
-    with_ce: bool,
-) -> Tensor:
-    n, V = z.shape
-    out = z.new_zeros((4, n), dtype=torch.float32)
-    parameter = (divergence.parameter if divergence is not None else None) or 0.5
+) -> PairTerms:
+    """As `elementwise.pair_terms`, for float32 and narrower."""
+    n, V = learner.shape
+    out = learner.new_zeros((4, n), dtype=torch.float32)
+    if not n:
+        return PairTerms(*out.unbind(0))
+    u = learner if source is None else source
+    parameter = divergence.parameter or 0.5
     _rows[(n,)](
-        z,
-        z if u is None else u,
-        z.stride(0),
-        z.stride(0) if u is None else u.stride(0),
-        labels,
-        targets,
+        learner,
+        u,
+        learner.stride(0),
+        u.stride(0),
+        source_labels if labels is None else labels,
+        source_labels,
         out,
         n,
         V,
-        head.scale,
-        head.softcap or 1.0,
+        heads[0].scale,
+        heads[0].softcap or 1.0,
+        heads[1].scale,
+        heads[1].softcap or 1.0,
         weights.temperature,
         weights.ce,
-        weights.projector_ce,
+        weights.source_ce,
         weights.divergence,
         parameter,
         math.log(parameter / V),
-        DIVERGENCE=_CODES[divergence.name] if divergence is not None else 0,
-        PAIRED=u is not None,
-        CE=with_ce,
-        MASK_WRONG=with_ce and weights.mask_wrong,
-        SOFTCAP=head.softcap is not None,
+        DIVERGENCE=_CODES[divergence.name],
+        PAIRED=source is not None,
+        CE=labels is not None,
+        SOURCE_CE=weights.source_ce != 0,
+        MASK_WRONG=weights.mask_wrong,
+        SOFTCAP=heads[0].softcap is not None,
+        U_SOFTCAP=heads[1].softcap is not None,
         BISECTIONS=_BISECTIONS,
         BLOCK=min(_BLOCK, triton.next_power_of_2(V)),
         num_warps=_WARPS,
     )
-    return out
-
-
-def student_terms(
-    student: Tensor,
-    projected: Tensor | None,
-    labels: Tensor,
-    projector_labels: Tensor,
-    head: OutputHead,
-    divergence: Divergence,
-    weights: Weights,
-) -> StudentTerms:
-    """As `elementwise.student_terms`, for float32 and narrower."""
-    out = _launch(student, projected, labels, projector_labels, head, divergence, weights, True)
-    return StudentTerms(*out.unbind(0))
-
-
-def teacher_terms(
-    teacher: Tensor, projected: Tensor, labels: Tensor, head: OutputHead, weights: Weights
-) -> tuple[Tensor, Tensor]:
-    """As `elementwise.teacher_terms`, for float32 and narrower."""
-    out = _launch(projected, teacher, labels, labels, head, None, weights, False)
-    return out[2], out[3]
+    return PairTerms(*out.unbind(0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -59,10 +60,13 @@ def inputs(dtype: torch.dtype, scale: float = 2.0) -> tuple[torch.Tensor, ...]:
 
 def compare(kernels, weights, divergence, head, dtype, scale=2.0, tolerance=4e-6) -> None:
     z, u, labels, targets = inputs(dtype, scale)
+    other_head = replace(head, scale=1.5 * head.scale)
     results = []
     for module in (elementwise, kernels):
         student, projected = z.clone(), u.clone()
-        terms = module.student_terms(student, projected, labels, targets, head, divergence, weights)
+        terms = module.pair_terms(
+            student, projected, labels, targets, (head, other_head), divergence, weights
+        )
         results.append([*terms, student, projected])
     for ours, reference in zip(*reversed(results), strict=True):
         assert torch.isfinite(ours).all()
@@ -98,14 +102,23 @@ def test_the_kernel_writes_bfloat16_gradients(kernels):
 @runs_kernels
 def test_the_kernel_equals_the_reference_over_the_teachers_vocabulary(kernels):
     head = OutputHead(torch.zeros(V, 4), softcap=7.0)
-    # A mask of the student space must not reach the teacher space.
-    weights = elementwise.Weights(0.0, 0.0, 0.7, 2.0, mask_wrong=True)
+    weights = elementwise.Weights(0.0, 0.0, 0.7, 2.0)
     z, u, labels, _ = inputs(torch.float32)
     results = []
     for module in (elementwise, kernels):
         projected = z.clone()
-        results.append([*module.teacher_terms(u.clone(), projected, labels, head, weights)])
-        results[-1].append(projected)
+        source = u.clone()
+        terms = module.pair_terms(
+            projected,
+            source,
+            None,
+            labels,
+            (head, head),
+            make_divergence("forward_kl"),
+            weights,
+        )
+        assert torch.equal(source, u)
+        results.append([*terms, projected])
     for reference, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=2e-6)
 
@@ -118,8 +131,8 @@ def test_a_token_without_projection_gets_cross_entropy_alone(kernels):
     results = []
     for module in (elementwise, kernels):
         student = z.clone()
-        terms = module.student_terms(
-            student, None, labels, targets, head, make_divergence("tvd"), weights
+        terms = module.pair_terms(
+            student, None, labels, targets, (head, head), make_divergence("tvd"), weights
         )
         results.append([*terms, student])
     for reference, ours in zip(*results, strict=True):
