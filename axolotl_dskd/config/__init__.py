@@ -3,22 +3,32 @@
 The only place where defaults are stated. Imports nothing else of the package.
 """
 
-from axolotl_dskd.config.block import (
-    PLUGIN_NAME,
-    DivergenceName,
-    DSKDArgs,
-    DSKDConfig,
-    ProjectorConfig,
-    TeacherConfig,
-)
+from axolotl_dskd.config.block import PLUGIN_NAME, DSKDArgs, DSKDConfig
 from axolotl_dskd.config.cache import CacheConfig
+from axolotl_dskd.config.objectives import (
+    DivergenceKeys,
+    DivergenceName,
+    DualSpaceConfig,
+    ObjectiveConfig,
+    ProjectorConfig,
+    TokenKDConfig,
+    ULDConfig,
+)
+from axolotl_dskd.config.samples import SamplesConfig
+from axolotl_dskd.config.teacher import TeacherConfig
 
 __all__ = [
     "PLUGIN_NAME",
     "CacheConfig",
     "DSKDArgs",
     "DSKDConfig",
+    "DivergenceKeys",
     "DivergenceName",
+    "DualSpaceConfig",
+    "ObjectiveConfig",
     "ProjectorConfig",
+    "SamplesConfig",
     "TeacherConfig",
+    "TokenKDConfig",
+    "ULDConfig",
 ]

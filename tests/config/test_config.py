@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from axolotl_dskd.config import CacheConfig, DSKDConfig, ProjectorConfig, TeacherConfig
+from axolotl_dskd.config import (
+    CacheConfig,
+    DSKDConfig,
+    DualSpaceConfig,
+    ObjectiveConfig,
+    ProjectorConfig,
+    SamplesConfig,
+    TeacherConfig,
+)
 from tests.support import tiny
 
 Validated = Callable[[dict[str, Any]], Any]
@@ -20,8 +28,22 @@ def test_three_lines_are_a_complete_configuration(pair_folder: Path, validated: 
     config = DSKDConfig.of(validated(tiny.base_config(pair_folder)))
     assert config is not None
     assert config == DSKDConfig(teacher=TeacherConfig(base_model=str(pair_folder / "teacher")))
-    assert (config.temperature, config.kd_ratio, config.divergence) == (2.0, 0.5, "forward_kl")
+    objective = config.objective
+    assert isinstance(objective, DualSpaceConfig)
+    assert (objective.temperature, config.kd_ratio) == (2.0, 0.5)
+    assert (objective.divergence, objective.alignment) == ("forward_kl", "auto")
     assert config.teacher.trust_remote_code is False
+
+
+@pytest.mark.parametrize("name", sorted(ObjectiveConfig.known))
+def test_a_name_alone_is_an_objective_with_its_defaults(
+    name: str, pair_folder: Path, validated: Validated
+):
+    teacher = {"base_model": str(pair_folder / "teacher")}
+    block = {"teacher": teacher, "objective": name, "samples": "dataset"}
+    config = DSKDConfig.of(validated(tiny.base_config(pair_folder, dskd=block)))
+    assert config is not None
+    assert config.objective == ObjectiveConfig.known[name](name=name)
 
 
 def test_a_run_without_a_block_is_not_ours(pair_folder: Path, validated: Validated):
@@ -29,15 +51,31 @@ def test_a_run_without_a_block_is_not_ours(pair_folder: Path, validated: Validat
     assert DSKDConfig.of(cfg) is None
 
 
-@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, CacheConfig, ProjectorConfig])
+BLOCKS: list[type[BaseModel]] = [
+    DSKDConfig,
+    TeacherConfig,
+    CacheConfig,
+    ProjectorConfig,
+    SamplesConfig,
+    *ObjectiveConfig.known.values(),
+]
+
+
+def fields(model: type[BaseModel]) -> dict[str, Any]:
+    """The keys that a user may write, without an objective's name."""
+    keys = {field.alias or name: field for name, field in model.model_fields.items()}
+    return {key: field for key, field in keys.items() if key != "name"}
+
+
+@pytest.mark.parametrize("model", BLOCKS)
 def test_every_field_has_a_description(model: type[BaseModel]):
-    assert all(field.description for field in model.model_fields.values())
+    assert all(field.description for field in fields(model).values())
 
 
-@pytest.mark.parametrize("model", [DSKDConfig, TeacherConfig, CacheConfig, ProjectorConfig])
+@pytest.mark.parametrize("model", BLOCKS)
 def test_the_readme_names_every_key_with_its_default(model: type[BaseModel]):
     text = README.read_text()
-    for name, field in model.model_fields.items():
+    for name, field in fields(model).items():
         default = field.default
         if isinstance(default, bool):
             assert f"{name}: {str(default).lower()}" in text, name
@@ -54,17 +92,30 @@ def test_the_readme_names_every_key_with_its_default(model: type[BaseModel]):
 WRONG = {
     "unknown key": ({"temprature": 1.0}, "temprature"),
     "unknown teacher key": ({"teacher": {"base_model": "x", "base_modl": "y"}}, "base_modl"),
-    "temperature": ({"temperature": 0.0}, "greater than 0"),
+    "temperature": ({"objective": {"temperature": 0.0}}, "greater than 0"),
     "kd_ratio": ({"kd_ratio": 1.5}, "less than or equal to 1"),
-    "divergence": ({"divergence": "kl"}, "forward_kl"),
-    "alignment": ({"alignment": "greedy"}, "cma"),
+    "divergence": ({"objective": {"divergence": "kl"}}, "forward_kl"),
+    "alignment": ({"objective": {"alignment": "greedy"}}, "cma"),
     "chunk_tokens": ({"chunk_tokens": 0}, "greater than or equal to 1"),
-    "projector rate": ({"projector": {"learning_rate": -1.0}}, "greater than 0"),
-    "js_beta": ({"js_beta": 1.0}, "less than 1"),
+    "projector rate": ({"objective": {"projector": {"learning_rate": -1.0}}}, "greater than 0"),
+    "js_beta": ({"objective": {"js_beta": 1.0}}, "less than 1"),
     "nothing to distil": (
-        {"student_space_weight": 0.0, "teacher_space_weight": 0.0},
+        {"objective": {"student_space_weight": 0.0, "teacher_space_weight": 0.0}},
         "both 0, so kd_ratio",
     ),
+    "unknown objective": ({"objective": "dualspace"}, "Did you mean dual_space"),
+    "a key of another objective": (
+        {"objective": {"name": "uld", "alignment": "cma"}},
+        "alignment",
+    ),
+    "an objective without a name": ({"objective": ["uld"]}, "Write a name"),
+    "an objective that is no module": ({"objective": "no.such.module"}, "cannot be imported"),
+    "a module without an objective": ({"objective": "json.decoder"}, "defines 0 subclasses"),
+    "a key that moved": (
+        {"alignment": "cma", "projector": {"init": "random"}},
+        r"objective:\n    name: dual_space\n    alignment: cma",
+    ),
+    "samples": ({"samples": "students"}, "dataset"),
     "no teacher": ({"teacher": None}, "base_model|teacher"),
     "two quantisations": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},
@@ -111,7 +162,10 @@ REFUSED = {
     "processor_type": {"processor_type": "AutoProcessor"},
     "warmup_steps": {
         "deepspeed": "zero2.json",
-        "dskd": {"teacher": {"base_model": "x"}, "projector": {"warmup_steps": 3}},
+        "dskd": {
+            "teacher": {"base_model": "x"},
+            "objective": {"projector": {"warmup_steps": 3}},
+        },
     },
     "fsdp_config": {"fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}},
     "fsdp_version": {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
@@ -166,7 +220,7 @@ def test_inference_and_merging_need_no_teacher(pair_folder: Path, validated: Val
 
 @pytest.mark.parametrize("key", ["base_model", "tokenizer", "adapter"])
 def test_a_path_that_is_not_there_is_named_before_weights_load(pair_folder: Path, key: str):
-    from axolotl_dskd.data import load_teacher_tokenizer
+    from axolotl_dskd.data.tokenizers import load_teacher_tokenizer
 
     paths = {"base_model": str(pair_folder / "teacher"), key: "./no/such/folder"}
     config = DSKDConfig(teacher=TeacherConfig(**paths))

@@ -1,0 +1,196 @@
+"""`dskd.objective`: the keys of each objective, by its name.
+
+A key of another objective is an unknown key. An objective of one's own brings a subclass of
+`ObjectiveConfig` in its module, and is named by that module's dotted path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from axolotl_dskd.config.base import Block
+
+DivergenceName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "js_divergence",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "tvd",
+]
+
+
+class ObjectiveConfig(Block):
+    """The keys of one objective; subclasses add theirs, and state their name as its default."""
+
+    #: Every subclass, by its name.
+    known: ClassVar[dict[str, type[ObjectiveConfig]]] = {}
+
+    name: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        name = cls.model_fields["name"].default
+        if isinstance(name, str):
+            ObjectiveConfig.known[name] = cls
+
+    def nothing_to_learn(self) -> str | None:
+        """Why no term of the objective has a weight, in words; None where one has."""
+        return None
+
+
+class DivergenceKeys(Block):
+    """Keys of the objectives that compare two distributions over one vocabulary."""
+
+    divergence: DivergenceName = Field(
+        "forward_kl", description="Of the student from what it learns from."
+    )
+    temperature: float = Field(
+        2.0, gt=0, le=100, description="Of both distributions; cross-entropies are at 1."
+    )
+    skew_lambda: float = Field(
+        0.1, gt=0, lt=1, description="Share mixed in by the skewed divergences."
+    )
+    adaptive_alpha: float = Field(
+        0.5, gt=0, lt=1, description="Probability mass that adaptive_kl calls the tail."
+    )
+    js_beta: float = Field(0.5, gt=0, lt=1, description="Teacher's share in js_divergence.")
+
+
+class ProjectorConfig(Block):
+    """The linear maps between the two hidden spaces and their optimizer."""
+
+    init: Literal["auto", "lstsq", "random"] = Field(
+        "auto",
+        description="How the projectors start. lstsq: in least squares over the tokens that both "
+        "vocabularies share. auto: lstsq if these are enough to determine it, else random.",
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps at the start in which the projectors train alone, at their "
+        "full learning rate; the student stays as it is.",
+    )
+    learning_rate: float = Field(
+        1.0e-3, gt=0, le=1, description="AdamW's, times the student's schedule factor."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on the projectors.")
+
+
+class DualSpaceConfig(DivergenceKeys, ObjectiveConfig):
+    """Dual-space knowledge distillation (arXiv 2406.17328, 2504.11426)."""
+
+    name: Literal["dual_space"] = "dual_space"
+    alignment: Literal["auto", "positions", "eta", "cma"] = Field(
+        "auto",
+        description="How tokens of the two models meet. positions: one by one (identical "
+        "vocabularies). eta: exact token alignment, those that stand for the same bytes. cma: "
+        "cross-model attention. auto: positions if the vocabularies are identical, eta if "
+        "nearly all student tokens of the data are exactly aligned, else cma.",
+    )
+    causal: bool = Field(
+        False,
+        description="Cross-model attention sees only tokens whose bytes have been read by then.",
+    )
+    agreement_mask: bool | Literal["auto"] = Field(
+        "auto",
+        description="The student follows the projected teacher only where the projected teacher's "
+        "first choice is what it was trained to say (the label; with eta the teacher's own first "
+        "choice). auto: on for cma, as published, else off.",
+    )
+    student_space_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the student-space terms; 0 switches them off."
+    )
+    teacher_space_weight: float = Field(
+        1.0, ge=0, le=100, description="Weight of the teacher-space term; 0 switches it off."
+    )
+    projector: ProjectorConfig = Field(
+        default_factory=ProjectorConfig, description="The projectors."
+    )
+
+    def nothing_to_learn(self) -> str | None:
+        """Both spaces are off."""
+        if self.student_space_weight or self.teacher_space_weight:
+            return None
+        return "student_space_weight and teacher_space_weight are both 0"
+
+    @model_validator(mode="after")
+    def _causal_attention(self) -> DualSpaceConfig:
+        if self.causal and self.alignment in ("positions", "eta"):
+            raise ValueError(
+                "dskd.objective.causal is for cross-model attention; with alignment: "
+                f"{self.alignment} a token meets one token only. Remove causal, or set alignment: "
+                "cma."
+            )
+        return self
+
+
+class TokenKDConfig(DivergenceKeys, ObjectiveConfig):
+    """Token-level distillation over one vocabulary (arXiv 1503.02531)."""
+
+    name: Literal["token_kd"] = "token_kd"
+
+
+class ULDConfig(ObjectiveConfig):
+    """Universal logit distillation (arXiv 2402.12030)."""
+
+    name: Literal["uld"] = "uld"
+    pairs: Literal["starts", "ordinal"] = Field(
+        "starts",
+        description="Which tokens are compared. starts: those that begin at the same byte. "
+        "ordinal: the k-th supervised tokens of both sides, as published.",
+    )
+    top_k: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        4096,
+        description="Compare the so many largest probabilities of both sides.",
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="Of both distributions.")
+
+
+def objective_config(value: Any) -> Any:
+    """The typed keys of an objective, from its name alone or from a block with its name.
+
+    Raises:
+        ValueError: no name, an unknown one, or a module that defines no objective.
+    """
+    if isinstance(value, ObjectiveConfig):
+        return value
+    block = {"name": value} if isinstance(value, str) else value
+    if not isinstance(block, dict) or not isinstance(block.get("name", "dual_space"), str):
+        raise ValueError(
+            f"dskd.objective is {value!r}. Write a name, such as `objective: uld`, or a block with "
+            "a `name:`."
+        )
+    name = block.get("name", "dual_space")
+    kind = ObjectiveConfig.known.get(name) or (_from_module(name) if "." in name else None)
+    if kind is None:
+        names = ", ".join(sorted(ObjectiveConfig.known))
+        close = difflib.get_close_matches(name, ObjectiveConfig.known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"dskd.objective: there is no objective {name!r}.{hint} Known: {names}; or name a "
+            "module of your own by its dotted path."
+        )
+    return kind.model_validate({**block, "name": name})
+
+
+def _from_module(path: str) -> type[ObjectiveConfig]:
+    try:
+        importlib.import_module(path)
+    except ImportError as error:
+        raise ValueError(
+            f"dskd.objective: the module {path!r} cannot be imported: {error}. Name an objective "
+            "of this package, or a module on Python's path that defines one."
+        ) from error
+    defined = [kind for kind in ObjectiveConfig.known.values() if kind.__module__ == path]
+    if len(defined) != 1:
+        raise ValueError(
+            f"dskd.objective: the module {path!r} defines {len(defined)} subclasses of "
+            "ObjectiveConfig with a name; one is needed."
+        )
+    return defined[0]
