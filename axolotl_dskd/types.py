@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -226,30 +226,45 @@ def supervised_mask(labels_BL: Tensor, segment_ids_BL: Tensor) -> Tensor:
     return same_BL & (labels_ahead(labels_BL) != IGNORE_INDEX)
 
 
+#: What a term's mean is counted by: the supervised student tokens, as in the loss, or the values
+#: that there are.
+Per = Literal["student_token", "value"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """Values of a batch, kept apart so that one that is not finite can be traced to its rows.
+
+    Attributes:
+        values: [k] float32 or wider, without graph.
+        sample_ids: [k] which sample of the batch each belongs to.
+    """
+
+    values: Tensor
+    sample_ids: Tensor
+
+
 @dataclass
 class LossOutput:
-    """Sums over supervised tokens, per term; divided once, by whoever knows the global count.
+    """Sums over supervised tokens; divided once, by whoever knows the global count.
 
     Attributes:
         loss: scalar with an autograd graph, the weighted sum of the terms.
-        terms: per-token values in float32 without graph: [N] for student-vocabulary terms, [M]
-            for teacher-vocabulary ones. Kept per token so that a non-finite value can be traced
-            to its sample.
-        student_tokens, teacher_tokens: N and M.
+        tokens: supervised student tokens of the batch.
+        terms: by name, as the objective's `terms` say.
     """
 
     loss: Tensor
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    student_tokens: int = 0
-    teacher_tokens: int = 0
+    tokens: int
+    terms: dict[str, Term] = field(default_factory=dict)
 
     def sums(self) -> Mapping[str, Tensor]:
-        """Sum over tokens of each term, in float64: a million small numbers keep their digits."""
-        return {name: values.sum(dtype=torch.float64) for name, values in self.terms.items()}
+        """Sum of each term, in float64: a million small numbers keep their digits."""
+        return {n: term.values.sum(dtype=torch.float64) for n, term in self.terms.items()}
 
-    def nonfinite(self) -> Iterator[tuple[str, Tensor]]:
-        """Terms with a NaN or infinity, each with the indices of the tokens that carry it."""
-        for name, values in self.terms.items():
-            bad = (~torch.isfinite(values)).nonzero().flatten()
-            if len(bad):
-                yield name, bad
+    def not_finite(self) -> Iterator[tuple[str, int, list[int]]]:
+        """Terms with NaN or infinity: the name, how many values, in which samples."""
+        for name, term in self.terms.items():
+            bad = ~torch.isfinite(term.values)
+            if count := int(bad.sum()):
+                yield name, count, sorted(set(term.sample_ids[bad].tolist()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.compute as pc
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -68,59 +68,6 @@ def teacher_position_limit(config: DSKDConfig) -> int:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id that the tokenizer can emit (added tokens included)."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-#: `auto` takes exact pairs where at least this share of the student's tokens has one: then hardly
-#: a token goes without teacher. On the demo, where 69% have one, attention was clearly better.
-ETA_SHARE = 0.95
-
-
-def resolve_alignment(
-    config: DSKDConfig,
-    student: Any,
-    teacher: PreTrainedTokenizerBase,
-    exact_share: float | None = None,
-) -> tuple[Literal["positions", "eta", "cma"], str]:
-    """Which alignment a run uses, and why, in words.
-
-    Args:
-        exact_share: share of the data's supervised student tokens that have an exact pair, where
-            it is known; `auto` with different vocabularies is cma without it.
-
-    Raises:
-        ValueError: `positions` for vocabularies that differ.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = ours.items() ^ theirs.items()
-    if config.alignment == "cma":
-        return "cma", "cross-model attention, as configured"
-    share = "" if exact_share is None else f"{exact_share:.0%} of the student's supervised tokens"
-    if config.alignment == "eta":
-        return "eta", "exactly aligned tokens, as configured" + (share and f": {share}")
-    if not differing:
-        return "positions", f"position by position: both vocabularies are the same {len(ours)}"
-    token, index = min(differing, key=lambda item: (item[1], item[0]))
-    example = (
-        f"they differ in {len({i for _, i in differing})} ids, such as id {index} "
-        f"({token!r} on one side only)"
-    )
-    if config.alignment == "positions":
-        raise ValueError(
-            f"alignment: positions needs identical vocabularies, but {example}. "
-            "Use alignment: cma, or auto."
-        )
-    sizes = f"{len(ours)} and {len(theirs)} tokens, {example}"
-    if exact_share is None:
-        return "cma", f"cross-model attention: {sizes}"
-    if exact_share >= ETA_SHARE and not config.causal:
-        return "eta", (
-            f"exactly aligned tokens: {sizes}; {share} stand for the same bytes as one of the "
-            f"teacher's, and from {ETA_SHARE:.0%} on `auto` distils on those"
-        )
-    return "cma", (
-        f"cross-model attention: {sizes}; {share} stand for the same bytes as one of the "
-        f"teacher's" + (", but causal is set" if config.causal else f", less than {ETA_SHARE:.0%}")
-    )
 
 
 def exact_share(dataset: Any) -> float | None:

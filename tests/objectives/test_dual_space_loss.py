@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 
-from axolotl_dskd.losses import elementwise, make_divergence
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, auto_chunk_tokens, dual_space_loss
+from axolotl_dskd.losses import (
+    DIVERGENCES,
+    Budget,
+    Divergence,
+    Stream,
+    elementwise,
+    make_divergence,
+)
+from axolotl_dskd.objectives.dual_space.spaces import Terms
 from axolotl_dskd.output_head import OutputHead
-from tests.losses.test_divergences import NAMES
 from tests.support import naive
+from tests.support.dual_space import dual_space_loss
+
+NAMES = DIVERGENCES
+Settings = tuple[Terms, Budget]
 
 N, M, d, D, V, U = 13, 17, 33, 21, 97, 61
+
+
+def make_settings(divergence: Divergence, *, chunk_tokens: int = 256, **changes: Any) -> Settings:
+    return Terms(divergence, **changes), Budget(chunk_tokens)
+
 
 HEADS = {
     "plain": {},
@@ -71,7 +87,7 @@ class Case:
     def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
         return list(torch.autograd.grad(loss, self.leaves()))
 
-    def ours(self, settings: LossSettings):
+    def ours(self, settings: Settings):
         names = ("weight", "bias", "lora_A", "lora_B")
         head = OutputHead(**dict(zip(names, self.head, strict=True)), **self.options)
         return dual_space_loss(
@@ -87,7 +103,8 @@ class Case:
             **self.masks,
         )
 
-    def naive(self, name: str, s: LossSettings) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def naive(self, name: str, settings: Settings) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        s = settings[0]
         frozen = [None if t is None else t.detach() for t in self.head]
         terms = naive.dual_space(
             naive.head_logits(self.hidden, *self.head, **self.options),
@@ -97,7 +114,7 @@ class Case:
             naive.head_logits(self.s2t, self.teacher_weight),
             name=name,
             temperature=s.temperature,
-            mask_wrong=s.mask_wrong_projections,
+            mask_wrong=s.mask_wrong,
             **self.masks,
         )
         student_space = terms["projector_ce"] + terms["student_space"]
@@ -107,7 +124,7 @@ class Case:
         return terms, loss
 
 
-def compare(case: Case, name: str, settings: LossSettings, tolerance: float) -> None:
+def compare(case: Case, name: str, settings: Settings, tolerance: float) -> None:
     out = case.ours(settings)
     terms, loss = case.naive(name, settings)
     sums = out.sums()
@@ -123,16 +140,14 @@ def compare(case: Case, name: str, settings: LossSettings, tolerance: float) -> 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mask", [False, True])
 def test_every_divergence_equals_the_plain_form(name: str, mask: bool):
-    settings = LossSettings(
-        make_divergence(name), kd_ratio=0.3, mask_wrong_projections=mask, chunk_tokens=5
-    )
+    settings = make_settings(make_divergence(name), kd_ratio=0.3, mask_wrong=mask, chunk_tokens=5)
     compare(Case("plain", trainable=True), name, settings, 1e-9)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_head_equals_the_plain_form(kind: str, trainable: bool):
-    settings = LossSettings(
+    settings = make_settings(
         make_divergence("reverse_kl"),
         temperature=3.0,
         student_space_weight=0.7,
@@ -151,29 +166,31 @@ def test_masks_and_projector_labels_equal_the_plain_form(trainable: bool, mask_w
     targets[4] = -100
     case.masks = {
         "projector_labels": targets,
-        "student_space_mask": torch.arange(N) % 4 != 1,
+        "student_space_mask": (torch.arange(N) % 4 != 1) & (targets != -100),
         "teacher_space_mask": torch.arange(M) % 3 != 0,
     }
-    settings = LossSettings(
-        make_divergence("skewed_forward_kl"), mask_wrong_projections=mask_wrong, chunk_tokens=3
+    settings = make_settings(
+        make_divergence("skewed_forward_kl"), mask_wrong=mask_wrong, chunk_tokens=3
     )
     compare(case, "skewed_forward_kl", settings, 1e-9)
     out = case.ours(settings)
-    assert float(out.terms["student_space"][1]) == float(out.terms["teacher_space"][0]) == 0.0
+    # Only what is counted has a value.
+    assert len(out.terms["student_space"].values) == int(case.masks["student_space_mask"].sum())
+    assert len(out.terms["teacher_space"].values) == int(case.masks["teacher_space_mask"].sum())
 
 
 @pytest.mark.parametrize("empty", ["student_space_mask", "teacher_space_mask"])
 def test_a_mask_that_leaves_nothing_gives_cross_entropy_and_finite_zeros(empty: str):
     case = Case("plain", trainable=True)
     case.masks = {empty: torch.zeros(N if empty.startswith("student") else M, dtype=torch.bool)}
-    compare(case, "forward_kl", LossSettings(make_divergence("forward_kl"), chunk_tokens=4), 1e-9)
+    compare(case, "forward_kl", make_settings(make_divergence("forward_kl"), chunk_tokens=4), 1e-9)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 13, 16, 4096])
 def test_the_chunk_size_does_not_change_the_result(chunk: int):
     case = Case("all", trainable=True, dtype=torch.float32)
     one, other = (
-        case.ours(LossSettings(make_divergence("js_divergence"), chunk_tokens=c))
+        case.ours(make_settings(make_divergence("js_divergence"), chunk_tokens=c))
         for c in (4096, chunk)
     )
     assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-6)
@@ -194,7 +211,7 @@ def test_bfloat16_errs_no_more_than_the_plain_form_in_bfloat16(name: str):
         truth_case.teacher_weight.copy_(case.teacher_weight)
         truth_case.head[0].copy_(case.head[0])
         truth_case.labels.copy_(case.labels)
-    settings = LossSettings(make_divergence(name), chunk_tokens=8)
+    settings = make_settings(make_divergence(name), chunk_tokens=8)
     _, truth = truth_case.naive(name, settings)
     _, plain = case.naive(name, settings)
     ours = case.ours(settings).loss
@@ -219,7 +236,7 @@ def test_a_head_in_bfloat16_errs_no_more_than_the_plain_form(trainable: bool):
             getattr(truth_case, name).copy_(getattr(case, name))
         for exact, rounded in zip(truth_case.head, case.head, strict=True):
             exact.copy_(rounded)
-    settings = LossSettings(make_divergence("forward_kl"), chunk_tokens=2)
+    settings = make_settings(make_divergence("forward_kl"), chunk_tokens=2)
     truth = truth_case.gradients(truth_case.naive("forward_kl", settings)[1])
 
     def errors(loss: torch.Tensor) -> list[float]:
@@ -252,14 +269,15 @@ def test_a_large_vocabulary_in_bfloat16_errs_no_more_than_the_plain_form(name: s
         return [terms["student_space"], terms["ce"], *grads]
 
     student, projected = z.clone(), u.clone()
-    terms = elementwise.student_terms(
+    head = OutputHead(torch.zeros(vocabulary, 1))
+    terms = elementwise.pair_terms(
         student,
         projected,
         labels,
         labels,
-        OutputHead(torch.zeros(vocabulary, 1)),
+        (head, head),
         make_divergence(name),
-        elementwise.Weights(ce=1.0, projector_ce=1.0, divergence=1.0, temperature=2.0),
+        elementwise.Weights(ce=1.0, source_ce=1.0, divergence=1.0, temperature=2.0),
     )
     ours = [terms.divergence.sum(), terms.ce.sum(), student, projected]
     for mine, theirs, truth in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
@@ -285,11 +303,11 @@ def test_gradients_stay_finite_in_extreme_situations(name: str, situation: str):
             case.t2s.copy_(-1e3 * case.hidden)
             case.hidden *= 1e3
     for mask in (False, True):
-        out = case.ours(LossSettings(make_divergence(name), mask_wrong_projections=mask))
+        out = case.ours(make_settings(make_divergence(name), mask_wrong=mask))
         assert all(torch.isfinite(g).all() for g in case.gradients(out.loss))
         for term in ("ce", "projector_ce", "student_space", "teacher_space"):
-            assert torch.isfinite(out.terms[term]).all()
-            assert float(out.terms[term].min()) >= -1e-6, term
+            assert torch.isfinite(out.terms[term].values).all()
+            assert float(out.terms[term].values.min()) >= -1e-6, term
 
 
 def test_float16_keeps_the_small_gradients_of_a_large_vocabulary():
@@ -300,7 +318,7 @@ def test_float16_keeps_the_small_gradients_of_a_large_vocabulary():
     hidden = t2s + 0.02 * step
     head = torch.randn(vocabulary, width, generator=generator).half()
     labels = torch.tensor([5, 60_000, 151_000])
-    settings = LossSettings(make_divergence("forward_kl"), kd_ratio=1.0, teacher_space_weight=0.0)
+    settings = make_settings(make_divergence("forward_kl"), kd_ratio=1.0, teacher_space_weight=0.0)
 
     def gradient(dtype: torch.dtype) -> torch.Tensor:
         states = hidden.half().to(dtype).requires_grad_()
@@ -319,14 +337,14 @@ def test_float16_keeps_the_small_gradients_of_a_large_vocabulary():
 
 def test_weight_zero_leaves_a_space_without_gradient():
     case = Case("plain", trainable=False)
-    settings = LossSettings(make_divergence("forward_kl"), teacher_space_weight=0.0)
+    settings = make_settings(make_divergence("forward_kl"), teacher_space_weight=0.0)
     _, _, s2t = case.gradients(case.ours(settings).loss)
     assert float(s2t.abs().max()) == 0.0
 
 
 def test_kd_ratio_zero_is_plain_cross_entropy():
     case = Case("plain", trainable=True)
-    settings = LossSettings(make_divergence("forward_kl"), kd_ratio=0.0)
+    settings = make_settings(make_divergence("forward_kl"), kd_ratio=0.0)
     out = case.ours(settings)
     expected = torch.nn.functional.cross_entropy(
         case.hidden @ case.head[0].T, case.labels, reduction="sum"
@@ -343,7 +361,7 @@ def test_padding_rows_of_the_head_get_no_probability():
     case = Case("padded", trainable=True)
     with torch.no_grad():
         case.head[0][90:] = 1e4  # would swallow everything
-    out = case.ours(LossSettings(make_divergence("forward_kl")))
+    out = case.ours(make_settings(make_divergence("forward_kl")))
     assert float(out.loss) < 1e3
     assert float(case.gradients(out.loss)[-1][90:].abs().max()) == 0.0
 
@@ -351,24 +369,29 @@ def test_padding_rows_of_the_head_get_no_probability():
 def test_no_gradients_are_computed_where_none_are_wanted():
     case = Case("plain", trainable=True)
     with torch.no_grad():
-        out = case.ours(LossSettings(make_divergence("forward_kl")))
+        out = case.ours(make_settings(make_divergence("forward_kl")))
     assert not out.loss.requires_grad
     assert float(out.loss) == pytest.approx(
-        float(case.ours(LossSettings(make_divergence("forward_kl"))).loss)
+        float(case.ours(make_settings(make_divergence("forward_kl"))).loss)
     )
 
 
 def test_differentiating_twice_is_refused():
     case = Case("plain", trainable=False)
-    out = case.ours(LossSettings(make_divergence("forward_kl")))
+    out = case.ours(make_settings(make_divergence("forward_kl")))
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         out.loss.backward()
 
 
 def test_automatic_chunks_are_powers_of_two_and_shrink_with_the_vocabulary():
-    sizes = [auto_chunk_tokens(24 << 30, (3000, vocab)) for vocab in (3000, 50_000, 152_000)]
+    def size(memory: int, vocabulary: int) -> int:
+        head = OutputHead(torch.empty((vocabulary, 1), device="meta"))
+        stream = Stream(torch.empty((5, 1), device="meta"), head)
+        return Budget(memory=memory).size(stream, stream)
+
+    sizes = [size(24 << 30, vocabulary) for vocabulary in (3000, 50_000, 152_000)]
     assert all(s & (s - 1) == 0 for s in sizes)
     assert all(a >= b for a, b in pairwise(sizes))
-    assert auto_chunk_tokens(1 << 20, (152_000,)) == 16
-    assert auto_chunk_tokens(80 << 30, (100,)) == 4096
+    assert size(1 << 20, 152_000) == 16
+    assert size(80 << 30, 100) == 4096

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from axolotl_dskd.losses import make_divergence
-from axolotl_dskd.objectives.dual_space import align_positions, align_with_attention, sample_std
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
+from axolotl_dskd.objectives.dual_space.align import (
+    Std,
+    exchange_by_attention,
+    exchange_pairs,
+    sample_std,
+)
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Side, TeacherSignal
+from axolotl_dskd.types import Side, View
+from tests.support.dual_space import dual_space_loss, settings
 
 FOLDER = Path(os.environ.get("DSKD_GOLDEN_DIR") or Path(__file__).parents[1] / "data" / "golden")
 # ULD is no method of this package.
@@ -25,16 +29,22 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def published_stds(z: dict, mask: torch.Tensor, everywhere: bool) -> tuple[torch.Tensor, ...]:
+def published_std(z: dict[str, torch.Tensor], mask: torch.Tensor, everywhere: bool) -> Std:
     """The published code's standard deviations: over the batch, unsupervised positions included,
     whose ids it replaces by 0."""
-    count, embed = int(mask.sum()), z["teacher_embed"]
+    embed = z["teacher_embed"]
     inputs, labels = z["teacher_input_ids"] * mask, z["teacher_labels"] * mask
     key = torch.cat([embed[inputs], embed[labels]], -1)
-    if not everywhere:  # every position is supervised: our own function over one group
-        group = torch.zeros(count, dtype=torch.long)
-        return tuple(sample_std(x[mask], group) for x in (key, z["teacher_hidden"], embed[labels]))
-    return tuple(x.std().expand(count, 1) for x in (key, z["teacher_hidden"], embed[labels]))
+    whole = {x.shape[-1]: x for x in (key, z["teacher_hidden"])}
+    label = embed[labels]
+
+    def std(states: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        if not everywhere:  # every position is supervised: our own function over one group
+            return sample_std(states, torch.zeros(len(states), dtype=torch.long))
+        is_label = torch.equal(states, label[mask])
+        return (label if is_label else whole[states.shape[1]]).std().expand(len(states), 1)
+
+    return std
 
 
 def test_the_golden_files_are_there():
@@ -61,35 +71,34 @@ def test_terms_and_gradients_equal_the_published_ones(path: Path):
         masks.append(mask)
     (student, teacher), (mask, teacher_mask) = sides, masks
     embed = z["teacher_embed"]
-    signal = TeacherSignal(
-        z["teacher_hidden"][teacher_mask], teacher, embed[teacher.input_ids], embed[teacher.labels]
+    view, student_embed = z["teacher_hidden"][teacher_mask], z["student_embed"]
+    ours = View(
+        student,
+        None,
+        hidden[mask],
+        (student_embed[student.input_ids], student_embed[student.labels]),
     )
+    theirs = View(teacher, None, view, (embed[teacher.input_ids], embed[teacher.labels]))
     if method == "cma":
-        student_embed = z["student_embed"]
-        aligned = align_with_attention(
-            hidden[mask],
-            (student_embed[student.input_ids], student_embed[student.labels]),
-            student,
-            signal,
-            projectors,
-            published_stds(z, teacher_mask, everywhere=seed != "s1"),
-        )
+        std = published_std(z, teacher_mask, everywhere=seed != "s1")
+        exchanged = exchange_by_attention(ours, theirs, projectors, std=std)
     else:
-        aligned = align_positions(hidden[mask], student, signal, projectors)
+        pairs = torch.arange(len(student))[:, None].expand(-1, 2)
+        exchanged = exchange_pairs(ours, theirs, pairs, projectors)
     out = dual_space_loss(
         student_hidden=hidden[mask],
         student_labels=student.labels,
         student_head=OutputHead(head),
-        settings=LossSettings(
-            make_divergence(name),
+        settings=settings(
+            name,
+            4,
             temperature=float(z["temperature"]),
             kd_ratio=1.0,
-            mask_wrong_projections=method == "cma",
-            chunk_tokens=4,
+            mask_wrong=method == "cma",
         ),
-        t2s_hidden=aligned.t2s_hidden,
-        s2t_hidden=aligned.s2t_hidden,
-        teacher_hidden=signal.hidden,
+        t2s_hidden=exchanged.t2s,
+        s2t_hidden=exchanged.s2t,
+        teacher_hidden=theirs.hidden,
         teacher_labels=teacher.labels,
         teacher_head=OutputHead(z["teacher_head"]),
     )

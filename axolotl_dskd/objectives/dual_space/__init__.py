@@ -1,25 +1,10 @@
-"""How states of one model meet tokens of the other: same positions, exact pairs, attention.
+"""Dual-space knowledge distillation (arXiv 2406.17328, 2504.11426).
 
-An alignment takes both sides' compact states and the projectors and gives projected states: the
-teacher's for every student token, the student's for every teacher token. It knows nothing of
-heads, vocabularies' meaning or losses.
+Both models' states are mapped into each other's space, so that each space has two distributions
+over one vocabulary to compare: `align` lets states meet, `projectors` map them, `spaces` are the
+losses, `objective` joins these.
 """
 
-from axolotl_dskd.objectives.dual_space.align import (
-    Aligned,
-    align_exact_pairs,
-    align_positions,
-    align_with_attention,
-    sample_std,
-)
-from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
+from axolotl_dskd.objectives.dual_space.objective import DualSpace
 
-__all__ = [
-    "Aligned",
-    "align_exact_pairs",
-    "align_positions",
-    "align_with_attention",
-    "greedy_tokens",
-    "sample_std",
-    "teacher_targets",
-]
+__all__ = ["DualSpace"]

@@ -1,73 +1,56 @@
-"""Position-wise alignment, exactly aligned tokens, and cross-model attention."""
+"""How states of one model meet tokens of the other: paired tokens, or cross-model attention.
+
+An exchange takes both sides' views and the projectors and gives projected states. It knows nothing
+of heads, vocabularies' meaning or losses.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
-from axolotl_dskd.types import Side, TeacherSignal
+from axolotl_dskd.types import Matches, View
 
 
 @dataclass(frozen=True)
-class Aligned:
+class Exchanged:
     """Projected states, ready for the losses.
 
     Attributes:
-        t2s_hidden: [N, d] the teacher's states for each student token, in the student's space.
-        s2t_hidden: [M, D] the student's states for each teacher token, in the teacher's space.
-        student_mask: [N] bool, student tokens that have a teacher's state; None means all. The
-            other rows of `t2s_hidden` mean nothing.
-        teacher_rows: [M'] indices of the teacher tokens that have a student's state, one for each
-            row of `s2t_hidden`; None means all M.
+        t2s: [K, d] the teacher's states in the student's space.
+        student_rows: [K] the student token that each of them is about; None: K = N, in order.
+        s2t: [K', D] the student's states in the teacher's space.
+        teacher_rows: [K'] the teacher token that each of them is about; None: K' = M, in order.
     """
 
-    t2s_hidden: Tensor
-    s2t_hidden: Tensor
-    student_mask: Tensor | None = None
-    teacher_rows: Tensor | None = None
+    t2s: Tensor
+    student_rows: Tensor | None
+    s2t: Tensor
+    teacher_rows: Tensor | None
 
 
-def align_positions(
-    student_hidden: Tensor, student: Side, teacher: TeacherSignal, projectors: Projectors
-) -> Aligned:
-    """Token i of one side meets token i of the other (arXiv 2406.17328, §3.2: one vocabulary).
+def exchange_pairs(
+    student: View, teacher: View, pairs: Tensor, projectors: Projectors
+) -> Exchanged:
+    """Two tokens of a pair meet; the others meet nothing.
+
+    With one vocabulary the pairs are all tokens (arXiv 2406.17328, §3.2); with two, those that
+    stand for the same bytes (arXiv 2504.11426, §3.4: exact token alignment).
 
     Args:
-        student_hidden: [N, d].
-
-    Raises:
-        ValueError: the supervised tokens of the two sides are not the same ids in the same order.
+        student, teacher: with states.
+        pairs: [P, 2] indices of the student's and of the teacher's token, ascending.
     """
-    same_count = len(student) == len(teacher.tokens)
-    if not same_count or not torch.equal(student.labels, teacher.tokens.labels):
-        raise ValueError(
-            "alignment: positions needs the same supervised tokens on both sides, but this batch "
-            f"has {len(student)} for the student and {len(teacher.tokens)} for the teacher"
-            + (" with other ids" if same_count else "")
-            + ". Use `alignment: cma`."
-        )
-    return Aligned(projectors.t2s(teacher.hidden), projectors.s2t(student_hidden))
-
-
-def align_exact_pairs(
-    student_hidden: Tensor, pairs: Tensor, teacher: TeacherSignal, projectors: Projectors
-) -> Aligned:
-    """Tokens that stand for the same bytes on both sides meet; the others meet nothing
-    (arXiv 2504.11426, §3.4: exact token alignment).
-
-    Args:
-        student_hidden: [N, d].
-        pairs: [P, 2] indices of the student's and of the teacher's token.
-    """
-    ours, theirs = pairs.unbind(1)
-    projected = projectors.t2s(teacher.hidden[theirs].to(student_hidden.dtype))
-    t2s = torch.zeros_like(student_hidden).index_copy_(0, ours, projected)
-    mask = torch.zeros(len(t2s), dtype=torch.bool, device=t2s.device).index_fill_(0, ours, True)
-    return Aligned(t2s, projectors.s2t(student_hidden[ours]), mask, theirs)
+    ours, theirs = _states(student), _states(teacher)
+    if len(pairs) == len(ours) == len(theirs):  # ascending, so each token meets its like
+        return Exchanged(projectors.t2s(theirs.to(ours.dtype)), None, projectors.s2t(ours), None)
+    i, j = pairs.unbind(1)
+    return Exchanged(projectors.t2s(theirs[j].to(ours.dtype)), i, projectors.s2t(ours[i]), j)
 
 
 def sample_std(states: Tensor, sample_ids: Tensor) -> Tensor:
@@ -91,84 +74,133 @@ def sample_std(states: Tensor, sample_ids: Tensor) -> Tensor:
     return std[sample_ids].unsqueeze(1)
 
 
-def align_with_attention(
-    student_hidden: Tensor,
-    student_embedded: tuple[Tensor, Tensor],
-    student: Side,
-    teacher: TeacherSignal,
+Std = Callable[[Tensor, Tensor], Tensor]
+
+
+def exchange_by_attention(
+    student: View,
+    teacher: View,
     projectors: Projectors,
-    stds: tuple[Tensor, Tensor, Tensor] | None = None,
-    spans: tuple[Tensor, Tensor] | None = None,
-) -> Aligned:
+    *,
+    causal: Matches | None = None,
+    std: Std = sample_std,
+) -> Exchanged:
     """Cross-model attention (arXiv 2406.17328, §3.3, eq. 8-11): each token attends to the other
     side's supervised tokens of its own sample.
 
         Q = query([E_s x ; E_s y])                         [N, 2D]
         K = [E_t x ; E_t y] / std                          [M, 2D]
         A = Q Kᵀ / sqrt(2D), pairs of the same sample only [N, M]
-        t2s_hidden = softmax(A)  t2s(h_t / std + E_t y / std)
-        s2t_hidden = softmax(Aᵀ) s2t(h_s)
+        t2s = softmax(A)  t2s(h_t / std + E_t y / std)     [N, d]
+        s2t = softmax(Aᵀ) s2t(h_s)                         [M, D]
 
-    with x the input token and y the label of each supervised position. Works block by block, so
+    with x the input token and y the label of each supervised position. Works sample by sample, so
     memory grows with the number of samples, not with its square.
 
     Args:
-        student_hidden: [N, d].
-        student_embedded: the student's input embeddings of x and y, [N, d] each, taken as given
-            (no gradient flows into the embedding through the attention).
-        stds: [M, 1] each, of [E_t x ; E_t y], h_t and E_t y; default `sample_std` of each.
-        spans: [N, 2] and [M, 2] first byte and end of each token, for causal attention; default
-            none. A student token then attends only to teacher tokens that end no later than it
-            does: a value knows its token's label, so what counts is the token's end. A teacher
-            token attends only to student tokens that begin no later than it does: the student's
-            state has read what is before its token. Both ways an exact pair sees each other.
+        student: with states and embeddings; these are taken as given (no gradient flows into the
+            embedding through the attention).
+        teacher: with states and embeddings.
+        causal: the byte spans by which a token sees only what has been read by then; None: all.
+            A student token then attends only to teacher tokens that end no later than it does: a
+            value knows its token's label, so what counts is the token's end. A teacher token
+            attends only to student tokens that begin no later than it does: the student's state
+            has read what is before its token. Both ways an exact pair sees each other.
+        std: [M, k] states and [M] sample ids to the [M, 1] divisor of the states.
     """
-    assert projectors.query is not None, "these projectors were built for positions"
-    dtype = student_hidden.dtype
-    query = projectors.query(torch.cat([e.detach().to(dtype) for e in student_embedded], dim=1))
-    key = torch.cat([teacher.embedded_inputs, teacher.embedded_labels], dim=1)
-    if stds is None:
-        ids = teacher.tokens.sample_ids
-        stds = tuple(  # type: ignore[assignment]
-            sample_std(x, ids) for x in (key, teacher.hidden, teacher.embedded_labels)
-        )
-    assert stds is not None
-    key = (key / stds[0]).to(dtype)
-    value_t = projectors.t2s(
-        (teacher.hidden / stds[1] + teacher.embedded_labels / stds[2]).to(dtype)
-    )
-    value_s = projectors.s2t(student_hidden)
+    assert projectors.query is not None, "these projectors were built without attention"
+    assert student.embedded is not None and teacher.embedded is not None
+    ours, theirs = _states(student), _states(teacher)
+    dtype, ids = ours.dtype, teacher.tokens.sample_ids
+    query = projectors.query(torch.cat([e.detach().to(dtype) for e in student.embedded], dim=1))
+    key = torch.cat(teacher.embedded, dim=1)
+    key = (key / std(key, ids)).to(dtype)
+    label = teacher.embedded[1]
+    value_t = projectors.t2s((theirs / std(theirs, ids) + label / std(label, ids)).to(dtype))
+    value_s = projectors.s2t(ours)
 
-    samples = int(max(student.sample_ids.max(), teacher.tokens.sample_ids.max())) + 1
-    counts_N = torch.bincount(student.sample_ids, minlength=samples).tolist()
-    counts_M = torch.bincount(teacher.tokens.sample_ids, minlength=samples).tolist()
-    blocks = zip(
-        query.split(counts_N),
-        key.split(counts_M),
-        value_t.split(counts_M),
-        value_s.split(counts_N),
-        *((s.split(c) for s, c in zip(spans, (counts_N, counts_M), strict=True)) if spans else ()),
-        strict=True,
+    blocks = [
+        _block(query[n], key[m], value_t[m], value_s[n], _visible(causal, n, m))
+        for n, m in _samples(student, teacher)
+    ]
+    t2s = torch.cat([value_t[:0], *(b.t2s for b in blocks)])
+    s2t = torch.cat([value_s[:0], *(b.s2t for b in blocks)])
+    if causal is None:
+        return Exchanged(t2s, None, s2t, None)
+    seeing = torch.cat([torch.ones_like(ids[:0], dtype=torch.bool), *(b.seeing for b in blocks)])
+    seen = torch.cat([torch.ones_like(ids[:0], dtype=torch.bool), *(b.seen for b in blocks)])
+    rows, teacher_rows = (mask.nonzero().squeeze(1) for mask in (seeing, seen))
+    return Exchanged(t2s[rows], rows, s2t[teacher_rows], teacher_rows)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One sample's tokens after attention.
+
+    Attributes:
+        t2s: [n, d]. s2t: [m, D].
+        seeing: [n] bool, student tokens that may see a teacher token; seen: [m] bool, teacher
+            tokens that may see a student token. The others' states mean nothing.
+    """
+
+    t2s: Tensor
+    s2t: Tensor
+    seeing: Tensor
+    seen: Tensor
+
+
+def _block(
+    query: Tensor,
+    key: Tensor,
+    value_t: Tensor,
+    value_s: Tensor,
+    visible: tuple[Tensor, Tensor] | None,
+) -> _Block:
+    """Attention both ways within one sample.
+
+    Args:
+        query: [n, 2D]. key: [m, 2D]. value_t: [m, d]. value_s: [n, D].
+        visible: [n, m] bool, what the student's tokens and what the teacher's may see; None: all.
+    """
+    scores = (query @ key.T).float() / math.sqrt(key.shape[1])
+    to_teacher = to_student = scores
+    everything = torch.ones_like(scores, dtype=torch.bool)
+    readable, read = visible or (everything, everything)
+    if visible is not None:
+        # Finite, so that a token which may see nothing gives no NaN; it is left out afterwards.
+        lowest = torch.finfo(scores.dtype).min
+        to_teacher = scores.masked_fill(~readable, lowest)
+        to_student = scores.masked_fill(~read, lowest)
+    return _Block(
+        to_teacher.softmax(1).to(value_t.dtype) @ value_t,
+        to_student.softmax(0).to(value_s.dtype).T @ value_s,
+        readable.any(1),
+        read.any(0),
     )
-    t2s, s2t, seen, seen_by = [], [], [], []
-    for q, k, v_t, v_s, *bounds in blocks:
-        if len(q) == 0 or len(k) == 0:
-            # Preparation drops rows that one side does not supervise.
-            assert len(q) == len(k) == 0, "a sample is supervised on one side only"
-            continue
-        scores = (q @ k.T).float() / math.sqrt(k.shape[1])
-        to_teacher = to_student = scores
-        if bounds:
-            (start, end), (teacher_start, teacher_end) = (b.unbind(1) for b in bounds)
-            readable, read = teacher_end <= end[:, None], start[:, None] <= teacher_start
-            # Finite, so that a token which may see nothing gives no NaN; it is left out below.
-            lowest = torch.finfo(scores.dtype).min
-            to_teacher, to_student = (scores.masked_fill(~m, lowest) for m in (readable, read))
-            seen.append(readable.any(1))
-            seen_by.append(read.any(0))
-        t2s.append(to_teacher.softmax(1).to(dtype) @ v_t)
-        s2t.append(to_student.softmax(0).to(dtype).T @ v_s)
-    if not spans:
-        return Aligned(torch.cat(t2s), torch.cat(s2t))
-    rows = torch.cat(seen_by).nonzero().squeeze(1)
-    return Aligned(torch.cat(t2s), torch.cat(s2t)[rows], torch.cat(seen), rows)
+
+
+def _visible(causal: Matches | None, n: slice, m: slice) -> tuple[Tensor, Tensor] | None:
+    """[n, m] bool each: teacher tokens that end by a student token's end, and student tokens that
+    begin by a teacher token's begin."""
+    if causal is None:
+        return None
+    start, end = causal.spans[n].unbind(1)
+    teacher_start, teacher_end = causal.teacher_spans[m].unbind(1)
+    return teacher_end <= end[:, None], start[:, None] <= teacher_start
+
+
+def _samples(student: View, teacher: View) -> Iterator[tuple[slice, slice]]:
+    """The rows of both sides of each sample."""
+    counts = [torch.bincount(view.tokens.sample_ids).tolist() for view in (student, teacher)]
+    # Preparation drops rows that one side does not supervise.
+    assert [k > 0 for k in counts[0]] == [k > 0 for k in counts[1]], "one side is not supervised"
+    n = m = 0
+    for ours, theirs in zip(*counts, strict=True):
+        if ours:
+            yield slice(n, n + ours), slice(m, m + theirs)
+        n, m = n + ours, m + theirs
+
+
+def _states(view: View) -> Tensor:
+    assert view.hidden is not None
+    return view.hidden

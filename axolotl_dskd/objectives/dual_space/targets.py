@@ -21,12 +21,12 @@ def greedy_tokens(head: OutputHead, hidden: Tensor, chunk_tokens: int) -> Tensor
 def teacher_targets(
     greedy: Tensor, pairs: Tensor, student: Side, teacher: Side, translation: Tensor
 ) -> Tensor:
-    """[N] what the projected teacher should say for each student token (arXiv 2504.11426, §3.4).
+    """[P] what the projected teacher should say for each pair (arXiv 2504.11426, §3.4).
 
     That is the teacher's own most likely token, in the student's vocabulary: the student's label
     where the teacher would say its label (the two stand for the same bytes, or both end the turn),
-    else the token of the same bytes. -100 where there is none, and for tokens without a pair: a
-    token without equal is left out rather than mapped to one that says something else. So is any
+    else the token of the same bytes. -100 where there is none: a token without equal is left out
+    rather than mapped to one that says something else. So is any
     where one side's label has the space that sentencepiece writes before a text and the other's
     has not: there the teacher's tokens all begin with a space too much.
 
@@ -41,5 +41,4 @@ def teacher_targets(
     label_translated = translation[teacher_labels]
     comparable = (label_translated == labels) | (label_translated == IGNORE_INDEX)
     translated = torch.where(comparable, translation[greedy], IGNORE_INDEX)
-    targets = torch.where(greedy == teacher_labels, labels, translated)
-    return torch.full_like(student.labels, IGNORE_INDEX).index_copy(0, ours, targets)
+    return torch.where(greedy == teacher_labels, labels, translated)

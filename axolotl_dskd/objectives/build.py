@@ -1,0 +1,35 @@
+"""From the configuration's objective to the object that computes it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.losses import Budget
+from axolotl_dskd.objectives.base import Facts, Objective, Setting
+
+
+def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int) -> Objective[Any]:
+    """The objective of a run; loads no weights.
+
+    Args:
+        config: the `dskd:` block.
+        facts: of the pair.
+        memory: bytes of the device in total, for `chunk_tokens: auto`.
+        seed: for whatever is drawn at the start.
+
+    Raises:
+        ValueError: the pair is not one that the objective works for.
+    """
+    kind = type(config.objective)
+    if kind not in Objective.known and kind.__module__.startswith("axolotl_dskd."):
+        importlib.import_module(f"axolotl_dskd.objectives.{config.objective.name}")
+    if kind not in Objective.known:
+        raise ValueError(
+            f"dskd.objective: {kind.__module__} defines the keys of {config.objective.name!r}, but "
+            "no subclass of Objective with `config=` that class."
+        )
+    tokens = None if config.chunk_tokens == "auto" else config.chunk_tokens
+    setting = Setting(config.kd_ratio, Budget(tokens, memory), seed)
+    return Objective.known[kind](config.objective, facts, setting)

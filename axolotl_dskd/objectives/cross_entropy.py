@@ -1,0 +1,23 @@
+"""The student's cross-entropy alone: what is computed where there is no teacher."""
+
+from __future__ import annotations
+
+from axolotl_dskd.losses import Budget, TermSpec, by_rows, even_parts, over, with_ce
+from axolotl_dskd.objectives.base import student_stream
+from axolotl_dskd.types import LossOutput, Per, Term, View
+
+TERMS: dict[str, Per] = {"ce": "student_token"}
+
+
+def cross_entropy(student: View, budget: Budget) -> LossOutput:
+    """Σ CE over the supervised tokens, chunk by chunk."""
+    stream, tokens = student_stream(student), student.tokens
+    parts = even_parts({"student": len(tokens)}, budget.size(stream))
+    sums = over(
+        {"student": stream},
+        parts,
+        by_rows(with_ce(None, tokens.labels, 1.0)),
+        {"ce": TermSpec("student", 1.0)},
+    )
+
+    return LossOutput(sums.loss, len(tokens), {"ce": Term(sums.values["ce"], tokens.sample_ids)})

@@ -1,0 +1,200 @@
+"""The dual-space objective: an exchange, what the projected teacher is taught, and both spaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from axolotl.utils.logging import get_logger
+from torch import Tensor
+
+from axolotl_dskd.config import DualSpaceConfig
+from axolotl_dskd.data.token_bytes import shared_tokens, translation
+from axolotl_dskd.losses import make_divergence
+from axolotl_dskd.objectives.base import (
+    Beside,
+    Facts,
+    Objective,
+    Pair,
+    Setting,
+    equal_ids,
+    participation,
+    student_stream,
+    teacher_stream,
+)
+from axolotl_dskd.objectives.dual_space.align import (
+    Exchanged,
+    exchange_by_attention,
+    exchange_pairs,
+)
+from axolotl_dskd.objectives.dual_space.choice import choose_alignment
+from axolotl_dskd.objectives.dual_space.follow import HeadFollower
+from axolotl_dskd.objectives.dual_space.projectors import Projectors
+from axolotl_dskd.objectives.dual_space.report import StartReport
+from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
+from axolotl_dskd.objectives.dual_space.start import SharedIds, start_projectors
+from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import LossOutput, Matches, Needs, Per, View
+
+LOG = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an `alignment:` stands for.
+
+    Attributes:
+        attention: states meet by attention; else as pairs.
+        teachers_choice: the projected teacher is taught to say what the teacher would; else the
+            student's label.
+        mask_wrong: what `agreement_mask: auto` means.
+    """
+
+    attention: bool = False
+    teachers_choice: bool = False
+    mask_wrong: bool = False
+
+
+_KINDS = {
+    "positions": _Kind(),
+    "eta": _Kind(teachers_choice=True),
+    "cma": _Kind(attention=True, mask_wrong=True),
+}
+
+
+class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
+    """arXiv 2406.17328, extended in 2504.11426; the terms are in `spaces`."""
+
+    terms: ClassVar[dict[str, Per]] = {
+        "ce": "student_token",
+        "student_space": "student_token",
+        "projector_ce": "student_token",
+        "teacher_space": "student_token",
+        "projector_accuracy": "student_token",
+        "teacher_accuracy": "value",
+        "aligned": "student_token",
+    }
+    module: Projectors
+
+    def __init__(self, config: DualSpaceConfig, facts: Facts, setting: Setting) -> None:
+        super().__init__(config, facts, setting)
+        self.alignment, self._why = choose_alignment(config, facts)
+        self._kind = _KINDS[self.alignment]
+        self.needs = Needs(embeddings=self._kind.attention)
+        mask = config.agreement_mask
+        self.weights = Terms(
+            divergence=make_divergence(
+                config.divergence,
+                skew_lambda=config.skew_lambda,
+                adaptive_alpha=config.adaptive_alpha,
+                js_beta=config.js_beta,
+            ),
+            temperature=config.temperature,
+            kd_ratio=setting.kd_ratio,
+            student_space_weight=config.student_space_weight,
+            teacher_space_weight=config.teacher_space_weight,
+            mask_wrong=self._kind.mask_wrong if mask == "auto" else mask,
+        )
+        projector = config.projector
+        self.beside = Beside(
+            projector.learning_rate, projector.weight_decay, projector.warmup_steps
+        )
+        self._follower: HeadFollower | None = None
+        self._report: StartReport | None = None
+
+    def describe(self) -> str:
+        """How tokens meet, and why."""
+        return f"Alignment of student and teacher tokens: {self._why}"
+
+    def begin(self, pair: Pair) -> None:
+        """Build the projectors and solve for their start."""
+        facts, device = self.facts, pair.device
+        shared = shared_tokens(facts.student, facts.teacher)
+        ids = SharedIds(*(torch.tensor(side, device=device) for side in shared))
+        sizes = pair.heads[0].hidden_size, pair.heads[1].hidden_size
+        self.module = Projectors(
+            *sizes, with_query=self._kind.attention, seed=self.setting.seed
+        ).to(device)
+        started = start_projectors(
+            self.module, self.config.projector.init, ids, pair.heads, pair.embeddings
+        )
+        if started and pair.heads[0].trainable:
+            self._follower = HeadFollower(self.module, ids, pair.heads[1])
+        table = []
+        if self._kind.teachers_choice:
+            table = translation(facts.teacher, facts.student)
+        self._translation = torch.tensor(table, dtype=torch.long, device=device)
+        self._report = StartReport(ids) if len(ids) else None
+
+    def follow(self, step: int, head: OutputHead) -> None:
+        """Let s2t follow a head that trains; end the report of the start."""
+        warming_up = self.beside is not None and step < self.beside.warmup_steps
+        if self._follower is not None and step and not warming_up:
+            self._follower.follow(head)
+        if step and self._report is not None:
+            # Projectors of a resumed run are past their start.
+            if self._report.batches:
+                self._report.say(LOG)
+            self._report = None
+
+    def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
+        """See the class."""
+        exchanged, targets = self._exchange(student, teacher, matches)
+        terms, budget = self.weights, self.setting.budget
+        stream = student_stream(student)
+        out = student_space(
+            stream,
+            student.tokens,
+            exchanged.t2s if terms.student_space_weight else None,
+            exchanged.student_rows,
+            targets if terms.student_space_weight else None,
+            terms,
+            budget,
+        )
+        if terms.teacher_space_weight:
+            loss, values = teacher_space(
+                teacher_stream(teacher),
+                teacher.tokens,
+                exchanged.s2t,
+                exchanged.teacher_rows,
+                terms,
+                budget,
+            )
+            out.loss = out.loss + loss
+            out.terms |= values
+        out.terms["aligned"] = participation(exchanged.student_rows, student.tokens)
+        if self._report is not None and torch.is_grad_enabled():
+            assert student.hidden is not None and teacher.hidden is not None
+            assert student.head is not None and teacher.head is not None
+            self._report.add(
+                matches.exact,
+                exchanged,
+                (student.hidden, teacher.hidden),
+                (student.head, teacher.head),
+            )
+            if self._report.complete:
+                self._report.say(LOG)
+                self._report = None
+        return out
+
+    def _exchange(
+        self, student: View, teacher: View, matches: Matches
+    ) -> tuple[Exchanged, Tensor | None]:
+        """The projected states, and the targets of the projected teacher where these are not the
+        student's labels."""
+        if self._kind.attention:
+            causal = matches if self.config.causal else None
+            return exchange_by_attention(student, teacher, self.module, causal=causal), None
+        pairs = matches.exact
+        if not self._kind.teachers_choice:
+            pairs = equal_ids(pairs, student.tokens, teacher.tokens)
+            return exchange_pairs(student, teacher, pairs, self.module), None
+        exchanged = exchange_pairs(student, teacher, pairs, self.module)
+        source = teacher_stream(teacher)
+        states = source.hidden[pairs[:, 1]]
+        size = self.setting.budget.size(source)
+        greedy = greedy_tokens(source.head, states, size)
+        targets = teacher_targets(greedy, pairs, student.tokens, teacher.tokens, self._translation)
+        return exchanged, targets
