@@ -19,7 +19,7 @@ class DSKDPlugin(BasePlugin):
     def register(self, cfg: Any) -> None:
         """Make Axolotl's data pipeline prepare both sides of every row."""
         if cfg.get("dskd"):
-            from axolotl_dskd.data import install_hooks
+            from axolotl_dskd.data.hooks import install_hooks
 
             install_hooks()
 

@@ -1,32 +1,40 @@
 """The student as distillation sees it: its head, its embeddings, whole or sharded.
 
 The one place that knows how FSDP2, ZeRO and mixed precision change where the student's parameters
-are and when they can be read. Knows the trainer's model and accelerator; nothing of teachers,
+are and when they can be read. Knows one model and an accelerator; nothing of teachers,
 batches or losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from axolotl_dskd.models.heads import check_output_head, head_module, output_head
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import gathered, whole
-from axolotl_dskd.types import Side
+from axolotl_dskd.types import Needs, Side, View
 
 
 class Student:
-    """Args: trainer, whose model it is; vocab_size, ids that its tokenizer can emit."""
+    """A model that is being trained.
 
-    def __init__(self, trainer: Any, vocab_size: int) -> None:
-        self.trainer = trainer
+    Args:
+        model: gives it as the trainer holds it now (wrapped by peft, prepared, or not).
+        accelerator: the trainer's.
+        vocab_size: ids that its tokenizer can emit.
+    """
+
+    def __init__(self, model: Callable[[], Any], accelerator: Accelerator, vocab_size: int) -> None:
+        self._model = model
+        self.accelerator = accelerator
         self.vocab_size = vocab_size
-        self._embedding = trainer.model.get_input_embeddings()
+        self._embedding = model().get_input_embeddings()
         # Asked for within a forward, ZeRO-3 would take it for a parameter of the head from then on.
         # Held under FSDP2, it would stay in memory beside the shards that take its place.
         self._partitioned = self._embedding.weight if self._zero_stage == 3 else None
@@ -34,16 +42,28 @@ class Student:
     @property
     def is_sharded(self) -> bool:
         """Whether a rank holds a part of the student only, once training has begun."""
-        return bool(self.trainer.is_fsdp_enabled) or self._zero_stage == 3
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        return fsdp or self._zero_stage == 3
 
     @property
     def _zero_stage(self) -> int:
-        plugin = self.trainer.accelerator.state.deepspeed_plugin
+        plugin = self.accelerator.state.deepspeed_plugin
         return 0 if plugin is None else int(plugin.zero_stage)
+
+    def view(self, tokens: Side, hidden: Tensor, needs: Needs) -> View:
+        """The student on a batch; within its forward, and on every rank alike.
+
+        Args:
+            tokens: its supervised tokens.
+            hidden: [N, d] what its head was given for them.
+            needs: of the objective.
+        """
+        embedded = self.embed(tokens) if needs.embeddings else None
+        return View(tokens, self.head(), hidden, embedded)
 
     def head(self) -> OutputHead:
         """The output head as it is now. Of a sharded student: within its forward or `gathered`."""
-        return output_head(self.trainer.model, self.vocab_size)
+        return output_head(self._model(), self.vocab_size)
 
     @contextmanager
     def gathered(self) -> Iterator[tuple[OutputHead, Tensor]]:
@@ -51,7 +71,7 @@ class Student:
 
         Under FSDP2 rank 0 may be the only one whose tensors have storage (`device` meta).
         """
-        head = head_module(self.trainer.model)
+        head = head_module(self._model())
         embedding = self._embedding.weight
         with gathered((embedding, *head.parameters())):
             yield self.head(), embedding
@@ -71,9 +91,8 @@ class Student:
         It may change it within the last backward of a step: ask before. Without DeepSpeed a
         gradient scaler does it, which knows by itself.
         """
-        if not self.trainer.is_deepspeed_enabled:
-            return 1.0
-        return float(getattr(self.trainer.model_wrapped.optimizer, "loss_scale", 1.0))
+        prepared = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        return float(getattr(prepared.engine.optimizer, "loss_scale", 1.0)) if prepared else 1.0
 
     def check(self, *, training_has_begun: bool) -> None:
         """Refuse a student that cannot be distilled into; once, as early as it is whole.
@@ -85,17 +104,17 @@ class Student:
         Raises:
             ValueError: it is spread over devices, or its head does something unknown to its logits.
         """
-        trainer = self.trainer
-        placed = set((getattr(trainer.model, "hf_device_map", None) or {"": ""}).values())
+        placed = set((getattr(self._model(), "hf_device_map", None) or {"": ""}).values())
         if len(placed) > 1:
             raise ValueError(
                 f"the student is spread over {sorted(map(str, placed))} by device_map, which is "
                 "not supported. Start one process per GPU, or use one GPU."
             )
-        if training_has_begun == (self.is_sharded or trainer.is_deepspeed_enabled):
+        with_deepspeed = self.accelerator.state.deepspeed_plugin is not None
+        if training_has_begun == (self.is_sharded or with_deepspeed):
             # Axolotl may keep head, norms, embeddings in float32 under bf16: autocast joins them.
-            with trainer.accelerator.autocast():
-                check_output_head(trainer.model, "student")
+            with self.accelerator.autocast():
+                check_output_head(self._model(), "student")
 
     def check_sizes(
         self, head: OutputHead, embedding: Tensor, *, compares_embeddings: bool

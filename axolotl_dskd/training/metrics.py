@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from axolotl_dskd.ranks import sum_over_ranks
-from axolotl_dskd.types import LossOutput
-
-#: Per-token values that the loss reports (`dual_space_loss`).
-TERMS = (
-    "ce",
-    "student_space",
-    "projector_ce",
-    "teacher_space",
-    "projector_accuracy",
-    "teacher_accuracy",
-    "aligned",
-)
+from axolotl_dskd.types import LossOutput, Per
 
 
 class MetricSums:
-    """Term sums and token counts since the last log, divided once, over all ranks."""
+    """Term sums and counts since the last log, divided once, over all ranks.
 
-    def __init__(self) -> None:
+    Args:
+        per: what each term's mean is counted by; the same on every rank, whatever it has seen.
+    """
+
+    def __init__(self, per: Mapping[str, Per]) -> None:
+        self.per = dict(per)
         self.sums: dict[str, Tensor] = {}
-        self.student_tokens = 0
-        self.teacher_tokens = 0
+        self.counts = dict.fromkeys(self.per, 0)
+        self.tokens = 0
 
     def add(self, out: LossOutput) -> None:
         """Count one batch in."""
+        assert out.terms.keys() <= self.per.keys(), out.terms.keys() - self.per.keys()
         for name, value in out.sums().items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.student_tokens += out.student_tokens
-        self.teacher_tokens += out.teacher_tokens
+            self.counts[name] += len(out.terms[name].values)
+        self.tokens += out.tokens
 
     def means(self, device: torch.device) -> dict[str, float]:
-        """Every term per supervised *student* token, as it enters the loss, except
-        `teacher_accuracy`, which is a share of the teacher's tokens."""
-        counts = [float(self.student_tokens), float(self.teacher_tokens)]
-        values = [float(self.sums.get(name, 0.0)) for name in TERMS]
-        present = [float(name in self.sums) for name in TERMS]
-        # The same length on every rank, whatever this one has seen.
-        packed = torch.tensor(counts + values + present, dtype=torch.float64, device=device)
-        students, teachers, *rest = sum_over_ranks(packed).tolist()
-        if not students:
+        """Every term's mean, by its name with `dskd/` in front; nothing where there is no token."""
+        numbers = [float(self.tokens)]
+        for name in self.per:  # the same layout on every rank
+            total = float(self.sums.get(name, 0.0))
+            numbers += (total, float(self.counts[name]), float(name in self.sums))
+        packed = torch.tensor(numbers, dtype=torch.float64, device=device)
+        tokens, *rest = sum_over_ranks(packed).tolist()
+        if not tokens:
             return {}
-        means = {
-            f"dskd/{name}": total / (max(teachers, 1) if name == "teacher_accuracy" else students)
-            for name, total, seen in zip(TERMS, rest, rest[len(TERMS) :], strict=False)
-            if seen
-        }
-        return means | {"dskd/supervised_tokens": students}
+        means = {}
+        for k, (name, per) in enumerate(self.per.items()):
+            total, count, seen = rest[3 * k : 3 * k + 3]
+            if seen:
+                means[f"dskd/{name}"] = total / (max(count, 1) if per == "value" else tokens)
+        return means | {"dskd/supervised_tokens": tokens}

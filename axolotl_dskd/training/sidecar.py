@@ -1,47 +1,73 @@
-"""The optimizer that trains the projectors beside the student's own, and their checkpoints.
+"""What an objective trains beside the student: its optimizer, and its part of a checkpoint.
 
-Knows projectors, gradients and files; nothing of models, tokens or losses.
+A module of the objective's own must not be a part of the student: exports would carry it, sharding
+would cut it. Knows a module, gradients and files; nothing of models, tokens or losses.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from axolotl_dskd.objectives.dual_space.projectors import Projectors
+from axolotl_dskd.objectives.base import Beside
 from axolotl_dskd.ranks import average_over_ranks, raise_together, share_first
 
-_FOLDER, _WEIGHTS, _OPTIMIZER = "dskd", "projectors.safetensors", "projector_optimizer.safetensors"
+_FOLDER = "dskd"
+_WEIGHTS, _OPTIMIZER, _OBJECTIVE = "module.safetensors", "optimizer.safetensors", "objective.json"
 #: What the Trainer writes into a checkpoint last.
 _LAST_FILE = "trainer_state.json"
 
 
-class ProjectorOptimizer:
-    """float32 AdamW over the projectors that follows the student's learning-rate schedule.
+class Sidecar:
+    """Trains an objective's module and keeps it in checkpoints; without a module it notes in
+    checkpoints which objective wrote them.
 
-    Gradients are averaged over ranks, clipped to the same norm as the student's, and the learning
-    rate is `learning_rate` times the factor by which the schedule scales the student's.
+    float32 AdamW that follows the student's learning-rate schedule: gradients are averaged over
+    ranks, clipped to the same norm as the student's, and the learning rate is the module's own
+    times the factor by which the schedule scales the student's.
+
+    Args:
+        objective: its name.
+        module: its parameters start alike on every rank: rank 0's are taken.
+        beside: how it is optimised.
+        max_grad_norm: the student's.
     """
 
     def __init__(
         self,
-        projectors: Projectors,
+        objective: str,
+        module: nn.Module | None,
+        beside: Beside | None,
         *,
-        learning_rate: float,
-        weight_decay: float,
         max_grad_norm: float,
     ) -> None:
-        self.projectors = projectors
-        self.learning_rate = learning_rate
+        self.objective = objective
+        self.module = module if module is not None else nn.Module()
+        self.beside = beside or Beside(learning_rate=0.0)
         self.max_grad_norm = max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            projectors.parameters(), lr=learning_rate, weight_decay=weight_decay
-        )
-        share_first(parameter.data for parameter in projectors.parameters())
+        self._parameters = dict(self.module.named_parameters())
+        self.adamw: torch.optim.AdamW | None = None
+        if self._parameters:
+            self.adamw = torch.optim.AdamW(
+                self._parameters.values(),
+                lr=self.beside.learning_rate,
+                weight_decay=self.beside.weight_decay,
+            )
+        share_first(parameter.data for parameter in self._parameters.values())
+
+    def is_alone(self, step: int) -> bool:
+        """Whether the module trains alone at this step."""
+        return step < self.beside.warmup_steps
+
+    def forget_gradients(self) -> None:
+        """Drop what was accumulated."""
+        self.module.zero_grad(set_to_none=True)
 
     def step(
         self,
@@ -60,8 +86,22 @@ class ProjectorOptimizer:
             scaler: the student's, before its `update`: gradients are divided by its scale, and it
                 lowers the scale where they overflow, also if the student's do not.
         """
+        if self.adamw is None:
+            return
+        gradients, not_finite = self._averaged(loss_scale)
+        if scaler is not None:  # after averaging: every rank finds the same
+            scaler.unscale_(self.adamw)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if torch.isfinite(norm):
+            self._apply(self.adamw, norm, schedule_factor)
+        elif loss_scale == 1.0 and scaler is None:
+            self._refuse(self.adamw, not_finite)
+        self.forget_gradients()
+
+    def _averaged(self, loss_scale: float) -> tuple[list[Tensor], list[str]]:
+        """All gradients, now the ranks' mean; and which of this rank's are not finite."""
         gradients, not_finite = [], []
-        for name, parameter in self.projectors.named_parameters():
+        for name, parameter in self._parameters.items():
             if parameter.grad is None:  # a rank may see no supervised token
                 parameter.grad = torch.zeros_like(parameter)
             if loss_scale != 1.0:
@@ -70,66 +110,77 @@ class ProjectorOptimizer:
             if not torch.isfinite(parameter.grad.sum()):
                 not_finite.append(name)
         average_over_ranks(gradients)
-        if scaler is not None:  # after averaging: every rank finds the same
-            scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(norm):
-            if self.max_grad_norm > 0:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self.projectors.parameters(), self.max_grad_norm, norm
-                )
-            for group in self.adamw.param_groups:
-                group["lr"] = self.learning_rate * schedule_factor
-            self.adamw.step()
-        elif loss_scale == 1.0 and scaler is None:
-            # Every rank is here: it is the average that is not finite.
-            where = f" ({', '.join(not_finite)})" if not_finite else ""
-            taken = self.adamw.state[next(self.projectors.parameters())].get("step", 0)
-            problem = (
-                f"the projectors' gradients{where} are not finite at step {int(taken) + 1} "
-                "although the loss is. Lower dskd.projector.learning_rate or the student's "
-                "learning_rate."
+        return gradients, not_finite
+
+    def _apply(self, adamw: torch.optim.AdamW, norm: Tensor, schedule_factor: float) -> None:
+        """One update from finite gradients."""
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._parameters.values(), self.max_grad_norm, norm
             )
-            raise_together(problem if not_finite else None, gradients[0].device)
-            raise ValueError(problem)  # finite on every rank, their sum is not
-        self.adamw.zero_grad(set_to_none=True)
+        for group in adamw.param_groups:
+            group["lr"] = self.beside.learning_rate * schedule_factor
+        adamw.step()
+
+    def _refuse(self, adamw: torch.optim.AdamW, not_finite: list[str]) -> NoReturn:
+        """Stop every rank: they are all here, since it is the average that is not finite."""
+        where = f" ({', '.join(not_finite)})" if not_finite else ""
+        first = next(iter(self._parameters.values()))
+        taken = int(adamw.state[first].get("step", 0))
+        problem = (
+            f"the gradients of what {self.objective} trains beside the student{where} are not "
+            f"finite at step {taken + 1} although the loss is. Lower its learning rate "
+            "(dskd.objective.projector.learning_rate) or the student's learning_rate."
+        )
+        raise_together(problem if not_finite else None, first.device)
+        raise ValueError(problem)  # finite on every rank, their sum is not
 
     def save(self, checkpoint: str | Path) -> None:
-        """Write `<checkpoint>/dskd/`: weights and optimizer state, as safetensors."""
+        """Write `<checkpoint>/dskd/`: weights and optimizer state as safetensors, and whose they
+        are."""
         folder = Path(checkpoint) / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        _write(self.projectors.state_dict(), folder / _WEIGHTS)
-        state = {
-            f"{name}.{key}": value
-            for name, parameter in self.projectors.named_parameters()
-            for key, value in self.adamw.state[parameter].items()
-        }
+        _write(self.module.state_dict(), folder / _WEIGHTS)
+        state = {}
+        if self.adamw is not None:
+            state = {
+                f"{name}.{key}": value
+                for name, parameter in self._parameters.items()
+                for key, value in self.adamw.state[parameter].items()
+            }
         _write(state, folder / _OPTIMIZER)
+        part = folder / f"{_OBJECTIVE}.part"
+        part.write_text(json.dumps({"objective": self.objective}) + "\n")
+        part.replace(folder / _OBJECTIVE)
 
     def load(self, checkpoint: str | Path) -> None:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the checkpoint has no projectors, damaged ones, or others than this run's.
+            ValueError: the checkpoint has no such part, a damaged one, or another run's.
         """
         check_checkpoint(checkpoint)
         folder = Path(checkpoint) / _FOLDER
         try:
             weights, state = load_file(folder / _WEIGHTS), load_file(folder / _OPTIMIZER)
-        except SafetensorError as error:
+            written_by = json.loads((folder / _OBJECTIVE).read_text())["objective"]
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the projectors in {folder} are damaged ({error}). {_other_checkpoint(checkpoint)}"
+                f"the objective's part in {folder} is damaged ({error}). "
+                f"{_other_checkpoint(checkpoint)}"
             ) from error
-        ours = {name: tuple(t.shape) for name, t in self.projectors.state_dict().items()}
+        ours = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
         theirs = {name: tuple(t.shape) for name, t in weights.items()}
-        if ours != theirs:
+        if (written_by, theirs) != (self.objective, ours):
             raise ValueError(
-                f"the projectors in {folder} do not fit this run: found {theirs}, need {ours}. "
-                "Teacher, student and alignment must be those of the interrupted run."
+                f"what the objective trains in {folder} does not fit this run: found "
+                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teacher, student "
+                "and objective must be those of the interrupted run."
             )
-        self.projectors.load_state_dict(weights)
-        for name, parameter in self.projectors.named_parameters():
+        self.module.load_state_dict(weights)
+        for name, parameter in self._parameters.items():
             prefix = f"{name}."
+            assert self.adamw is not None
             self.adamw.state[parameter] = {
                 key.removeprefix(prefix): value.to(
                     "cpu" if key == f"{prefix}step" else parameter.device
@@ -143,17 +194,17 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     """Refuse a checkpoint that a distillation cannot go on from; reads no weights.
 
     Raises:
-        ValueError: it was written without projectors, or its writing was interrupted.
+        ValueError: it was written without distillation, or its writing was interrupted.
     """
     path = Path(checkpoint)
     if not path.is_dir():
         raise ValueError(f"resume_from_checkpoint: there is no folder {path}. Correct the path.")
-    files = [path / _FOLDER / name for name in (_WEIGHTS, _OPTIMIZER)]
+    files = [path / _FOLDER / name for name in (_WEIGHTS, _OPTIMIZER, _OBJECTIVE)]
     missing = [file for file in files if not file.exists()]
     whole = (path / _LAST_FILE).exists()
     if whole and len(missing) == len(files):
         raise ValueError(
-            f"{path} cannot be resumed as a distillation: it has no projectors in "
+            f"{path} cannot be resumed as a distillation: it has no folder "
             f"{path / _FOLDER}. It was written without `dskd:` (or with save_only_model). Start "
             "from it as `base_model:` instead of `resume_from_checkpoint:`."
         )

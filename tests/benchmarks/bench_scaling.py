@@ -31,7 +31,7 @@ _INSIDE = "DSKD_BENCH_NAMESPACE"
 
 def config(folder: Path, name: str, ranks: int, steps: int, distil: bool) -> dict[str, Any]:
     """A full fine-tuning on padded rows; the same YAML without the plugin's two blocks."""
-    block = {"teacher": {"base_model": str(folder / "teacher")}, "alignment": "cma"}
+    block = {"teacher": {"base_model": str(folder / "teacher")}, "objective": {"alignment": "cma"}}
     ours = {"dskd": block} if distil else {"dskd": None, "plugins": None}
     return tiny.base_config(
         folder,

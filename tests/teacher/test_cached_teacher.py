@@ -347,14 +347,14 @@ def test_the_body_is_freed_after_the_epoch_that_filled_the_cache(
     _, trainer = train(config)
     assert sum(ran) == 16  # every row, training and evaluation, once
     assert len(loads) == 1
-    assert trainer.teacher.body is None
+    assert trainer.distillation.teacher.body is None
     evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
     assert all("eval_dskd/teacher_space" in entry for entry in evaluations)
 
 
 def test_without_a_cache_block_nothing_is_written(pair_folder: Path, train: Train):
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
-    assert isinstance(trainer.teacher, LiveTeacher)
+    assert isinstance(trainer.distillation.teacher, LiveTeacher)
     assert not (pair_folder / "cache").exists()
 
 

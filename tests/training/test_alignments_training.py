@@ -35,7 +35,7 @@ def said() -> Iterator[list[str]]:
 def test_exact_pairs_train_and_a_causal_student_too(
     pair_folder: Path, train: Train, said: list[str]
 ):
-    for block in ({"alignment": "eta"}, {"alignment": "cma", "causal": True}):
+    for keys in ({"alignment": "eta"}, {"alignment": "cma", "causal": True}):
         said.clear()
         config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, **block), num_epochs=4)
         _, trainer = train(config | {"max_steps": 16, "val_set_size": 0.25, "eval_steps": 8})
@@ -55,7 +55,7 @@ def test_exact_pairs_train_and_a_causal_student_too(
 def test_packed_rows_give_the_loss_of_padded_rows_with_every_alignment(
     pair_folder: Path, train: Train
 ):
-    for block in ({"alignment": "eta"}, {"alignment": "cma", "causal": True}):
+    for keys in ({"alignment": "eta"}, {"alignment": "cma", "causal": True}):
         both = []
         for packed in (False, True):
             config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, **block), max_steps=1)
@@ -78,8 +78,8 @@ def test_in_warm_up_only_the_projectors_train(pair_folder: Path, train: Train):
 
     untrained = AutoModelForCausalLM.from_pretrained(pair_folder / "student")
     torch.testing.assert_close(weights(model), weights(untrained), rtol=0, atol=0)
-    assert trainer.projectors is not None
-    assert float(trainer.projectors.t2s.bias.abs().max()) > 0  # starts at 0
+    assert trainer.objective.module is not None
+    assert float(trainer.objective.module.t2s.bias.abs().max()) > 0  # starts at 0
     longer, _ = train(config | {"max_steps": 3})
     changed = weights(longer)
     assert any(not torch.equal(p, changed[n]) for n, p in weights(untrained).items())
@@ -92,10 +92,10 @@ def test_auto_takes_exact_pairs_where_most_tokens_have_one(
 
     monkeypatch.setattr(tokenizers, "ETA_SHARE", 0.3)
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
-    assert trainer.alignment == "eta"
+    assert trainer.objective.alignment == "eta"
     monkeypatch.setattr(tokenizers, "ETA_SHARE", 0.9)
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
-    assert trainer.alignment == "cma"
+    assert trainer.objective.alignment == "cma"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ STEPS, WARM_UP = 6, 2
 
 def config(folder: Path, name: str, warm_up: int = 0, **overrides: Any) -> dict[str, Any]:
     block = {"teacher": {"base_model": str(folder / "teacher")}}
-    block |= {"projector": {"warmup_steps": warm_up}}
+    block |= {"objective": {"projector": {"warmup_steps": warm_up}}}
     return tiny.base_config(
         folder,
         max_steps=STEPS,

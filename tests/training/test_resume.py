@@ -53,8 +53,7 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
 
 def full(folder: Path, name: str, world_size: int, **overrides: Any) -> dict[str, Any]:
     """Everything trains, the head too, and s2t starts from it and follows it."""
-    block = {"teacher": {"base_model": str(folder / "teacher")}, "alignment": "cma"}
-    block |= {"projector": {"init": "lstsq"}}
+    block = {"teacher": {"base_model": str(folder / "teacher")}, "objective": {"alignment": "cma", "projector": {"init": "lstsq"}}}
     return config(folder, name, micro_batch_size=4 // world_size, dskd=block, **overrides)
 
 
@@ -180,7 +179,7 @@ def test_a_killed_run_goes_on_exactly(
     theirs = folder / straight / last
     names = {str(p.relative_to(theirs)) for p in theirs.rglob("*") if p.is_file()}
     assert names == {str(p.relative_to(ours)) for p in ours.rglob("*") if p.is_file()}
-    assert {"dskd/projectors.safetensors", "dskd/projector_optimizer.safetensors"} <= names
+    assert {"dskd/module.safetensors", "dskd/optimizer.safetensors"} <= names
     assert ({"rng_state_0.pth", "rng_state_1.pth"} if two else {"rng_state.pth"}) <= names
     compared = 0
     for name in names:
@@ -222,7 +221,7 @@ def test_another_number_of_ranks_goes_on_alike(folder: Path, runs: dict[str, Res
             torch.testing.assert_close(
                 runs[resumed][part][name], tensor, rtol=0, atol=1e-5, msg=name
             )
-    name = f"checkpoint-{STEPS}/dskd/projector_optimizer.safetensors"
+    name = f"checkpoint-{STEPS}/dskd/optimizer.safetensors"
     ours = load_file(folder / f"full-{resumed[6]}-on-{resumed[-1]}" / name)
     for key, tensor in load_file(folder / "full" / name).items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
@@ -240,4 +239,4 @@ def test_a_checkpoint_that_was_being_written_is_refused_with_the_one_to_take(
     for text in ("half/checkpoint-6", "not complete", "Delete", "half/checkpoint-3"):
         assert text in error
     left = {p.name for p in (folder / "half" / f"checkpoint-{STEPS}" / "dskd").iterdir()}
-    assert left == {"projectors.safetensors"}
+    assert left == {"module.safetensors"}

@@ -71,7 +71,7 @@ def test_training_lowers_the_distillation_terms(
         dskd=dskd(tmp_path, projector={"learning_rate": 1e-2}),
     )
     _, trainer = train(config)
-    assert trainer.alignment == ("positions" if same_vocabulary else "cma")
+    assert trainer.objective.alignment == ("positions" if same_vocabulary else "cma")
     first, last = steps(trainer)[0], steps(trainer)[-1]
     for name in ("loss", "dskd/ce", "dskd/projector_ce", "dskd/teacher_space"):
         assert last[name] < 0.9 * first[name], name
@@ -185,8 +185,8 @@ def test_resumed_goes_on_as_uninterrupted(pair_folder: Path, train: Train):
     straight = train(tiny.base_config(pair_folder, max_steps=8, **save))[1]
     checkpoint = pair_folder / "out" / "checkpoint-4"
     assert {p.name for p in (checkpoint / "dskd").iterdir()} == {
-        "projectors.safetensors",
-        "projector_optimizer.safetensors",
+        "module.safetensors",
+        "optimizer.safetensors",
     }
     resumed = train(
         tiny.base_config(
@@ -265,7 +265,7 @@ def test_a_qlora_student_learns_from_a_quantised_teacher(
         **{**LORA, "adapter": "qlora", "load_in_4bit": True},
     )
     model, trainer = train(config)
-    kinds = {type(m).__name__ for m in trainer.teacher.model.modules()}
+    kinds = {type(m).__name__ for m in trainer.distillation.teacher.model.modules()}
     assert ("Linear4bit" if quantised == "load_in_4bit" else "Linear8bitLt") in kinds
     assert "Linear4bit" in {type(m).__name__ for m in model.modules()}
     first, last = steps(trainer)[0], steps(trainer)[-1]
@@ -289,7 +289,7 @@ def test_the_teacher_is_frozen_and_its_adapter_merged(pair_folder: Path, train: 
     block = dskd(pair_folder)
     block["teacher"]["adapter"] = str(pair_folder / "adapter")
     _, trainer = train(tiny.base_config(pair_folder, dskd=block, max_steps=2))
-    teacher = trainer.teacher.model
+    teacher = trainer.distillation.teacher.model
     torch.testing.assert_close(logits_of(teacher, tokenizer), expected)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not teacher.training

@@ -1,0 +1,10 @@
+"""Where the rows of a step come from.
+
+A source is asked for the batches of each optimizer step, behind the Trainer's own data loader: it
+may pass them on, or put others in their place. It does not know what is learned from them.
+"""
+
+from axolotl_dskd.samples.base import Samples
+from axolotl_dskd.samples.open import open_samples
+
+__all__ = ["Samples", "open_samples"]

@@ -1,0 +1,91 @@
+"""One micro-batch on its way through the student's forward: from its states to the loss.
+
+Created before the forward; its `at_head` runs inside it, where the head of a sharded student is
+whole; what it found is read afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from axolotl_dskd.losses import Budget
+from axolotl_dskd.models.student import Student
+from axolotl_dskd.objectives import Objective
+from axolotl_dskd.objectives.cross_entropy import cross_entropy
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.teacher import Teacher
+from axolotl_dskd.types import DualBatch, LossOutput, Needs, View
+
+
+class Distillation:
+    """What a run learns from: a teacher that is open, and the objective that has begun."""
+
+    def __init__(self, teacher: Teacher, objective: Objective[Any]) -> None:
+        self.teacher = teacher
+        self.objective = objective
+
+    def __call__(self, batch: DualBatch, student: View) -> LossOutput:
+        """The sums over a batch."""
+        if len(student) == 0:
+            self.teacher.idle(batch)
+        teacher = self.teacher(batch, self.objective.needs)
+        return self.objective(student, teacher, batch.matches)
+
+
+class Step:
+    """See the module.
+
+    Args:
+        batch: of this rank.
+        student: whose forward it is.
+        distillation: None where there is no teacher: then the loss is the cross-entropy.
+        budget: of the cross-entropy's chunks.
+        follow: told the head as it is now, on every rank, also on one without supervised tokens.
+    """
+
+    def __init__(
+        self,
+        batch: DualBatch,
+        student: Student,
+        distillation: Distillation | None,
+        budget: Budget,
+        follow: Callable[[OutputHead], None],
+    ) -> None:
+        self.batch = batch
+        self.student = student
+        self.distillation = distillation
+        self.budget = budget
+        self.follow = follow
+
+    def at_head(self, hidden_BLd: Tensor) -> LossOutput:
+        """The sums over the batch, from what the head was given."""
+        mask_BL = self.batch.student_mask()
+        needs = Needs() if self.distillation is None else self.distillation.objective.needs
+        view = self.student.view(self.batch.student_side(mask_BL), hidden_BLd[mask_BL], needs)
+        assert view.head is not None
+        self.follow(view.head)
+        if self.distillation is None:
+            return cross_entropy(view, self.budget)
+        return self.distillation(self.batch, view)
+
+    def problem(self, out: LossOutput, step: int, decode: Callable[[Tensor], str]) -> str | None:
+        """The term, the step and the rows of a loss that is NaN or infinite, in words.
+
+        Args:
+            step: its number, from 1.
+            decode: ids of a row to text.
+        """
+        if out.loss.isfinite():
+            return None
+        places = []
+        for name, count, samples in out.not_finite():
+            ids, segments = self.batch.input_ids, self.batch.segment_ids
+            rows = [repr(decode(ids[segments == sample])[:120]) for sample in samples[:3]]
+            places.append(f"dskd/{name} on {count} tokens of {len(samples)} rows, first: {rows}")
+        return (
+            f"the loss is not finite at step {step}: {'; '.join(places)}. Usual causes: a learning "
+            "rate too high, float16 (use bf16), a damaged teacher."
+        )
