@@ -81,3 +81,18 @@ def cache_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (store, identity, open):
         monkeypatch.setattr(module.LOG, "warning", said.append)
     return said
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every teacher that is loaded."""
+    counted: list[int] = []
+    from axolotl_dskd.teacher.cached import open as open_module
+    from axolotl_dskd.teacher.load import load_teacher
+
+    def load(*args: Any) -> Any:
+        counted.append(1)
+        return load_teacher(*args)
+
+    monkeypatch.setattr(open_module, "load_teacher", load)
+    return counted

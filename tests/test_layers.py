@@ -90,3 +90,20 @@ def test_nothing_is_unpickled():
         text = path.read_text()
         assert "torch.load" not in text, path
         assert "import pickle" not in text, path
+
+
+def test_nothing_is_imported_from_a_test_module():
+    tests = Path(__file__).parent
+    paths = sorted(tests.rglob("*.py"))
+    assert paths
+    for path in paths:
+        names: list[str] = []
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path} imports from a relative module"
+                names += [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            taken = name.startswith("tests.") and not name.startswith("tests.support")
+            assert not taken, f"{path} imports {name}: move what they share to tests/support/"

@@ -54,8 +54,7 @@ from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.objectives.dual_space import align_exact_pairs, teacher_targets
 from axolotl_dskd.objectives.dual_space.projectors import least_squares
 from axolotl_dskd.types import DualBatch, Side, TeacherSignal
-from tests.data.test_byte_spans import FRAGMENTS, end_token, one_side
-from tests.data.test_token_bytes import TOKENIZERS, _table
+from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, byte_table, end_token, one_side
 
 PAIRS = [
     ("Mistral v1", "DeepSeek"),
@@ -230,7 +229,7 @@ def main() -> None:
     for student, teacher in PAIRS:
         tokenizers, tables = (
             [TOKENIZERS[n]() for n in (student, teacher)],
-            [_table(n) for n in (student, teacher)],
+            [byte_table(n) for n in (student, teacher)],
         )
         for name, tokenizer in zip((student, teacher), tokenizers, strict=True):
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(name))

@@ -13,8 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.commands.test_memory_plan import CASES, SIZES
-from tests.support.measured_memory import large_run, measure
+from tests.support.measured_memory import CASES, SIZES, large_run, measure
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from axolotl_dskd.cache import read_json, write_json
 from axolotl_dskd.commands.cli import main
 from tests.support import tiny
-from tests.teacher.test_cached_teacher import loads, losses  # noqa: F401
+from tests.support.runs import losses
 
 Train = Callable[[dict[str, Any]], Any]
 
@@ -34,7 +34,7 @@ def command(folder: Path, content: dict[str, Any], *options: str) -> Result:
 def test_written_ahead_it_gives_the_live_runs_losses_and_no_teacher_is_loaded(
     pair_folder: Path,
     train: Train,
-    loads: list[int],  # noqa: F811
+    loads: list[int],
 ):
     cached = config(pair_folder)
     plain = {**cached, "dskd": {"teacher": {"base_model": str(pair_folder / "teacher")}}}

@@ -19,7 +19,8 @@ from axolotl_dskd.data.byte_spans import (
 )
 from axolotl_dskd.data.reconcile import EXACT_PAIRS, KEPT, SPANS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
-from tests.data.test_token_bytes import TOKENIZERS, _table
+from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, end_token, one_side
+from tests.support.tokenizers import byte_table as _table
 
 PAIRS = [
     ("tiny byte-level", "tiny sentencepiece"),
@@ -31,30 +32,6 @@ PAIRS = [
 ]
 #: Where both write a space before a text, " x" of one side is no pair of the other's "x".
 BOTH_WITH_DUMMY_SPACES = ("Mistral v1", "tiny sentencepiece")
-
-FRAGMENTS = {
-    "English": [
-        "The quick brown fox; it's 12,345.67 % faster than I'd thought!",
-        "Water boils because its molecules move fast enough to leave.",
-        "Name three things that float: wood, ice and a small paper boat. ",
-    ],
-    "code": [
-        "def f(a, b):\n\tif a:\r\n\t\treturn  {'x': [a, *b]}  # \\t\n\n\n",
-        "for (int i = 0; i < n; ++i) {\n    s += a[i];\n}\n",
-        "\n\n\t\tlambda x: x ** 2\n",
-    ],
-    "accents, CJK, emoji": [
-        "Zürich, café naïve, Ærøskøbing, e\u0301 decomposed",
-        "你好,世界。日本語のテキスト、한국어 문장.",
-        "😀👩‍👩‍👧🏳️‍🌈 flags 🇨🇭!",
-    ],
-    "right to left, math": [
-        "עברית עם ניקוד שָׁלוֹם and العربية ١٢٣",
-        "∑ x² ≤ ∞, ∀ε>0 ∃δ: ‖f(x)−L‖<ε ⇒ 𝔽ₚ",
-        "a\u00a0b\u2003c\u200bd\u3000e",
-    ],
-    "short": ["", "x", "é", "😀", "你", "7", "."],
-}
 
 
 def mixed_rows(count: int) -> list[list[tuple[str, str]]]:
@@ -76,27 +53,6 @@ def mixed_rows(count: int) -> list[list[tuple[str, str]]]:
             turns.append((f"Question {i}?", answer))
         rows.append(turns)
     return rows
-
-
-def one_side(name: str, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """Ids and labels: prompts unsupervised, each answer with an end token supervised."""
-    tokenizer = TOKENIZERS[name]()
-    ids: list[int] = []
-    labels: list[int] = []
-    for prompt, answer in turns:
-        asked = tokenizer(prompt + "\n", add_special_tokens=False)["input_ids"]
-        said = tokenizer(answer, add_special_tokens=False)["input_ids"] if answer else []
-        said = [*said, end_token(name)]
-        ids += asked + said
-        labels += [-100] * len(asked) + said
-    return ids, labels
-
-
-def end_token(name: str) -> int:
-    tokenizer = TOKENIZERS[name]()
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    return tokenizer.convert_tokens_to_ids("<｜end▁of▁sentence｜>")
 
 
 def prepared(student: str, teacher: str, turns: list[tuple[str, str]]) -> dict[str, Any]:

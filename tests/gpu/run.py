@@ -24,7 +24,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from tests.support import tiny
-from tests.training.test_ranks import SHARDED, zero
+from tests.support.sharding import SHARDED, zero
 
 STEPS = 10
 #: name -> (configuration, largest difference of a loss from the float32 run on one GPU).

@@ -18,8 +18,21 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-
 ADAPTER = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
+
+#: Large enough that tensors outweigh what the libraries allocate.
+SIZES: dict[str, Any] = {"student": (16000, 512, 6), "teacher": (24000, 768, 6), "words": 150}
+
+#: Trainings by what they train.
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "qlora-checkpointed": {
+        **ADAPTER,
+        "adapter": "qlora",
+        "load_in_4bit": True,
+        "gradient_checkpointing": True,
+    },
+}
 
 
 def large_run(

@@ -18,13 +18,13 @@ from axolotl_dskd.cache import Codec, Damaged, RowStore
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.teacher import CachedTeacher, LiveTeacher, live, open_cached_teacher
-from axolotl_dskd.teacher import load as load_module
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable, read_tables, write_tables
 from axolotl_dskd.types import DualBatch
-from tests.models.test_heads import CONFIGS, SMALL, build
 from tests.support import tiny
-from tests.teacher.test_teacher import batch
+from tests.support.batches import batch
+from tests.support.families import CONFIGS, SMALL, build
+from tests.support.runs import losses
 
 Train = Callable[[dict[str, Any]], Any]
 CPU = torch.device("cpu")
@@ -240,24 +240,6 @@ def block(folder: Path, cache: dict[str, Any] | None, **teacher: Any) -> dict[st
     if cache is not None:
         teacher["cache"] = {"path": str(folder / "cache"), **cache}
     return {"teacher": teacher}
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every teacher that is loaded."""
-    counted: list[int] = []
-    from axolotl_dskd.teacher.cached import open as open_module
-
-    def load(*args: Any) -> Any:
-        counted.append(1)
-        return load_module.load_teacher(*args)
-
-    monkeypatch.setattr(open_module, "load_teacher", load)
-    return counted
 
 
 PACKED = {

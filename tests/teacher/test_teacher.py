@@ -8,28 +8,14 @@ import pytest
 import torch
 
 from axolotl_dskd.teacher import LiveTeacher, live
-from axolotl_dskd.types import DualBatch
 from tests.support import tiny
+from tests.support.batches import batch
 
 CPU = torch.device("cpu")
 
 
 def teacher() -> LiveTeacher:
     return LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
-
-
-def batch(lengths: list[int], width: int | None = None) -> DualBatch:
-    generator = torch.Generator().manual_seed(5)
-    width = width or max(lengths)
-    ids = torch.zeros(len(lengths), width, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    attention = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = torch.randint(3, 97, (length,), generator=generator)
-        labels[row, length // 2 : length] = ids[row, length // 2 : length]
-        attention[row, :length] = 1
-    segments = torch.zeros(1, 1, dtype=torch.long)
-    return DualBatch(ids[:1, :1], labels[:1, :1], segments, ids, labels, attention)
 
 
 def test_states_are_those_of_the_positions_before_each_label():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import tiny
-from tests.training.test_training import dskd, losses, steps
+from tests.support.runs import dskd, losses, steps
 
 Train = Callable[[dict[str, Any]], Any]
 

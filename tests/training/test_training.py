@@ -16,24 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_dskd.config import DivergenceName
 from tests.support import tiny
+from tests.support.runs import dskd, losses, steps
 
 Train = Callable[[dict[str, Any]], Any]
 
 TERMS = ["ce", "student_space", "projector_ce", "teacher_space"]
 METRICS = [*TERMS, "projector_accuracy", "teacher_accuracy", "supervised_tokens"]
-
-
-def steps(trainer: Any) -> list[dict[str, float]]:
-    """The log of each optimizer step."""
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in steps(trainer)]
-
-
-def dskd(folder: Path, **block: Any) -> dict[str, Any]:
-    return {"teacher": {"base_model": str(folder / "teacher")}, **block}
 
 
 LORA = {
