@@ -48,7 +48,7 @@ def test_preprocess_then_train_distils_and_the_metrics_fall(pair_folder: Path):
         save_steps=10,
         dskd={
             "teacher": {"base_model": str(pair_folder / "teacher")},
-            "projector": {"learning_rate": 1e-2},
+            "objective": {"projector": {"learning_rate": 1e-2}},
         },
     )
     prepared = axolotl("preprocess", pair_folder, config)

@@ -16,6 +16,14 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in steps(trainer)]
 
 
-def dskd(folder: Path, **block: Any) -> dict[str, Any]:
-    """A `dskd:` block with the teacher of `folder`."""
-    return {"teacher": {"base_model": str(folder / "teacher")}, **block}
+#: Keys of `dskd:` that are not the objective's.
+_OUTER = ("teacher", "samples", "kd_ratio", "chunk_tokens")
+
+
+def dskd(folder: Path, **keys: Any) -> dict[str, Any]:
+    """A `dskd:` block with the teacher of `folder`; other keys are dual space's unless `name` says
+    otherwise."""
+    outer = {key: value for key, value in keys.items() if key in _OUTER}
+    objective = {key: value for key, value in keys.items() if key not in _OUTER}
+    block = {"teacher": {"base_model": str(folder / "teacher")}, **outer}
+    return block | ({"objective": objective} if objective else {})

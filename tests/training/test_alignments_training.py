@@ -26,7 +26,7 @@ def said() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("axolotl_dskd.objectives.dual_space.exchange")
+    logger = logging.getLogger("axolotl_dskd.objectives.dual_space.objective")
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)
@@ -37,15 +37,13 @@ def test_exact_pairs_train_and_a_causal_student_too(
 ):
     for keys in ({"alignment": "eta"}, {"alignment": "cma", "causal": True}):
         said.clear()
-        config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, **block), num_epochs=4)
+        config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, **keys), num_epochs=4)
         _, trainer = train(config | {"max_steps": 16, "val_set_size": 0.25, "eval_steps": 8})
         first, *_, last = steps(trainer)
         assert last["dskd/ce"] < first["dskd/ce"]
         assert 0 < first["dskd/aligned"] <= 1
         evaluated = [e for e in trainer.state.log_history if "eval_loss" in e]
         assert evaluated[-1]["eval_dskd/aligned"] > 0
-        # Spans are most of what is stored with a row: only who needs them reads them.
-        assert ("dskd_spans" in next(iter(trainer.get_train_dataloader()))) == trainer.dskd.causal
         assert sum(m.startswith("Projectors at the start, on") for m in said) == 1
         # Random models say nothing that a projection could keep, and the log says so in words.
         assert any("hardly says what it said before projection" in m for m in said)
@@ -58,7 +56,7 @@ def test_packed_rows_give_the_loss_of_padded_rows_with_every_alignment(
     for keys in ({"alignment": "eta"}, {"alignment": "cma", "causal": True}):
         both = []
         for packed in (False, True):
-            config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, **block), max_steps=1)
+            config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, **keys), max_steps=1)
             config |= {"micro_batch_size": 16, "gradient_accumulation_steps": 1}
             if packed:
                 config |= {"micro_batch_size": 1, "sample_packing": True, "sequence_len": 2048}
@@ -88,12 +86,12 @@ def test_in_warm_up_only_the_projectors_train(pair_folder: Path, train: Train):
 def test_auto_takes_exact_pairs_where_most_tokens_have_one(
     pair_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ):
-    from axolotl_dskd.data import tokenizers
+    from axolotl_dskd.objectives.dual_space import choice
 
-    monkeypatch.setattr(tokenizers, "ETA_SHARE", 0.3)
+    monkeypatch.setattr(choice, "ETA_SHARE", 0.3)
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
     assert trainer.objective.alignment == "eta"
-    monkeypatch.setattr(tokenizers, "ETA_SHARE", 0.9)
+    monkeypatch.setattr(choice, "ETA_SHARE", 0.9)
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
     assert trainer.objective.alignment == "cma"
 
@@ -106,7 +104,7 @@ def test_resumed_goes_on_as_uninterrupted_also_where_s2t_follows(
     base = tiny.base_config(pair_folder, dskd=block, max_steps=6, save_strategy="steps")
     base |= {"save_steps": 3, "learning_rate": 0.01}
     _, straight = train(base | {"output_dir": str(pair_folder / "straight")})
-    assert straight.head_follower is not None
+    assert straight.objective._follower is not None
     checkpoint = pair_folder / "straight" / "checkpoint-3"
     said.clear()
     _, resumed = train(

@@ -175,6 +175,7 @@ def test_resumed_goes_on_as_uninterrupted(pair_folder: Path, train: Train):
     assert {p.name for p in (checkpoint / "dskd").iterdir()} == {
         "module.safetensors",
         "optimizer.safetensors",
+        "objective.json",
     }
     resumed = train(
         tiny.base_config(
