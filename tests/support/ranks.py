@@ -1,7 +1,7 @@
 """Several real processes over gloo on one CPU, each running Axolotl as a launcher would start it.
 
 Starting Axolotl takes half a minute, nearly all imports. So a fork server imports it once
-(`tests.support.ranks_worker`), and every launch forks its ranks from there in no time.
+(`tests.support.jobs`), and every launch forks its ranks from there in no time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def launch(
 
     Args:
         world_size: number of ranks; 1 is a plain process without a process group.
-        jobs: each `{"do": name of a function in tests.support.ranks_worker, **its arguments}`.
+        jobs: each `{"do": name of a job in tests.support.jobs, **its arguments}`.
         timeout: seconds until the processes are taken to hang and are killed.
         env: environment variables of all ranks.
 
@@ -102,8 +102,8 @@ def kill_during(job: Job, seconds: float, number: int = signal.SIGKILL) -> int:
 
 def _fork_server() -> tuple[Any, Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.ranks_worker"])
-    from tests.support.ranks_worker_entry import main
+    context.set_forkserver_preload(["tests.support.jobs"])
+    from tests.support.ranks_entry import main
 
     return context, main
 

@@ -28,17 +28,16 @@ def main(
 
     import torch
 
-    from tests.support import ranks_worker
+    import tests.support.jobs  # noqa: F401
+    from tests.support.jobs.registry import run_job
 
     # A rank of a fork server would start each worker of a data loader from a server of its own.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     for number, job in enumerate(jobs):
-        arguments = dict(job)
-        function = getattr(ranks_worker, arguments.pop("do"))
         path = Path(folder) / f"{number}-{rank}.pt"
         try:
-            result = function(**arguments)
+            result = run_job(job)
         except BaseException as error:
             traceback.print_exc()
             torch.save({"error": f"{type(error).__name__}: {error}"}, path)

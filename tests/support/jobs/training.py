@@ -1,0 +1,151 @@
+"""Trainings and Axolotl's other commands, and what goes wrong on one rank of several."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import axolotl.train
+import torch
+import torch.distributed as dist
+from axolotl.cli.args import TrainerCliArgs
+from axolotl.cli.config import load_cfg
+from axolotl.common.datasets import load_datasets
+from axolotl.utils.dict import DictDefault
+from torch.distributed.tensor import DTensor
+
+from axolotl_dskd.data import DualCollator
+from axolotl_dskd.ranks import gathered, raise_together
+from axolotl_dskd.teacher import live
+from tests.support.jobs.common import process_group, this_rank, wrapped
+from tests.support.jobs.registry import job
+
+
+@job
+def train(config: dict[str, Any]) -> dict[str, Any]:
+    """`axolotl train`; returns losses, metrics, weights of student and projectors."""
+    cfg = load_cfg(DictDefault(config))
+    torch.manual_seed(cfg.seed)  # Axolotl seeds later than it makes adapters
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    model, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=meta)
+    return _outcome(model, trainer)
+
+
+@job
+def command(
+    name: str, config: str, stdin: str = "", arguments: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One of Axolotl's commands, as its CLI calls it; returns what it prints."""
+    module = importlib.import_module(f"axolotl.cli.{name}")
+    with (
+        patch("sys.argv", [name]),
+        patch("sys.stdin", io.StringIO(stdin)),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        module.do_cli(config=config, **(arguments or {}))
+    return {"output": printed.getvalue()}
+
+
+@job
+def train_in_small_forwards(config: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """`train`, where the teacher reads so few tokens at once that ranks need unlike many turns."""
+    with patch.object(live, "MAX_TOKENS_PER_FORWARD", tokens):
+        return train(config)
+
+
+@job
+def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`train`, where one rank finds no supervised token in its second batch."""
+    seen = [0]
+
+    def collate(original: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = original(*args, **kwargs)
+        seen[0] += 1
+        if seen[0] == 2 and this_rank() == rank:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+            batch["dskd_teacher_labels"] = torch.full_like(batch["dskd_teacher_labels"], -100)
+        return batch
+
+    with wrapped(DualCollator, "__call__", collate):
+        return train(config)
+
+
+@job
+def stop(rank: int) -> dict[str, Any]:
+    """One rank has a problem."""
+    process_group()
+    raise_together("too hot" if this_rank() == rank else None, torch.device("cpu"))
+    return {}
+
+
+@job
+def traffic(config: dict[str, Any]) -> dict[str, Any]:
+    """Train, and count what all ranks send over the loopback device; for a namespace of one's own.
+
+    Returns:
+        `bytes` with TCP's headers and answers; numbers of trained parameters of the `student` and
+        of the `projectors`.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        process_group()
+        dist.barrier()
+    before = _sent_over_loopback()
+    cfg = load_cfg(DictDefault(config))
+    meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+    model, _, trainer = axolotl.train.train(cfg=cfg, dataset_meta=meta)
+    if several:
+        dist.barrier()
+    sent = _sent_over_loopback() - before
+    sidecar = getattr(trainer, "projectors", None)
+    return {
+        "bytes": sent,
+        "student": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "projectors": sum(p.numel() for p in sidecar.parameters()) if sidecar else 0,
+    }
+
+
+def _sent_over_loopback() -> int:
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counts = line.partition(":")
+        if name.strip() == "lo":
+            return int(counts.split()[8])
+    raise ValueError("there is no loopback device in /proc/net/dev")
+
+
+def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    sidecar = getattr(trainer, "projectors", None)  # plain fine-tuning has none
+    projectors = {} if sidecar is None else {k: v.clone() for k, v in sidecar.state_dict().items()}
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    ids = torch.arange(3, 19).unsqueeze(0)
+    with gathered(unwrapped.parameters()), torch.no_grad():
+        state = {
+            k: (v.full_tensor() if isinstance(v, DTensor) else v).detach().clone()
+            for k, v in unwrapped.state_dict().items()
+        }
+        logits = model.eval()(input_ids=ids).logits
+    teacher = getattr(getattr(trainer, "teacher", None), "model", None)
+    return {
+        "teacher_is_sharded": teacher is not None
+        and any(isinstance(parameter, DTensor) for parameter in teacher.parameters()),
+        "evaluations": [
+            {k: float(v) for k, v in entry.items() if k == "eval_loss" or k.startswith("eval_dskd")}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
+        "losses": [float(entry["loss"]) for entry in logs],
+        "logs": [
+            {k: float(v) for k, v in entry.items() if isinstance(v, int | float)} for entry in logs
+        ],
+        "student": state,
+        "projectors": projectors,
+        "logits": logits,
+        "trainer": type(trainer.model_wrapped).__name__,
+        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+    }
