@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import pytest
 
-from tests.support import tiny
+import tests.support.on_cpu  # noqa: F401
+from tests.support import process, tiny
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _data_sets_saved_in_this_process() -> None:
+    process.save_datasets_in_this_process()
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,7 @@ def same_vocabulary_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def validated() -> Callable[[dict[str, Any]], Any]:
     """Axolotl's own loading and validation of a config."""
+    process.prepare_to_train_here()
 
     def load(config: dict[str, Any]) -> Any:
         from axolotl.cli.config import load_cfg
