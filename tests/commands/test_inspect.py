@@ -248,10 +248,14 @@ def test_the_plan_follows_what_the_configuration_says(pair_folder: Path, inspect
     folder = str(pair_folder / "teacher")
     cached = plan(dskd={"teacher": {"base_model": folder, "cache": {"path": "cache"}}})
     assert "teacher layers" not in cached.at_peak
-    one_space = plan(dskd={"teacher": {"base_model": folder}, "objective": {"teacher_space_weight": 0.0}})
+    one_space = plan(
+        dskd={"teacher": {"base_model": folder}, "objective": {"teacher_space_weight": 0.0}}
+    )
     loss = "alignment and loss"
     assert one_space.phases[loss] < plain.phases[loss]
-    at_random = plan(dskd={"teacher": {"base_model": folder}, "objective": {"projector": {"init": "random"}}})
+    at_random = plan(
+        dskd={"teacher": {"base_model": folder}, "objective": {"projector": {"init": "random"}}}
+    )
     assert set(plain.phases) - set(at_random.phases) == {"start of training"}
 
 

@@ -144,7 +144,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(folder: Path):
         "damaged-out",
         micro_batch_size=2,
         datasets=[dict(FORTY_ROWS[0], split="train[:4]")],
-        dskd={"teacher": {"base_model": str(damaged)}, "objective": {"projector": {"init": "random"}}},
+        dskd={
+            "teacher": {"base_model": str(damaged)},
+            "objective": {"projector": {"init": "random"}},
+        },
     )
     [ranks] = launch(2, [{"do": "train", "config": job}], timeout=120)
     assert ranks[0]["error"] == ranks[1]["error"]

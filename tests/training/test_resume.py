@@ -53,7 +53,10 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
 
 def full(folder: Path, name: str, world_size: int, **overrides: Any) -> dict[str, Any]:
     """Everything trains, the head too, and s2t starts from it and follows it."""
-    block = {"teacher": {"base_model": str(folder / "teacher")}, "objective": {"alignment": "cma", "projector": {"init": "lstsq"}}}
+    block = {
+        "teacher": {"base_model": str(folder / "teacher")},
+        "objective": {"alignment": "cma", "projector": {"init": "lstsq"}},
+    }
     return config(folder, name, micro_batch_size=4 // world_size, dskd=block, **overrides)
 
 

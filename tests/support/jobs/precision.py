@@ -9,7 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from transformers import Trainer
 
-from axolotl_dskd.training.sidecar import ProjectorOptimizer
+from axolotl_dskd.training.sidecar import Sidecar
 from tests.support.jobs.common import this_rank, wrapped
 from tests.support.jobs.registry import job
 from tests.support.jobs.training import train
@@ -40,11 +40,11 @@ def train_in(
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
     def step(original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        before = [p.detach().clone() for p in optimizer.projectors.parameters()]
+        before = [p.detach().clone() for p in optimizer.module.parameters()]
         if len(steps) + 1 == spoilt:
-            optimizer.projectors.t2s.weight.grad[0, 0] = float("inf")
+            optimizer.module.t2s.weight.grad[0, 0] = float("inf")
         original(optimizer, *args, **kwargs)
-        after = optimizer.projectors.parameters()
+        after = optimizer.module.parameters()
         moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         steps.append([0.0, float(moved), 0.0])
 
@@ -57,7 +57,7 @@ def train_in(
     try:
         with (
             wrapped(Trainer, "create_accelerator_and_postprocess", create),
-            wrapped(ProjectorOptimizer, "step", step),
+            wrapped(Sidecar, "step", step),
             wrapped(AcceleratedOptimizer, "step", student_step),
         ):
             return train(config) | {"steps": steps}
@@ -73,8 +73,8 @@ def train_spoilt(config: dict[str, Any], rank: int, step: int) -> dict[str, Any]
     def spoil(original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         seen[0] += 1
         if this_rank() == rank and seen[0] == step:
-            optimizer.projectors.t2s.weight.grad[0, 0] = float("nan")
+            optimizer.module.t2s.weight.grad[0, 0] = float("nan")
         original(optimizer, *args, **kwargs)
 
-    with wrapped(ProjectorOptimizer, "step", spoil):
+    with wrapped(Sidecar, "step", spoil):
         return train(config)

@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.objectives.base import Beside
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.ranks import whole
 from axolotl_dskd.teacher import load_sharded_teacher
-from axolotl_dskd.training.sidecar import ProjectorOptimizer
+from axolotl_dskd.training.sidecar import Sidecar
 from tests.support.jobs.common import process_group, this_rank
 from tests.support.jobs.registry import job
 
@@ -24,10 +25,8 @@ def projector_step() -> dict[str, Any]:
     own."""
     process_group()
     projectors = Projectors(4, 6, with_query=True, seed=this_rank())
-    optimizer = ProjectorOptimizer(
-        projectors, learning_rate=0.1, weight_decay=0.0, max_grad_norm=0.0
-    )
-    optimizer.adamw = torch.optim.SGD(projectors.parameters(), lr=0.1)
+    optimizer = Sidecar("dual_space", projectors, Beside(learning_rate=0.1), max_grad_norm=0.0)
+    optimizer.adamw = torch.optim.SGD(projectors.parameters(), lr=0.1)  # type: ignore[assignment]
     start = {k: v.clone() for k, v in projectors.state_dict().items()}
     for parameter in projectors.parameters():
         parameter.grad = torch.full_like(parameter, float(this_rank() + 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
@@ -22,8 +23,12 @@ from torch.distributed.tensor import DTensor
 from axolotl_dskd.data import DualCollator
 from axolotl_dskd.ranks import gathered, raise_together
 from axolotl_dskd.teacher import live
+from axolotl_dskd.types import Matches
 from tests.support.jobs.common import process_group, this_rank, wrapped
 from tests.support.jobs.registry import job
+
+#: What a batch without supervised tokens has none of.
+MATCHES = [field.name for field in dataclasses.fields(Matches)]
 
 
 @job
@@ -69,6 +74,8 @@ def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
         if seen[0] == 2 and this_rank() == rank:
             batch["labels"] = torch.full_like(batch["labels"], -100)
             batch["dskd_teacher_labels"] = torch.full_like(batch["dskd_teacher_labels"], -100)
+            for key in MATCHES:
+                batch[f"dskd_{key}"] = batch[f"dskd_{key}"][:0]
         return batch
 
     with wrapped(DualCollator, "__call__", collate):
@@ -102,7 +109,7 @@ def traffic(config: dict[str, Any]) -> dict[str, Any]:
     if several:
         dist.barrier()
     sent = _sent_over_loopback() - before
-    sidecar = getattr(trainer, "projectors", None)
+    sidecar = _module(trainer)
     return {
         "bytes": sent,
         "student": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -118,9 +125,14 @@ def _sent_over_loopback() -> int:
     raise ValueError("there is no loopback device in /proc/net/dev")
 
 
+def _module(trainer: Any) -> Any:
+    """What is trained beside the student; plain fine-tuning has none."""
+    return getattr(getattr(trainer, "objective", None), "module", None)
+
+
 def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    sidecar = getattr(trainer, "projectors", None)  # plain fine-tuning has none
+    sidecar = _module(trainer)
     projectors = {} if sidecar is None else {k: v.clone() for k, v in sidecar.state_dict().items()}
     unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     ids = torch.arange(3, 19).unsqueeze(0)
@@ -130,7 +142,8 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
             for k, v in unwrapped.state_dict().items()
         }
         logits = model.eval()(input_ids=ids).logits
-    teacher = getattr(getattr(trainer, "teacher", None), "model", None)
+    distillation = getattr(trainer, "distillation", None)
+    teacher = getattr(getattr(distillation, "teacher", None), "model", None)
     return {
         "teacher_is_sharded": teacher is not None
         and any(isinstance(parameter, DTensor) for parameter in teacher.parameters()),
