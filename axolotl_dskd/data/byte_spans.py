@@ -99,27 +99,63 @@ def give_textless_tokens_room(
     return moved(student, student_textless), moved(teacher, teacher_textless)
 
 
+def start_pairs(student: Spans, teacher: Spans) -> tuple[IntArray, IntArray]:
+    """Indices of the tokens that begin at the same byte: [Q] each, ascending.
+
+    Both models have read the same bytes before such a pair. Tokens without bytes are in none, and
+    no token is in two, as those with bytes do not overlap on either side.
+    """
+    ours, theirs = (np.flatnonzero(s.ends > s.starts) for s in (student, teacher))
+    _, i, j = np.intersect1d(
+        student.starts[ours], teacher.starts[theirs], assume_unique=True, return_indices=True
+    )
+    return ours[i], theirs[j]
+
+
 def exact_pairs(student: Spans, teacher: Spans) -> tuple[IntArray, IntArray]:
     """Indices of the tokens that have the same, non-empty span on both sides: [P] each, ascending.
 
-    These are the groups of `aligned_groups` with one token on each side. Both models have read
-    the same bytes before such a pair and read the same ones with it.
+    These are the start pairs that end together too. Both models have read the same bytes before
+    such a pair and read the same ones with it.
     """
-    ours, theirs = (np.flatnonzero(s.ends > s.starts) for s in (student, teacher))
-    key, other = ((s.starts[i] << 32) | s.ends[i] for s, i in ((student, ours), (teacher, theirs)))
-    if not len(other):
-        return ours[:0], theirs[:0]
-    at = np.minimum(np.searchsorted(other, key), len(other) - 1)
-    equal = other[at] == key
-    return ours[equal], theirs[at[equal]]
+    ours, theirs = start_pairs(student, teacher)
+    equal = student.ends[ours] == teacher.ends[theirs]
+    return ours[equal], theirs[equal]
+
+
+def group_numbers(student: Spans, teacher: Spans) -> tuple[IntArray, IntArray]:
+    """The text cut wherever no token of either side reaches across: each token's group.
+
+    A group is the fewest tokens that together stand for the same bytes on both sides. Every token
+    is in exactly one. A token without bytes (the space that a sentencepiece tokenizer writes
+    before a text) goes with the token behind it. Where only one side has a token (a second end
+    token), the other side has none in its group.
+
+    Returns:
+        [N] and [M], ascending, every number from 0 up to the last group's.
+    """
+    sides = student, teacher
+    edges = np.unique(np.concatenate([e for s in sides for e in (s.starts, s.ends)]))
+    reached_across = np.zeros(len(edges), dtype=bool)
+    for side in sides:
+        wide = side.ends > side.starts
+        begun = np.searchsorted(side.starts[wide], edges, "left")
+        ended = np.searchsorted(side.ends[wide], edges, "right")
+        reached_across |= begun > ended
+    cuts = edges[~reached_across]
+    ours, theirs = (np.searchsorted(cuts, side.starts, "right") - 1 for side in sides)
+    used = np.zeros(len(cuts), dtype=bool)
+    used[ours] = used[theirs] = True
+    number = np.cumsum(used) - 1
+    return number[ours], number[theirs]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Fewest tokens of both sides that together stand for the same bytes [start, end).
+    """One group of `group_numbers`: tokens that together stand for the bytes [start, end).
 
     `student`, `teacher`: the indices of the tokens. Either range may be empty, where only one
-    side has a token (a second end token).
+    side has a token.
     """
 
     start: int
@@ -134,34 +170,15 @@ class Group:
 
 
 def aligned_groups(student: Spans, teacher: Spans) -> list[Group]:
-    """The text cut wherever both sides have a token's boundary.
-
-    Every token of both sides is in exactly one group. A token without bytes (the space that a
-    sentencepiece tokenizer writes before a text) goes with the token behind it.
-    """
-    edges = [np.unique(np.concatenate([s.starts, s.ends])) for s in (student, teacher)]
-    covered = [
-        np.intersect1d(edges[0], edges[1], assume_unique=True),
-        # Where one side alone has a token, its edges cut too.
-        *(_edges_of_gaps(a, b) for a, b in ((student, teacher), (teacher, student))),
+    """The groups of `group_numbers`, in order."""
+    numbers = group_numbers(student, teacher)
+    both = Spans.joined([student, teacher])
+    count = 1 + max((int(side[-1]) for side in numbers if len(side)), default=-1)
+    starts, ends = np.full(count, np.iinfo(np.int64).max), np.zeros(count, np.int64)
+    np.minimum.at(starts, np.concatenate(numbers), both.starts)
+    np.maximum.at(ends, np.concatenate(numbers), both.ends)
+    ours, theirs = (np.searchsorted(side, np.arange(count + 1)).tolist() for side in numbers)
+    return [
+        Group(int(starts[k]), int(ends[k]), range(*ours[k : k + 2]), range(*theirs[k : k + 2]))
+        for k in range(count)
     ]
-    cuts = np.unique(np.concatenate(covered))
-    # Tokens from one cut to the next; one without bytes belongs to the cut it stands at.
-    first = [np.searchsorted(spans.starts, cuts[:-1], "left") for spans in (student, teacher)]
-    bounds = [np.append(f, len(s)).tolist() for f, s in zip(first, (student, teacher), strict=True)]
-    groups = []
-    for k, (low, high) in enumerate(zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)):
-        ours, theirs = (range(b[k], b[k + 1]) for b in bounds)
-        if ours or theirs:
-            groups.append(Group(low, high, ours, theirs))
-    return groups
-
-
-def _edges_of_gaps(spans: Spans, other: Spans) -> IntArray:
-    """Edges of the tokens of `spans` that no token of `other` overlaps."""
-    wide = spans.ends > spans.starts
-    starts, ends = spans.starts[wide], spans.ends[wide]
-    begun = np.searchsorted(other.starts, ends, "left")
-    done = np.searchsorted(other.ends, starts, "right")
-    alone = begun <= done
-    return np.concatenate([starts[alone], ends[alone]])

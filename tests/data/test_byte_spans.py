@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -15,6 +16,8 @@ from axolotl_dskd.data.byte_spans import (
     aligned_groups,
     exact_pairs,
     give_textless_tokens_room,
+    group_numbers,
+    start_pairs,
     tile,
 )
 from axolotl_dskd.data.reconcile import EXACT_PAIRS, KEPT, SPANS, TEACHER_SPANS, Reconcile
@@ -208,6 +211,89 @@ def test_the_groups_of_a_row_hold_every_token_once_and_the_same_bytes(
         assert set(lengths) == {0}
 
 
+#: Any spans of one side: gaps between tokens, tokens without bytes, nothing at all.
+GAPS_AND_LENGTHS = st.lists(st.tuples(st.sampled_from([0, 0, 0, 1, 3]), st.integers(0, 3)))
+
+
+def spans_of(gaps_and_lengths: list[tuple[int, int]]) -> Spans:
+    starts, ends, at = [], [], 0
+    for gap, length in gaps_and_lengths:
+        starts.append(at + gap)
+        ends.append(at := at + gap + length)
+    return Spans(np.array(starts, np.int64), np.array(ends, np.int64))
+
+
+def plain(spans: Spans) -> list[tuple[int, int]]:
+    return list(zip(spans.starts.tolist(), spans.ends.tolist(), strict=True))
+
+
+def as_tuples(pairs: tuple[Any, Any]) -> list[tuple[int, int]]:
+    return [(int(i), int(j)) for i, j in zip(*pairs, strict=True)]
+
+
+def groups_by_merging(student: Spans, teacher: Spans) -> list[list[int]]:
+    """Group of each token of each side: tokens that overlap are one block, however many."""
+    blocks: list[tuple[int, int]] = []
+    for start, end in sorted(plain(student) + plain(teacher)):
+        if start < end and blocks and start < blocks[-1][1]:
+            blocks[-1] = blocks[-1][0], max(blocks[-1][1], end)
+        elif start < end:
+            blocks.append((start, end))
+    # Without bytes: in the block that holds the byte at this place, else a block of its own.
+    for start, end in plain(student) + plain(teacher):
+        if not any(low <= start < high or (low, high) == (start, end) for low, high in blocks):
+            blocks.append((start, end))
+    blocks.sort()
+    return [
+        [
+            next(k for k, b in enumerate(blocks) if b[0] <= start < b[1] or b == (start, end))
+            for start, end in plain(side)
+        ]
+        for side in (student, teacher)
+    ]
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(GAPS_AND_LENGTHS, GAPS_AND_LENGTHS)
+def test_pairs_and_groups_are_those_of_a_plain_search(
+    ours: list[tuple[int, int]], theirs: list[tuple[int, int]]
+) -> None:
+    student, teacher = spans_of(ours), spans_of(theirs)
+    with_bytes = [
+        (i, j, span, other)
+        for i, span in enumerate(plain(student))
+        for j, other in enumerate(plain(teacher))
+        if span[0] < span[1] and other[0] < other[1]
+    ]
+    starts, exact = start_pairs(student, teacher), exact_pairs(student, teacher)
+    assert as_tuples(starts) == [(i, j) for i, j, span, other in with_bytes if span[0] == other[0]]
+    assert as_tuples(exact) == [(i, j) for i, j, span, other in with_bytes if span == other]
+    assert all(len(set(side.tolist())) == len(side) for side in starts)
+    numbers = group_numbers(student, teacher)
+    assert [side.tolist() for side in numbers] == groups_by_merging(student, teacher)
+    groups = aligned_groups(student, teacher)
+    for side, name in zip(numbers, ("student", "teacher"), strict=True):
+        members = [i for g in groups for i in getattr(g, name)]
+        assert members == list(range(len(side)))
+        assert side.tolist() == [k for k, g in enumerate(groups) for _ in getattr(g, name)]
+    assert all(g.student or g.teacher for g in groups)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(GAPS_AND_LENGTHS, GAPS_AND_LENGTHS)
+def test_a_group_holds_the_bytes_of_its_tokens_and_no_other_groups(
+    ours: list[tuple[int, int]], theirs: list[tuple[int, int]]
+) -> None:
+    student, teacher = spans_of(ours), spans_of(theirs)
+    groups = aligned_groups(student, teacher)
+    for group in groups:
+        members = [plain(student)[i] for i in group.student]
+        members += [plain(teacher)[j] for j in group.teacher]
+        assert group.start == min(start for start, _ in members)
+        assert group.end == max(end for _, end in members)
+    assert all(a.end <= b.start for a, b in itertools.pairwise(groups))
+
+
 def test_a_multibyte_character_split_unlike_on_both_sides_is_one_group() -> None:
     student, teacher = tile([1, 2, 1, 3]), tile([2, 1, 1, 3])
     assert [list(map(int, side)) for side in exact_pairs(student, teacher)] == [[2, 3], [2, 3]]
@@ -268,3 +354,6 @@ def test_no_shared_tokens_give_no_pairs() -> None:
     nothing = tile([])
     assert [len(side) for side in exact_pairs(nothing, tile([1, 2]))] == [0, 0]
     assert [len(side) for side in exact_pairs(tile([1, 2]), nothing)] == [0, 0]
+    assert [side.tolist() for side in group_numbers(nothing, nothing)] == [[], []]
+    assert aligned_groups(nothing, nothing) == []
+    assert [side.tolist() for side in group_numbers(tile([1, 2]), nothing)] == [[0, 1], []]
