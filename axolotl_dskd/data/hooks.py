@@ -26,11 +26,7 @@ from axolotl_dskd.data.paired import PairedStrategy
 from axolotl_dskd.data.reconcile import ROW_FORMAT, Reconcile, reconcile_dataset
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import normalisations, token_bytes
-from axolotl_dskd.data.tokenizers import (
-    load_teacher_tokenizer,
-    resolve_alignment,
-    teacher_position_limit,
-)
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, teacher_position_limit
 
 LOG = get_logger(__name__)
 
@@ -147,7 +143,10 @@ def _strategy(get_wrapper: Callable[..., Any], call: dict[str, Any]) -> PromptTo
 
 
 def data_fingerprint(config: DSKDConfig) -> str:
-    """What decides the teacher's side of prepared rows, for the key of Axolotl's dataset cache."""
+    """What decides the teacher's side of prepared rows, for the key of Axolotl's dataset cache.
+
+    Nothing of what is learned from the rows: all objectives share one prepared data set.
+    """
     tokenizer = load_teacher_tokenizer(config)
     teacher = config.teacher
     jinja = teacher.chat_template_jinja or str(tokenizer.chat_template)
@@ -163,8 +162,6 @@ def data_fingerprint(config: DSKDConfig) -> str:
         "jinja": jinja,
         "eot_tokens": teacher.eot_tokens,
         "limit": teacher_position_limit(config),
-        # eta and cma use the same rows; positions and auto (with one vocabulary) have no spans.
-        "alignment": "spans" if config.alignment in ("eta", "cma") else config.alignment,
         "row_format": ROW_FORMAT,
     }
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
@@ -177,7 +174,6 @@ def make_reconcile(cfg: Any, config: DSKDConfig, student: Any) -> Reconcile:
         student: its tokenizer.
     """
     teacher = load_teacher_tokenizer(config)
-    alignment, _ = resolve_alignment(config, student, teacher)
     ours, theirs = token_bytes(student), token_bytes(teacher)
     return Reconcile(
         student_bytes=ours,
@@ -186,7 +182,6 @@ def make_reconcile(cfg: Any, config: DSKDConfig, student: Any) -> Reconcile:
         teacher_dummy_spaces=writes_dummy_space(teacher, theirs),
         teacher_limit=teacher_position_limit(config),
         truncate_teacher=(cfg.excess_length_strategy or "drop").lower() == "truncate",
-        same_ids=alignment == "positions",
     )
 
 

@@ -42,7 +42,7 @@ KEPT, CUT, EMPTY, TOO_LONG, DIFFERENT = "kept", "cut", "empty", "teacher too lon
 STATUS = "dskd_status"
 
 #: Raised when prepared rows change, so that none prepared by an older version is taken for them.
-ROW_FORMAT = 2
+ROW_FORMAT = 3
 
 #: Columns of a prepared row, one entry a supervised token (in order), as `Spans.flat` writes them.
 SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"
@@ -58,7 +58,6 @@ class Reconcile:
         student_bytes, teacher_bytes: bytes of each id (`token_bytes`).
         teacher_limit: longest teacher side, in tokens.
         truncate_teacher: cut longer ones instead of dropping the row.
-        same_ids: additionally require the same ids (position-wise alignment).
         student_dummy_spaces, teacher_dummy_spaces: see `writes_dummy_space`.
     """
 
@@ -66,7 +65,6 @@ class Reconcile:
     teacher_bytes: list[bytes]
     teacher_limit: int
     truncate_teacher: bool
-    same_ids: bool
     student_dummy_spaces: bool = False
     teacher_dummy_spaces: bool = False
     version: str = (
@@ -74,10 +72,7 @@ class Reconcile:
     )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its labels cut to the shared text, its spans and pairs, and a status.
-
-        With `same_ids` there are no spans: token i of one side is token i of the other.
-        """
+        """The row with its labels cut to the shared text, its spans and pairs, and a status."""
         labels, teacher_labels = list(row["labels"]), list(row["teacher_labels"])
         teacher_ids = list(row["teacher_input_ids"])
         too_long = len(teacher_ids) > self.teacher_limit
@@ -94,21 +89,17 @@ class Reconcile:
         last = len(teacher_labels)
         while last > 1 and teacher_labels[last - 1] == IGNORE_INDEX:
             last -= 1
-        out: dict[str, Any] = {
+        spans = sides[0].spans, sides[1].spans
+        pairs = np.stack(exact_pairs(*spans), axis=1).astype(np.int32)
+        return {
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
             "teacher_labels": teacher_labels[:last],
+            SPANS: spans[0].flat(),
+            TEACHER_SPANS: spans[1].flat(),
+            EXACT_PAIRS: pairs.ravel(),
             STATUS: status,
         }
-        if not self.same_ids:
-            spans = sides[0].spans, sides[1].spans
-            pairs = np.stack(exact_pairs(*spans), axis=1).astype(np.int32)
-            out |= {
-                SPANS: spans[0].flat(),
-                TEACHER_SPANS: spans[1].flat(),
-                EXACT_PAIRS: pairs.ravel(),
-            }
-        return out
 
     def _share(
         self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
@@ -140,8 +131,6 @@ class Reconcile:
             _apart(runs, matched, [common[side] for common in parts], whole)
             for side, (runs, matched) in enumerate(((our_runs, ours), (their_runs, theirs)))
         ]
-        if self.same_ids and [labels[i] for i in apart[0]] != [teacher_labels[i] for i in apart[1]]:
-            apart = [apart[0][:0], apart[1][:0]]
         sides = lay_out(parts, (ours, theirs), (apart[0], apart[1]))
         before = _count(our_runs), _count(their_runs)
         status = KEPT if before == (len(sides[0]), len(sides[1])) else CUT
@@ -149,8 +138,6 @@ class Reconcile:
             [side_labels[i] for i in side.positions]
             for side, side_labels in zip(sides, (labels, teacher_labels), strict=True)
         )
-        if self.same_ids:
-            return (status if found == expected else DIFFERENT), sides
         spans = give_textless_tokens_room(
             sides[0].spans,
             np.array([not self.student_bytes[y] for y in found], bool),
@@ -208,10 +195,10 @@ def reconcile_dataset(
         at = [i for i, status in enumerate(statuses) if status == DIFFERENT][:3]
         examples = "\n".join(differing_example(dataset[i], reconcile) for i in at)
         raise ValueError(
-            f"{counts[DIFFERENT]} of {total} rows do not have the same supervised "
-            f"{'tokens' if reconcile.same_ids else 'text'} for student and teacher. Check "
-            "chat_template, dskd.teacher.chat_template, and that both tokenizers keep the text "
-            f"as it is (no lower-casing or Unicode normalisation).\n{examples}"
+            f"{counts[DIFFERENT]} of {total} rows do not have the same supervised text for "
+            "student and teacher. Check chat_template, dskd.teacher.chat_template, and that both "
+            "tokenizers keep the text as it is (no lower-casing or Unicode normalisation).\n"
+            f"{examples}"
         )
     kept = dataset.select([i for i, s in enumerate(statuses) if s in (KEPT, CUT)])
     if not len(kept):

@@ -234,7 +234,7 @@ def main() -> None:
         for name, tokenizer in zip((student, teacher), tokenizers, strict=True):
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_token(name))
         dummy = [writes_dummy_space(t, b) for t, b in zip(tokenizers, tables, strict=True)]
-        reconcile = Reconcile(*tables, 1 << 20, False, False, *dummy)
+        reconcile = Reconcile(*tables, 1 << 20, False, *dummy)
         cells, all_rows, made = [], [], []
         for kind in KINDS:
             sides = [

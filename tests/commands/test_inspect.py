@@ -155,7 +155,6 @@ def test_groups_hold_every_token_once_and_exact_pairs_spell_the_same(text: str):
         teacher_dummy_spaces=True,
         teacher_limit=10_000,
         truncate_teacher=False,
-        same_ids=False,
     )
     ids = [
         [t.eos_token_id, *t(text, add_special_tokens=False)["input_ids"], t.eos_token_id]

@@ -64,7 +64,6 @@ def prepared(student: str, teacher: str, turns: list[tuple[str, str]]) -> dict[s
         _table(teacher),
         teacher_limit=1 << 20,
         truncate_teacher=False,
-        same_ids=False,
         student_dummy_spaces=writes_dummy_space(TOKENIZERS[student](), _table(student)),
         teacher_dummy_spaces=writes_dummy_space(TOKENIZERS[teacher](), _table(teacher)),
     )
@@ -332,7 +331,7 @@ def test_an_end_token_apart_from_its_answer_pairs_with_the_other_sides() -> None
         ids, labels = ids + newline + [end_token(name)], labels + [-100] * len(newline)
         sides += [ids, [*labels, end_token(name)]]
     reconcile = Reconcile(
-        _table(student), _table(teacher), 1 << 20, False, False, teacher_dummy_spaces=True
+        _table(student), _table(teacher), 1 << 20, False, teacher_dummy_spaces=True
     )
     keys = ("input_ids", "labels", "teacher_input_ids", "teacher_labels")
     row = reconcile(dict(zip(keys, sides, strict=True)))

@@ -466,6 +466,22 @@ def test_the_cache_key_knows_what_decides_the_teachers_side(
     assert _key(ratio_zero) == keys["plain"]
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        *({"alignment": alignment} for alignment in ("positions", "eta", "cma", "auto")),
+        {"alignment": "cma", "causal": True},
+        {"kd_ratio": 0.25, "divergence": "reverse_kl"},
+    ],
+)
+def test_all_objectives_share_one_prepared_data_set(
+    block: dict[str, Any], config: Any, validated: Any
+) -> None:
+    settings = config(tiny.chat_rows(4))
+    other = {**settings, "dskd": {**settings["dskd"], **block}}
+    assert _key(validated(other)) == _key(validated(settings))
+
+
 def test_a_second_load_comes_from_the_prepared_folder(
     config: Any, load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from axolotl_dskd.data.byte_spans import Spans, exact_pairs
 from axolotl_dskd.data.reconcile import (
     CUT,
     DIFFERENT,
@@ -89,7 +90,6 @@ def reconcile_for(
     settings_: dict[str, Any] = {
         "teacher_limit": LONG,
         "truncate_teacher": False,
-        "same_ids": False,
         "student_dummy_spaces": writes_dummy_space(student, TABLES[id(student)]),
         "teacher_dummy_spaces": writes_dummy_space(teacher, TABLES[id(teacher)]),
     }
@@ -290,7 +290,7 @@ def test_an_end_token_inside_a_run_is_unsupervised_where_the_other_side_was_cut_
     table = [b"", b"a", b"b"]
     row = {"input_ids": [0, 1, 0, 2, 0], "labels": [-100, 1, 0, 2, 0]}
     row |= {"teacher_input_ids": [0, 1], "teacher_labels": [-100, 1]}
-    out = Reconcile(table, table, LONG, False, False)(row)
+    out = Reconcile(table, table, LONG, False)(row)
     assert out["dskd_status"] == CUT
     assert out["labels"] == [-100, 1, -100, -100, -100]
     assert out["teacher_labels"] == [-100, 1]
@@ -300,7 +300,7 @@ def test_an_end_token_apart_is_unsupervised_where_the_other_side_was_cut_before_
     table = [b"", b"a", b"b"]
     row = {"input_ids": [0, 1, 2, 1, 0], "labels": [-100, 1, 2, -100, 0]}
     row |= {"teacher_input_ids": [0, 1], "teacher_labels": [-100, 1]}
-    out = Reconcile(table, table, LONG, False, False)(row)
+    out = Reconcile(table, table, LONG, False)(row)
     assert out["dskd_status"] == CUT
     assert out["labels"] == [-100, 1, -100, -100, -100]
 
@@ -332,23 +332,44 @@ def test_pieces_tokenized_apart_are_one_text() -> None:
         assert (out["labels"], out["teacher_labels"]) == (ours.labels, theirs.labels)
 
 
-def test_same_ids_keeps_equal_tokens_and_drops_others() -> None:
-    ours, theirs = side(BYTE_LEVEL, [("Why?", ANSWER)]), side(BYTE_LEVEL, [("Well", ANSWER)])
-    assert reconciled(ours, theirs, same_ids=True)[0] == KEPT
-    split = side(BYTE_LEVEL, [("Why?", "The quick")])
-    apart = side(BYTE_LEVEL, [("Why?", "")])
-    apart.ids, apart.labels = apart.ids[:-1], apart.labels[:-1]
-    for letter in "The quick":  # the same text in single letters
-        apart.add(letter, True)
-    apart.add("", True, BYTE_LEVEL.eos_token_id)
-    assert reconciled(split, apart, same_ids=True)[0] == DIFFERENT
-    assert reconciled(split, apart, same_ids=False)[0] == KEPT
+def in_single_letters(text: str) -> Side:
+    """An answer whose tokens are not those that the tokenizer would make of it."""
+    made = Side(BYTE_LEVEL)
+    made.add("Why?\n", False)
+    for letter in text:
+        made.add(letter, True)
+    made.add("", True, BYTE_LEVEL.eos_token_id)
+    return made
 
 
-def test_same_ids_pairs_as_many_tokens_on_both_sides_after_a_cut() -> None:
+def test_one_vocabulary_is_no_reason_to_drop_a_text_of_other_tokens() -> None:
+    ours, theirs = side(BYTE_LEVEL, [("Why?", "The quick")]), in_single_letters("The quick")
+    assert len(labelled(ours.labels)) < len(labelled(theirs.labels))
+    out = reconcile_for(teacher=BYTE_LEVEL)(row(ours, theirs))
+    assert out["dskd_status"] == KEPT
+    assert (out["labels"], out["teacher_labels"]) == (ours.labels, theirs.labels)
+
+
+def test_end_tokens_of_two_templates_over_one_vocabulary_stay_supervised() -> None:
+    ours, theirs = (side(SENTENCEPIECE, [("Why?", "So.")]) for _ in range(2))
+    theirs.ids[-1] = theirs.labels[-1] = SENTENCEPIECE.bos_token_id
+    # One behind its answer, and one apart from it.
+    for made, end in ((ours, SENTENCEPIECE.eos_token_id), (theirs, SENTENCEPIECE.bos_token_id)):
+        made.add("And?\n", False)
+        made.add("", True, end)
+    out = reconcile_for(SENTENCEPIECE, SENTENCEPIECE)(row(ours, theirs))
+    assert out["dskd_status"] == KEPT
+    assert (out["labels"], out["teacher_labels"]) == (ours.labels, theirs.labels)
+    assert labelled(out["labels"]) != labelled(out["teacher_labels"])
+    spans, teacher_spans = (Spans.from_flat(out[column]) for column in (SPANS, TEACHER_SPANS))
+    pairs = exact_pairs(spans, teacher_spans)
+    assert [side.tolist() for side in pairs] == [list(range(len(spans)))] * 2
+
+
+def test_sides_of_one_vocabulary_are_cut_to_the_same_tokens() -> None:
     for length in range(6, 40):
         ours = side(BYTE_LEVEL, [("Why?", ANSWER)], length)
-        out = reconcile_for(teacher=BYTE_LEVEL, same_ids=True)(
+        out = reconcile_for(teacher=BYTE_LEVEL)(
             row(ours, side(BYTE_LEVEL, [("Well then", ANSWER)]))
         )
         if out["dskd_status"] in (KEPT, CUT):
