@@ -16,7 +16,7 @@ state at the position is what predicts that label.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,9 @@ from torch import Tensor
 from axolotl_dskd.output_head import OutputHead
 
 IGNORE_INDEX = -100
+
+#: What every collator's batch holds, which `DualBatch` reads and leaves there.
+_OF_THE_STUDENT = ("input_ids", "labels")
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,18 @@ class TeacherSignal:
     embedded_labels: Tensor
 
 
+def _no_matches() -> Matches:
+    none = torch.zeros(0, dtype=torch.long)
+    pairs = none.view(0, 2)
+    return Matches(pairs, pairs, exact=pairs, starts=pairs, groups=none, teacher_groups=none)
+
+
 @dataclass(frozen=True)
 class DualBatch:
     """A batch as the collator hands it on: student rows and one teacher row per sample.
+
+    In a collated batch, `input_ids` and `labels` are the student's own; each other tensor, those
+    of `matches` too, travels as `dskd_<its name>`, which no model's forward may see.
 
     Attributes:
         input_ids, labels, segment_ids: [B, L]; `segment_ids` numbers the samples of the whole
@@ -136,11 +148,7 @@ class DualBatch:
         cached_states, cached: from the teacher's cache, or None: [M, bytes] uint8, the packed
             states of the supervised teacher tokens, and [S] bool, which samples were found (the
             others' states are zeros).
-        spans, teacher_spans: [N, 2], [M, 2] first byte and end of each supervised token in the
-            text of its sample that both sides share, or None where token i is token i of the
-            other side (`alignment: positions`).
-        pairs: [P, 3] which supervised tokens of the two sides have the same span, or None: the
-            sample's number, and the student's and the teacher's token within the sample.
+        matches: of the supervised tokens; of no tokens where there is only a teacher's side.
     """
 
     input_ids: Tensor
@@ -151,32 +159,30 @@ class DualBatch:
     teacher_attention_mask: Tensor
     cached_states: Tensor | None = None
     cached: Tensor | None = None
-    spans: Tensor | None = None
-    teacher_spans: Tensor | None = None
-    pairs: Tensor | None = None
+    matches: Matches = field(default_factory=_no_matches)
 
-    #: Batch keys of ours, which no model's forward may see.
-    EXTRA_KEYS = (
-        "dskd_segment_ids",
-        "dskd_teacher_input_ids",
-        "dskd_teacher_labels",
-        "dskd_teacher_attention_mask",
-    )
-    #: Those that not every run has.
-    OPTIONAL_KEYS = (
-        "dskd_cached_states",
-        "dskd_cached",
-        "dskd_spans",
-        "dskd_teacher_spans",
-        "dskd_pairs",
-    )
+    def put_into(self, inputs: dict[str, Any]) -> None:
+        """Add our tensors to a collated batch, out of which `pop_from` takes them."""
+        for part in (self, self.matches):
+            tensors = {f.name: getattr(part, f.name) for f in fields(part)}
+            for name, value in tensors.items():
+                if isinstance(value, Tensor) and name not in _OF_THE_STUDENT:
+                    inputs[f"dskd_{name}"] = value
 
     @classmethod
     def pop_from(cls, inputs: dict[str, Any]) -> DualBatch:
-        """Take our tensors out of a collated batch; the rest is what the student's forward gets."""
-        segment_ids, *teacher = (inputs.pop(key) for key in cls.EXTRA_KEYS)
-        more = (inputs.pop(key, None) for key in cls.OPTIONAL_KEYS)
-        return cls(inputs["input_ids"], inputs["labels"], segment_ids, *teacher, *more)
+        """Take our tensors out of a collated batch; the rest is what the student's forward gets.
+
+        Raises:
+            TypeError: one that every batch has is missing.
+        """
+
+        def popped(kind: type) -> dict[str, Tensor]:
+            names = (f.name for f in fields(kind) if f.name not in _OF_THE_STUDENT)
+            return {name: inputs.pop(key) for name in names if (key := f"dskd_{name}") in inputs}
+
+        of_the_student = {name: inputs[name] for name in _OF_THE_STUDENT}
+        return cls(**of_the_student, **popped(cls), matches=Matches(**popped(Matches)))
 
     def student_mask(self) -> Tensor:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""
@@ -194,15 +200,6 @@ class DualBatch:
         mask = supervised_mask(self.teacher_labels, segments)
         labels = labels_ahead(self.teacher_labels)
         return mask, Side(self.teacher_input_ids[mask], labels[mask], segments[mask])
-
-    def exact_pairs(self, student: Side, teacher: Side) -> Tensor:
-        """[P, 2] indices into the supervised tokens of both sides; those of one number where rows
-        have no pairs, as they were prepared for `alignment: positions`."""
-        if self.pairs is None:
-            return torch.arange(len(student), device=student.labels.device)[:, None].expand(-1, 2)
-        sample, *within = self.pairs.T.contiguous()
-        first = (torch.searchsorted(side.sample_ids, sample) for side in (student, teacher))
-        return torch.stack([a + b for a, b in zip(first, within, strict=True)], 1)
 
     def teacher_segment_ids(self) -> Tensor:
         """[S, L'] the row's number where there is a token, -1 on padding."""

@@ -31,7 +31,7 @@ from axolotl_dskd.cache import (
     write_json,
 )
 from axolotl_dskd.config import DSKDConfig, TeacherConfig
-from axolotl_dskd.data import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.progress import Progress, quantity
 from axolotl_dskd.teacher import (
     CacheableRows,

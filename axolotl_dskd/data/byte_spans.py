@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 
+_STORED = np.dtype("<i4")
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -32,19 +34,30 @@ class Spans:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def shifted(self, offset: int) -> Spans:
-        """The same spans `offset` bytes further on."""
+    def shifted(self, offset: int | IntArray) -> Spans:
+        """The same spans `offset` bytes further on (each its own, or all the same)."""
         return Spans(self.starts + offset, self.ends + offset)
 
-    def flat(self) -> NDArray[np.int32]:
-        """[2n] `start, end, start, end, …`, the form in which rows store them."""
-        return np.stack([self.starts, self.ends], axis=1).astype(np.int32).reshape(-1)
+    def array(self) -> IntArray:
+        """[n, 2] start and end."""
+        return np.stack([self.starts, self.ends], axis=1)
+
+    def to_bytes(self) -> bytes:
+        """`start, end, start, end, …` as little-endian int32, the form in which rows store them:
+        a data set reads bytes many times faster than lists of numbers."""
+        return self.array().astype(_STORED).tobytes()
 
     @classmethod
-    def from_flat(cls, flat: Sequence[int]) -> Spans:
-        """What `flat` returned."""
-        both = np.asarray(flat, dtype=np.int64).reshape(-1, 2)
+    def from_bytes(cls, stored: bytes) -> Spans:
+        """What `to_bytes` returned."""
+        both = np.frombuffer(stored, _STORED).astype(np.int64).reshape(-1, 2)
         return cls(both[:, 0], both[:, 1])
+
+    @classmethod
+    def of_rows(cls, stored: Sequence[bytes]) -> tuple[Spans, IntArray]:
+        """Spans of several rows, one row behind the other, and the number of each token's row."""
+        counts = [len(row) // (2 * _STORED.itemsize) for row in stored]
+        return cls.from_bytes(b"".join(stored)), np.repeat(np.arange(len(stored)), counts)
 
     @classmethod
     def joined(cls, parts: Sequence[Spans]) -> Spans:
@@ -97,6 +110,20 @@ def give_textless_tokens_room(
         return Spans(starts, np.maximum(starts, ends))
 
     return moved(student, student_textless), moved(teacher, teacher_textless)
+
+
+def kept_apart(
+    student: Spans, student_samples: IntArray, teacher: Spans, teacher_samples: IntArray
+) -> tuple[Spans, Spans]:
+    """Spans of many samples as if their texts stood one behind the other, a byte between them.
+
+    Pairs and groups of all samples are then found at once, and none is of two samples.
+
+    Args:
+        student_samples, teacher_samples: number of each token's sample, ascending from 0.
+    """
+    stride = 1 + max(int(side.ends.max(initial=0)) for side in (student, teacher))
+    return student.shifted(stride * student_samples), teacher.shifted(stride * teacher_samples)
 
 
 def start_pairs(student: Spans, teacher: Spans) -> tuple[IntArray, IntArray]:

@@ -4,8 +4,8 @@ Student and teacher may cut a long row at different places, add a BOS or not, tr
 not. What one side supervises and the other does not is left unsupervised on both. Text that
 differs in the middle cannot be mended: such rows are dropped, and too many of them stop the run.
 
-The rows that are kept carry which bytes of that text each supervised token stands for, and which
-tokens of the two sides stand for the same (`byte_spans`).
+The rows that are kept carry which bytes of that text each supervised token stands for
+(`byte_spans`). Nothing here knows what is to be learned from them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 
 from axolotl_dskd import __version__
-from axolotl_dskd.data.byte_spans import IntArray, exact_pairs, give_textless_tokens_room
+from axolotl_dskd.data.byte_spans import IntArray, give_textless_tokens_room
 from axolotl_dskd.data.shared_text import (
     NO_TOKENS,
     Part,
@@ -44,10 +44,8 @@ STATUS = "dskd_status"
 #: Raised when prepared rows change, so that none prepared by an older version is taken for them.
 ROW_FORMAT = 3
 
-#: Columns of a prepared row, one entry a supervised token (in order), as `Spans.flat` writes them.
+#: Columns of a prepared row: the spans of its supervised tokens, in order, as `Spans.to_bytes`.
 SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"
-#: `[i, j, i, j, …]`: the i-th supervised student token and the j-th of the teacher are a pair.
-EXACT_PAIRS = "dskd_exact_pairs"
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Reconcile:
     )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its labels cut to the shared text, its spans and pairs, and a status."""
+        """The row with its labels cut to the shared text, its spans, and a status."""
         labels, teacher_labels = list(row["labels"]), list(row["teacher_labels"])
         teacher_ids = list(row["teacher_input_ids"])
         too_long = len(teacher_ids) > self.teacher_limit
@@ -89,15 +87,12 @@ class Reconcile:
         last = len(teacher_labels)
         while last > 1 and teacher_labels[last - 1] == IGNORE_INDEX:
             last -= 1
-        spans = sides[0].spans, sides[1].spans
-        pairs = np.stack(exact_pairs(*spans), axis=1).astype(np.int32)
         return {
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
             "teacher_labels": teacher_labels[:last],
-            SPANS: spans[0].flat(),
-            TEACHER_SPANS: spans[1].flat(),
-            EXACT_PAIRS: pairs.ravel(),
+            SPANS: sides[0].spans.to_bytes(),
+            TEACHER_SPANS: sides[1].spans.to_bytes(),
             STATUS: status,
         }
 

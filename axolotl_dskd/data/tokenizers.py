@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import pyarrow.compute as pc
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS
+from axolotl_dskd.data.byte_spans import Spans, exact_pairs, kept_apart
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 
 
 @lru_cache(maxsize=4)
@@ -73,17 +73,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def exact_share(dataset: Any) -> float | None:
     """Share of the supervised student tokens of a prepared data set that have an exact pair.
 
-    None for data without spans (no data, or rows prepared for `positions`). Of the first 20,000
-    rows of a larger one: the same on every rank.
+    None without data, or for data without supervised tokens. Of the first 20,000 rows of a larger
+    one: the same on every rank.
     """
     if dataset is None or SPANS not in (getattr(dataset, "column_names", None) or ()):
         return None
-    rows = dataset.select(range(min(len(dataset), 20_000))).with_format("arrow")
-    tokens, paired = (
-        sum(
-            pc.sum(pc.list_value_length(batch[column])).as_py() or 0
-            for batch in rows.select_columns([column]).iter(1000)
-        )
-        for column in (SPANS, EXACT_PAIRS)
-    )
+    rows = dataset.select(range(min(len(dataset), 20_000))).select_columns([SPANS, TEACHER_SPANS])
+    tokens = paired = 0
+    for table in rows.with_format("arrow").iter(1000):
+        student, student_rows = Spans.of_rows(table[SPANS].to_pylist())
+        teacher, teacher_rows = Spans.of_rows(table[TEACHER_SPANS].to_pylist())
+        pairs, _ = exact_pairs(*kept_apart(student, student_rows, teacher, teacher_rows))
+        tokens, paired = tokens + len(student), paired + len(pairs)
     return paired / tokens if tokens else None

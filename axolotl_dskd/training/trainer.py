@@ -18,7 +18,7 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.collator import COLUMNS, DualCollator
+from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
 from axolotl_dskd.data.tokenizers import exact_share, load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
@@ -161,7 +161,7 @@ class DSKDTrainer(AxolotlTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += COLUMNS
+            self._signature_columns += PREPARED_COLUMNS
 
     # ---- the loss ----------------------------------------------------------------------------
 

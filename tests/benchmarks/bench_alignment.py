@@ -8,7 +8,7 @@ One process, one thread. Per pair of tokenizers, on the same rows of mixed text,
 and in every step, for batches of eight rows:
 
     read         the stored columns out of the data set (in the data workers, if there are any)
-    collate      the columns of a batch joined
+    collate      from the columns of a batch: spans, exact and start pairs, groups
     use          what exact token alignment makes of the pairs: targets, states at their places
     loop: pairs  the published way to find pairs (songmzhang/DSKDv2): per row, token strings from
                  the label tensors, markers stripped, both texts grown token by token and compared
@@ -47,13 +47,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_dskd.data.byte_spans import exact_pairs, tile
-from axolotl_dskd.data.collator import _pairs
-from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, Reconcile
+from axolotl_dskd.data.collator import find_matches
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.objectives.dual_space import align_exact_pairs, teacher_targets
 from axolotl_dskd.objectives.dual_space.projectors import least_squares
-from axolotl_dskd.types import DualBatch, Side, TeacherSignal
+from axolotl_dskd.types import Matches, Side, TeacherSignal
 from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, byte_table, end_token, one_side
 
 PAIRS = [
@@ -121,12 +121,10 @@ class Batch:
     choices: Tensor
     t2s: Tensor
     s2t: Tensor
-    stored: list[dict[str, list[int]]]
+    stored: list[dict[str, bytes]]
 
     @classmethod
-    def of(
-        cls, rows: list[dict[str, Any]], stored: list[dict[str, list[int]]], width: int
-    ) -> Batch:
+    def of(cls, rows: list[dict[str, Any]], stored: list[dict[str, bytes]], width: int) -> Batch:
         """Pad rows; the teacher says the label three times in four, else something at random."""
         generator = torch.Generator().manual_seed(0)
         labels, teacher_labels = (
@@ -142,6 +140,10 @@ class Batch:
             torch.randn(*x.shape, width, generator=generator) for x in (teacher_labels, labels)
         )
         return cls(labels, teacher_labels, choices, *states, stored)
+
+    def matches(self) -> Matches:
+        """What the collator finds."""
+        return find_matches(*([row[c] for row in self.stored] for c in (SPANS, TEACHER_SPANS)))
 
     def compact(self) -> tuple[Side, TeacherSignal, Tensor, Tensor]:
         """Student and teacher tokens with their states, and the teacher's choices."""
@@ -196,16 +198,10 @@ def each(run: Callable[..., Any], *sequences: Any) -> list[Any]:
     return [run(*arguments) for arguments in zip(*sequences, strict=True)]
 
 
-def in_batch(pairs: Tensor, student: Side, teacher: Side) -> Tensor:
-    """[P, 2] from the collated pairs, by the package's own function."""
-    none = torch.empty(0)
-    return DualBatch(none, none, none, none, none, none, pairs=pairs).exact_pairs(student, teacher)
-
-
-def use(compact: Any, pairs: Tensor, table: Tensor) -> tuple[Tensor, Any]:
-    """What `loop_all` returns, from stored pairs, by the package's own functions."""
+def use(compact: Any, matches: Matches, table: Tensor) -> tuple[Tensor, Any]:
+    """What `loop_all` returns, from collated pairs, by the package's own functions."""
     student, signal, hidden, choices = compact
-    pairs = in_batch(pairs, student, signal.tokens)
+    pairs = matches.exact
     targets = teacher_targets(choices[pairs[:, 1]], pairs, student, signal.tokens, table)
     return targets, align_exact_pairs(hidden, pairs, signal, PROJECTED)
 
@@ -246,8 +242,9 @@ def main() -> None:
             ]
             out = [reconcile(row) for row in rows]
             assert {row["dskd_status"] for row in out} == {"kept"}
-            tokens = sum(len(row[SPANS]) // 2 for row in out)
-            paired = sum(len(row[EXACT_PAIRS]) // 2 for row in out)
+            stored = [[row[column] for row in out] for column in (SPANS, TEACHER_SPANS)]
+            matches = find_matches(*stored)
+            tokens, paired = len(matches.spans), len(matches.exact)
             by_loop = sum(len(pairs_by_strings(tokenizers, *labelled(row))) for row in rows)
             cells.append(f"{paired / tokens:.1%} ({by_loop / tokens:.1%})")
             all_rows += rows
@@ -304,11 +301,11 @@ def speed(
     """Tokens a second of each thing that the module's docstring lists."""
     lengths = [np.array([len(b) for b in table]) for table in tables]
     arrays = [[side.numpy() for side in labelled(row)] for row in rows]
-    stored = [{EXACT_PAIRS: row[EXACT_PAIRS].tolist()} for row in made]
+    stored = [{column: row[column] for column in (SPANS, TEACHER_SPANS)} for row in made]
     dataset = Dataset.from_list(stored)
     eight = [range(i, min(i + 8, len(rows))) for i in range(0, len(rows), 8)]
     batches = [Batch.of([rows[i] for i in at], [stored[i] for i in at], 1) for at in eight]
-    pairs = [_pairs(batch.stored) for batch in batches]
+    matches = [batch.matches() for batch in batches]
     table = torch.tensor(translation(tokenizers[1], tokenizers[0]))
     runs: dict[str, Callable[[], Any]] = {
         "prepare": lambda: [reconcile(row) for row in rows],
@@ -317,7 +314,7 @@ def speed(
             for both in arrays
         ],
         "read": lambda: [dataset.__getitems__(list(at)) for at in eight],
-        "collate": lambda: [_pairs(batch.stored) for batch in batches],
+        "collate": lambda: [batch.matches() for batch in batches],
         "loop: pairs": lambda: [loop_pairs(batch, tokenizers) for batch in batches],
     }
     tokens = sum(len(both[0]) for both in arrays)
@@ -326,7 +323,7 @@ def speed(
         wide = [Batch.of([rows[i] for i in at], [stored[i] for i in at], width) for at in eight]
         compact = [batch.compact() for batch in wide]
         everything: dict[str, Callable[[], Any]] = {
-            "use": partial(each, partial(use, table=table), compact, pairs),
+            "use": partial(each, partial(use, table=table), compact, matches),
             "loop: all": partial(each, partial(loop_all, tokenizers=tokenizers), wide),
         }
         found |= {f"{name} ({width})": tokens / seconds(run) for name, run in everything.items()}

@@ -28,7 +28,8 @@ from axolotl_dskd.commands.inspect.pair import token_groups
 from axolotl_dskd.commands.inspect.report import MemoryReport, Report
 from axolotl_dskd.commands.inspect.skeleton import model_bytes, student_skeleton, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.reconcile import CUT, KEPT, STATUS, Reconcile
+from axolotl_dskd.data.byte_spans import tile
+from axolotl_dskd.data.reconcile import CUT, KEPT, SPANS, STATUS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.token_bytes import token_bytes
 from tests.support import tiny
 
@@ -176,7 +177,8 @@ def test_groups_hold_every_token_once_and_exact_pairs_spell_the_same(text: str):
 
 
 def test_tokens_of_one_vocabulary_meet_one_by_one():
-    row = {"labels": [-100, 5, -100, 7], "teacher_labels": [5, -100, -100, 5, 7]}
+    row: dict[str, Any] = {"labels": [-100, 5, -100, 7], "teacher_labels": [5, -100, -100, 5, 7]}
+    row |= dict.fromkeys((SPANS, TEACHER_SPANS), tile([2, 3]).to_bytes())
     assert [(g.student, g.teacher) for g in token_groups(row)] == [([1], [3]), ([3], [4])]
 
 

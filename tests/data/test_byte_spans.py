@@ -17,10 +17,11 @@ from axolotl_dskd.data.byte_spans import (
     exact_pairs,
     give_textless_tokens_room,
     group_numbers,
+    kept_apart,
     start_pairs,
     tile,
 )
-from axolotl_dskd.data.reconcile import EXACT_PAIRS, KEPT, SPANS, TEACHER_SPANS, Reconcile
+from axolotl_dskd.data.reconcile import KEPT, SPANS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, end_token, one_side
 from tests.support.tokenizers import byte_table as _table
@@ -81,7 +82,8 @@ def prepared(student: str, teacher: str, turns: list[tuple[str, str]]) -> dict[s
 
 
 def pairs_of(row: dict[str, Any]) -> list[tuple[int, int]]:
-    return [tuple(p) for p in row[EXACT_PAIRS].reshape(-1, 2).tolist()]
+    spans = (Spans.from_bytes(row[column]) for column in (SPANS, TEACHER_SPANS))
+    return as_tuples(exact_pairs(*spans))
 
 
 def spans_by_offsets(name: str, text: str) -> list[tuple[int, int]]:
@@ -175,7 +177,7 @@ def test_the_groups_of_a_row_hold_every_token_once_and_the_same_bytes(
     assume(not any(special in text for special in specials for _, text in turns))
     row = prepared(student, teacher, turns)
     assert row["dskd_status"] == KEPT
-    ours, theirs = (Spans.from_flat(row[column]) for column in (SPANS, TEACHER_SPANS))
+    ours, theirs = (Spans.from_bytes(row[column]) for column in (SPANS, TEACHER_SPANS))
     labels = (
         [y for y in row["labels"] if y != -100],
         [y for y in row["teacher_labels"] if y != -100],
@@ -279,6 +281,30 @@ def test_pairs_and_groups_are_those_of_a_plain_search(
 
 
 @settings(max_examples=100, deadline=None, database=None)
+@given(st.lists(st.tuples(GAPS_AND_LENGTHS, GAPS_AND_LENGTHS), max_size=5))
+def test_samples_kept_apart_have_the_pairs_and_groups_of_each(
+    samples: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]],
+) -> None:
+    sides = [[spans_of(sample[side]) for sample in samples] for side in (0, 1)]
+    student, teacher = (Spans.of_rows([spans.to_bytes() for spans in side]) for side in sides)
+    joined = kept_apart(*student, *teacher)
+    found = {find: as_tuples(find(*joined)) for find in (start_pairs, exact_pairs)}
+    expected: dict[Any, list[tuple[int, int]]] = {find: [] for find in found}
+    numbers, expected_numbers = group_numbers(*joined), [[], []]
+    at, to, group = 0, 0, 0
+    for ours, theirs in zip(*sides, strict=True):
+        for find, pairs in expected.items():
+            pairs += [(at + i, to + j) for i, j in as_tuples(find(ours, theirs))]
+        alone = group_numbers(ours, theirs)
+        for side, more in zip(expected_numbers, alone, strict=True):
+            side += (group + more).tolist()
+        at, to = at + len(ours), to + len(theirs)
+        group += len(set(np.concatenate(alone).tolist()))
+    assert found == expected
+    assert [side.tolist() for side in numbers] == expected_numbers
+
+
+@settings(max_examples=100, deadline=None, database=None)
 @given(GAPS_AND_LENGTHS, GAPS_AND_LENGTHS)
 def test_a_group_holds_the_bytes_of_its_tokens_and_no_other_groups(
     ours: list[tuple[int, int]], theirs: list[tuple[int, int]]
@@ -318,7 +344,7 @@ def test_end_tokens_pair_in_order_and_one_too_many_pairs_with_nothing() -> None:
 def test_an_end_token_ends_behind_the_text_before_it() -> None:
     """What `causal` attention relies on: the last word does not see the end token."""
     row = prepared(*PAIRS[0], [("Why?", "Because."), ("And?", "So.")])
-    spans = Spans.from_flat(row[SPANS])
+    spans = Spans.from_bytes(row[SPANS])
     assert (np.diff(spans.ends) > 0).all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from axolotl.utils.collators import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_dskd.data import DualCollator
-from axolotl_dskd.data.reconcile import EXACT_PAIRS, SPANS, TEACHER_SPANS
-from axolotl_dskd.types import DualBatch, supervised_mask
+from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
+from axolotl_dskd.data.byte_spans import Spans, exact_pairs, group_numbers, start_pairs, tile
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
+from axolotl_dskd.types import DualBatch, Matches, supervised_mask
 from tests.support import tiny
 
 PACKING = (BatchSamplerDataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq)
@@ -40,6 +42,9 @@ def _rows() -> list[dict[str, Any]]:
                 "position_ids": list(range(length)),
                 "teacher_input_ids": theirs,
                 "teacher_labels": [-100, *theirs[1:]],
+                # One byte a student token; the teacher's have two, and all that is left at the end.
+                SPANS: tile([1] * (length - max(prompt, 1))).to_bytes(),
+                TEACHER_SPANS: tile([2] * (teacher_length - 1)).to_bytes(),
             }
         )
     return rows
@@ -54,6 +59,10 @@ def _tokenizer(side: str) -> PreTrainedTokenizerBase:
 def _collator(kind: type, side: str = "right", **kwargs: Any) -> DualCollator:
     inner = kind(_tokenizer(side), **kwargs)
     return DualCollator(inner, padding_side=side, teacher_pad_id=TEACHER_PAD)
+
+
+def _ours(batch: dict[str, Any]) -> set[str]:
+    return {key for key in batch if key.startswith("dskd_")}
 
 
 def _packed(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -73,26 +82,52 @@ def _features(kind: type) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
-def test_pairs_and_spans_are_of_the_tokens_of_the_whole_batch(kind: type) -> None:
-    rows, expected = _rows(), []
-    for row in rows:
-        ours, theirs = (
-            [y for y in row[column][1:] if y != -100] for column in ("labels", "teacher_labels")
-        )
-        pairs = [(0, 0), (len(ours) - 1, len(theirs) - 1)]
-        row[EXACT_PAIRS] = [index for pair in pairs for index in pair]
-        row[SPANS], row[TEACHER_SPANS] = (
-            [x for y in s for x in (y, y + 1)] for s in (ours, theirs)
-        )
-        expected += [(ours[i], theirs[j]) for i, j in pairs]
-    batch = DualBatch.pop_from(_collator(kind)(_packed(rows) if kind in PACKING else rows))
+def test_matches_are_those_of_each_sample_in_the_tokens_of_the_whole_batch(kind: type) -> None:
+    batch = DualBatch.pop_from(_collator(kind)(_features(kind)))
     student, (_, teacher) = batch.student_side(batch.student_mask()), batch.teacher_side()
-    i, j = batch.exact_pairs(student, teacher).unbind(1)
-    found = zip(student.labels[i].tolist(), teacher.labels[j].tolist(), strict=True)
-    assert list(found) == expected
-    for spans, side in ((batch.spans, student), (batch.teacher_spans, teacher)):
-        assert spans is not None
-        assert spans.tolist() == [[y, y + 1] for y in side.labels.tolist()]
+    matches, samples = batch.matches, []
+    for number, row in enumerate(_rows()):
+        ours, theirs = (Spans.from_bytes(row[column]) for column in (SPANS, TEACHER_SPANS))
+        at, to = ((side.sample_ids == number).nonzero().flatten() for side in (student, teacher))
+        assert matches.spans[at].tolist() == ours.array().tolist()
+        assert matches.teacher_spans[to].tolist() == theirs.array().tolist()
+        groups, teacher_groups = group_numbers(ours, theirs)
+        first = matches.groups[at[0]]
+        assert (matches.groups[at] - first).tolist() == groups.tolist()
+        assert (matches.teacher_groups[to] - first).tolist() == teacher_groups.tolist()
+        pairs = [find(ours, theirs) for find in (exact_pairs, start_pairs)]
+        samples.append([torch.stack([at[i], to[j]], 1).tolist() for i, j in pairs])
+    assert matches.exact.tolist() == [pair for exact, _ in samples for pair in exact]
+    assert matches.starts.tolist() == [pair for _, starts in samples for pair in starts]
+    assert len(matches.starts)
+    # A group is of one sample, and none is left out.
+    both = torch.cat([matches.groups, matches.teacher_groups])
+    of_sample = torch.cat([student.sample_ids, teacher.sample_ids])
+    assert both.unique().tolist() == list(range(int(both.max()) + 1))
+    assert all(len(of_sample[both == group].unique()) == 1 for group in both.unique())
+
+
+def test_what_is_put_into_a_batch_comes_out_of_it_and_leaves_the_rest() -> None:
+    batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(_rows()))
+    batch = replace(batch, cached=torch.ones(4).bool(), cached_states=torch.zeros(9, 2))
+    inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "more": torch.ones(1)}
+    before = dict(inputs)
+    batch.put_into(inputs)
+    assert len(_ours(inputs)) == len(fields(DualBatch)) - 3 + len(fields(Matches))
+    again = DualBatch.pop_from(inputs)
+    assert inputs == before
+    for part, other in ((batch, again), (batch.matches, again.matches)):
+        for f in fields(part):
+            if f.name != "matches":
+                assert getattr(part, f.name) is getattr(other, f.name), f.name
+
+
+def test_a_batch_without_one_of_our_tensors_is_refused() -> None:
+    for key in _ours(_collator(DataCollatorForSeq2Seq)(_rows())):
+        batch = _collator(DataCollatorForSeq2Seq)(_rows())
+        del batch[key]
+        with pytest.raises(TypeError, match=key.removeprefix("dskd_")):
+            DualBatch.pop_from(batch)
 
 
 @pytest.mark.parametrize(("kind", "side", "multiple"), CASES)
@@ -112,10 +147,10 @@ def test_the_student_tensors_are_those_of_the_inner_collator(
     kind: type, side: str, multiple: int | None
 ) -> None:
     dual = _collator(kind, side, pad_to_multiple_of=multiple)
-    plain = [{k: v for k, v in row.items() if not k.startswith("teacher_")} for row in _rows()]
+    plain = [{k: v for k, v in row.items() if k not in PREPARED_COLUMNS} for row in _rows()]
     expected = dual.inner(_packed(plain) if kind in PACKING else plain)
     batch = dual(_features(kind))
-    assert set(batch) == set(expected) | set(DualBatch.EXTRA_KEYS)
+    assert set(batch) == set(expected) | _ours(batch)
     for key, value in expected.items():
         assert torch.equal(batch[key], value), key
 
@@ -150,7 +185,7 @@ def test_the_features_are_left_as_they_were(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq])
-@pytest.mark.parametrize("missing", ["teacher_input_ids", "teacher_labels"])
+@pytest.mark.parametrize("missing", PREPARED_COLUMNS)
 def test_rows_without_a_teacher_side_are_refused(kind: type, missing: str) -> None:
     features = _features(kind)
     for row in features if kind not in PACKING else [r for rows in features for r in rows]:
@@ -180,7 +215,7 @@ def _supervised(kind: type, side: str) -> list[tuple[int, int, int]]:
     """(position's token, predicted token, sample) of all supervised student tokens, in order."""
     inputs = _collator(kind, side)(_features(kind))
     batch = DualBatch.pop_from(inputs)
-    assert not set(inputs) & set(DualBatch.EXTRA_KEYS)
+    assert not _ours(inputs)
     tokens = batch.student_side(batch.student_mask())
     return list(
         zip(

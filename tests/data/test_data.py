@@ -12,6 +12,9 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from axolotl_dskd.data.tokenizers import exact_share
+from axolotl_dskd.data.byte_spans import Spans, exact_pairs
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import token_bytes
 from tests.support import tiny
 
@@ -350,6 +353,28 @@ def test_evaluation_rows_have_both_sides_too(config: Any, load: Load, tmp_path: 
     assert all(squeezed(texts(row)[0]) == squeezed(texts(row)[1]) for row in held)
 
 
+def test_the_share_of_exact_pairs_is_counted_over_the_rows(config: Any, load: Load) -> None:
+    rows, _ = load(config(tiny.chat_rows(8)))
+    both = [[Spans.from_bytes(row[c]) for c in (SPANS, TEACHER_SPANS)] for row in rows]
+    pairs = sum(len(exact_pairs(*sides)[0]) for sides in both)
+    share = exact_share(rows)
+    assert share == pairs / sum(len(ours) for ours, _ in both)
+    assert share is not None
+    assert 0.1 < share < 0.9
+    assert exact_share(rows.select([])) is None
+    assert exact_share(rows.remove_columns(SPANS)) is None
+    assert exact_share(None) is None
+
+
+def test_one_vocabulary_has_spans_too_and_pairs_everything(
+    config: Any, load: Load, folder: Path
+) -> None:
+    teacher = {"base_model": str(folder / "teacher"), "tokenizer": str(folder / "student")}
+    rows, _ = load(config(tiny.chat_rows(4), dskd={"teacher": teacher}))
+    assert exact_share(rows) == 1
+    assert rows[SPANS][:] == rows[TEACHER_SPANS][:]
+
+
 def test_packing_prepares_the_same_rows(config: Any, load: Load) -> None:
     rows = tiny.chat_rows(16)
     padded, _ = load(config(rows))
@@ -509,7 +534,7 @@ def test_a_plain_run_in_the_same_process_is_untouched(config: Any, load: Load) -
 def test_hooks_are_installed_once() -> None:
     from axolotl.utils.data import sft
 
-    from axolotl_dskd.data import install_hooks
+    from axolotl_dskd.data.hooks import install_hooks
 
     install_hooks()
     names = "get_dataset_wrapper generate_dataset_hash_from_config handle_long_seq_in_dataset"

@@ -18,7 +18,6 @@ from axolotl_dskd.data.reconcile import (
     CUT,
     DIFFERENT,
     EMPTY,
-    EXACT_PAIRS,
     KEPT,
     SPANS,
     TEACHER_SPANS,
@@ -361,7 +360,7 @@ def test_end_tokens_of_two_templates_over_one_vocabulary_stay_supervised() -> No
     assert out["dskd_status"] == KEPT
     assert (out["labels"], out["teacher_labels"]) == (ours.labels, theirs.labels)
     assert labelled(out["labels"]) != labelled(out["teacher_labels"])
-    spans, teacher_spans = (Spans.from_flat(out[column]) for column in (SPANS, TEACHER_SPANS))
+    spans, teacher_spans = (Spans.from_bytes(out[column]) for column in (SPANS, TEACHER_SPANS))
     pairs = exact_pairs(spans, teacher_spans)
     assert [side.tolist() for side in pairs] == [list(range(len(spans)))] * 2
 
@@ -456,7 +455,7 @@ def _apply(rows: list[dict[str, Any]], raise_if_long: bool = False, **overrides:
     """Without the columns of the spans, which have tests of their own."""
     return reconcile_dataset(
         _dataset(rows), reconcile_for(**overrides), num_proc=None, raise_if_long=raise_if_long
-    ).remove_columns([SPANS, TEACHER_SPANS, EXACT_PAIRS])
+    ).remove_columns([SPANS, TEACHER_SPANS])
 
 
 def test_good_rows_come_out_as_they_went_in() -> None:

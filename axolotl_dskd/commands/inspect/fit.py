@@ -18,7 +18,7 @@ from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.commands.inspect.skeleton import model_bytes, teacher_dtype, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig, TeacherConfig
-from axolotl_dskd.data import vocabulary_size
+from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.objectives.dual_space.settings import loss_settings
 from axolotl_dskd.types import IGNORE_INDEX
 

@@ -32,14 +32,9 @@ class Group:
 
 
 def token_groups(row: dict[str, Any]) -> list[Group]:
-    """Groups of a prepared row's supervised tokens, in order.
-
-    Rows of models with one vocabulary carry no spans: there token i meets token i.
-    """
+    """Groups of a prepared row's supervised tokens, in order."""
     ours, theirs = _supervised(row["labels"]), _supervised(row["teacher_labels"])
-    if SPANS not in row:
-        return [Group([i], [j]) for i, j in zip(ours, theirs, strict=True)]
-    spans = Spans.from_flat(row[SPANS]), Spans.from_flat(row[TEACHER_SPANS])
+    spans = Spans.from_bytes(row[SPANS]), Spans.from_bytes(row[TEACHER_SPANS])
     assert (len(ours), len(theirs)) == tuple(map(len, spans))
     return [
         Group([ours[i] for i in group.student], [theirs[j] for j in group.teacher])

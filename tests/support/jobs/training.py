@@ -20,7 +20,7 @@ from axolotl.common.datasets import load_datasets
 from axolotl.utils.dict import DictDefault
 from torch.distributed.tensor import DTensor
 
-from axolotl_dskd.data import DualCollator
+from axolotl_dskd.data.collator import DualCollator
 from axolotl_dskd.ranks import gathered, raise_together
 from axolotl_dskd.teacher import live
 from axolotl_dskd.types import Matches
