@@ -1,32 +1,19 @@
-"""The `dskd.teacher.cache:` block: its fields, defaults, and how a size is written.
-
-Imports nothing of this package.
-"""
+"""The `dskd.teacher.cache:` block: its fields and defaults. Imports nothing of this package."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
-
-_SIZE_UNITS = {
-    "": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate(["", "k", "M", "G", "T"])},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate(["", "K", "M", "G", "T"])},
-}
-
-
-def _bytes(size: Any) -> int:
-    """The number of bytes that `200GB` or `150GiB` stands for."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", str(size).strip())
-    factors = {name.lower(): factor for name, factor in _SIZE_UNITS.items()}
-    if match is None or match[2].lower() not in factors:
-        raise ValueError(
-            f"dskd.teacher.cache.max_size: {size!r} is no size. Write it like 200GB or 150GiB."
-        )
-    return int(float(match[1]) * factors[match[2].lower()])
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 
 class CacheConfig(BaseModel, extra="forbid"):
@@ -39,7 +26,7 @@ class CacheConfig(BaseModel, extra="forbid"):
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto", description="Of the stored states; auto is bfloat16."
     )
-    max_size: str | None = Field(
+    max_size: Annotated[ByteSize, Field(ge=1)] | None = Field(
         None, description="The folder grows to this at most, such as 200GB or 150GiB."
     )
 
@@ -48,17 +35,18 @@ class CacheConfig(BaseModel, extra="forbid"):
     def _expand_home(cls, value: str) -> str:
         return str(Path(value).expanduser()) if value.startswith("~") else value
 
-    @field_validator("max_size", mode="before")
+    @field_validator("max_size", mode="wrap")
     @classmethod
-    def _readable_size(cls, value: Any) -> Any:
-        if value is not None:
-            _bytes(value)
-        return None if value is None else str(value)
-
-    @property
-    def max_bytes(self) -> int | None:
-        """`max_size` as a number of bytes."""
-        return None if self.max_size is None else _bytes(self.max_size)
+    def _size_in_words(cls, value: Any, parse: ValidatorFunctionWrapHandler) -> ByteSize | None:
+        try:
+            # ByteSize reads the beginning and lets any text follow.
+            whole = value is None or re.fullmatch(r"\s*[\d.]+\s*\w*\s*", str(value))
+            size = parse(value if whole else "")
+        except ValidationError:
+            raise ValueError(
+                f"dskd.teacher.cache.max_size: {value!r} is no size. Write it like 200GB or 150GiB."
+            ) from None
+        return size
 
     @property
     def storage(self) -> str:

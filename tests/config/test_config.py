@@ -237,11 +237,13 @@ def test_the_home_folder_is_expanded():
     [("50GB", 50 * 10**9), ("200GiB", 200 << 30), ("1.5 tb", 15 * 10**11), (4096, 4096)],
 )
 def test_the_caches_size_is_read_as_people_write_it(written: str | int, size: int):
-    assert CacheConfig.model_validate({"path": "x", "max_size": written}).max_bytes == size
+    assert CacheConfig.model_validate({"path": "x", "max_size": written}).max_size == size
 
 
-@pytest.mark.parametrize("written", ["many", "GB", "-5GB", "5 GB more", "5 bananas"])
-def test_a_size_that_is_none_is_refused(written: str):
+@pytest.mark.parametrize(
+    "written", ["many", "GB", "-5GB", "5 GB more", "5GB more", "5 bananas", 0, True]
+)
+def test_a_size_that_is_none_is_refused(written: str | int):
     with pytest.raises(ValueError, match=r"max_size: .* is no size"):
         CacheConfig.model_validate({"path": "x", "max_size": written})
 

@@ -76,7 +76,7 @@ def open_cached_teacher(
     head, embedding = tables
     check_sizes(head, embedding.weight, vocab_size)
     codec = Codec(config.cache.storage, head.hidden_size)
-    store = RowStore(folder, codec.bytes_per_token, root=root, max_bytes=config.cache.max_bytes)
+    store = RowStore(folder, codec.bytes_per_token, root=root, max_bytes=config.cache.max_size)
     teacher = CachedTeacher(store, codec, head, embedding, load_body)
     teacher.body = body
     return teacher
