@@ -179,7 +179,7 @@ class RowReader:
         if error.path not in self.damage and not self.quiet:
             LOG.warning(
                 f"Teacher cache: {error}. What it lacks is computed again. "
-                "`axolotl-dskd cache CONFIG --verify` looks for more."
+                "`axolotl-dskd cache verify CONFIG` looks for more."
             )
         self.damage.setdefault(error.path, str(error))
 
@@ -254,7 +254,7 @@ class RowStore(RowReader):
                 f"Teacher cache: {self.folder} takes no more samples: {error}. The work goes on; "
                 "samples that are not cached need the teacher every time. Free space, raise "
                 "dskd.teacher.cache.max_size, use dtype int8 or int4, or remove what other runs "
-                "left with `axolotl-dskd cache CONFIG --prune`."
+                "left with `axolotl-dskd cache prune CONFIG`."
             )
             return
         self.rescan()

@@ -112,7 +112,8 @@ def write_cache(
     if store.full is not None or not (store.folder / TABLES).exists():
         raise ValueError(
             f"the cache takes no more: {store.full or 'no room for head and embedding'}. What was "
-            "written stays; free space (or raise max_size, use dtype int8 or int4, --prune) and "
+            "written stays; free space (or raise max_size, use dtype int8 or int4, or remove what "
+            "other runs left with `axolotl-dskd cache prune CONFIG`) and "
             "run this again."
         )
     if teacher.body is not None:
@@ -152,7 +153,7 @@ def _check_room(teacher: CachedTeacher, needed: int) -> None:
     what = (
         f"{quantity(needed, 'bytes')} are to be written as {teacher.codec.storage}, but "
         "{room}. Smaller: dskd.teacher.cache.dtype int8 takes about half of bfloat16, int4 about "
-        "a quarter. What other runs left goes with --prune."
+        "a quarter. What other runs left goes with `axolotl-dskd cache prune CONFIG`."
     )
     if store.max_bytes is not None and status.used + needed > store.max_bytes:
         used, limit = quantity(status.used, "bytes"), quantity(store.max_bytes, "bytes")
@@ -256,7 +257,8 @@ def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
         fidelity = [Fidelity(**found[storage]) for storage in STORAGES]
         _print_fidelity(fidelity, int(rows.tokens.sum()), out)
     if status.abandoned:
-        print(f"{len(status.abandoned)} files of killed processes; --prune removes them.", file=out)
+        count = len(status.abandoned)
+        print(f"{count} files of killed processes; `cache prune` removes them.", file=out)
 
 
 def _note(path: Path) -> dict[str, Any] | None:

@@ -81,57 +81,121 @@ def _yaml(path: Path) -> Any:
         raise click.ClickException(f"{path} is no readable YAML: {error}") from error
 
 
-@main.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--verify", "action", flag_value="verify", help="Read every byte; take damage out.")
-@click.option("--info", "action", flag_value="info", help="Show what the cache holds.")
-@click.option("--prune", "action", flag_value="prune", help="Remove what CONFIG does not use.")
-@click.option("--yes", is_flag=True, help="Prune without asking.")
-@click.option("--part", default="1/1", metavar="I/N", help="Do the I-th of N parts of the rows.")
-def cache(config: Path, action: str | None, yes: bool, part: str) -> None:
+_config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+class _CacheGroup(click.Group):
+    """Subcommands, with an answer for those who name a config file right away."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does.
+
+        Raises:
+            click.UsageError: the first argument is a file, or no subcommand.
+        """
+        name = args[0]
+        if name not in self.commands and (name.endswith((".yaml", ".yml")) or Path(name).is_file()):
+            flags = [flag.removeprefix("--") for flag in args[1:]]
+            wanted = next((flag for flag in flags if flag in self.commands), "write")
+            others = ", ".join(sorted(self.commands.keys() - {wanted}))
+            raise click.UsageError(
+                f"say first what to do with the cache of {name}: "
+                f"`axolotl-dskd cache {wanted} {name}` (or {others}).",
+                ctx,
+            )
+        return super().resolve_command(ctx, args)
+
+
+@main.group(cls=_CacheGroup)
+def cache() -> None:
+    """Hidden states of a teacher on disk: write them ahead of training, look at them, check them,
+    remove what is not used."""
+
+
+def _part(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, int]:
+    """I/N as (I - 1, N)."""
+    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", value)
+    if match is None or int(match[1]) > int(match[2]):
+        raise click.BadParameter(f"{value!r} is no part such as 1/4", ctx, param)
+    return int(match[1]) - 1, int(match[2])
+
+
+@cache.command()
+@_config
+@click.option(
+    "--part",
+    default="1/1",
+    callback=_part,
+    metavar="I/N",
+    help="Do the I-th of N parts of the rows.",
+)
+def write(config: Path, part: tuple[int, int]) -> None:
     """Run the teacher of CONFIG once over its data and keep its hidden states.
 
     Training on CONFIG then never loads the teacher's layers. What is cached already is skipped, so
     a run that was killed goes on where it was. Several may run at once: one per GPU with
     CUDA_VISIBLE_DEVICES and --part.
     """
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
-    if match is None or int(match[1]) > int(match[2]):
-        raise click.BadParameter(f"{part!r} is no part such as 1/4", param_hint="--part")
-    if action and part != "1/1":
-        raise click.UsageError(f"--part is for writing the cache; --{action} looks at all of it.")
-    if yes and action != "prune":
-        raise click.UsageError("--yes does nothing without --prune.")
+    with _cache_work(config) as (cfg, dskd, out):
+        from axolotl_dskd.commands.cache import write_cache
+
+        write_cache(cfg, dskd, out, part=part)
+
+
+@cache.command()
+@_config
+def info(config: Path) -> None:
+    """Show what the cache holds, and how much of CONFIG's rows."""
+    with _cache_work(config) as (cfg, dskd, out):
+        from axolotl_dskd.commands.cache import show_cache
+
+        show_cache(cfg, dskd, out)
+
+
+@cache.command()
+@_config
+def verify(config: Path) -> None:
+    """Read every byte of the teacher's states and take out what is damaged."""
+    with _cache_work(config) as (_, dskd, out):
+        from axolotl_dskd.commands.cache import verify_cache
+
+        damage = verify_cache(dskd)
+        for line in damage:
+            click.echo(line, out)
+        if damage:
+            raise click.ClickException(
+                f"{len(damage)} damaged files, now without their damaged parts. "
+                f"`axolotl-dskd cache write {config}` computes what was lost."
+            )
+        click.echo("No damage.", out)
+
+
+@cache.command()
+@_config
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def prune(config: Path, yes: bool) -> None:
+    """List what CONFIG does not use and, when confirmed, remove it."""
+    with _cache_work(config) as (cfg, dskd, out):
+        from axolotl_dskd.commands.cache import carry_out, prune_cache
+
+        plan, lines = prune_cache(cfg, dskd)
+        for line in lines:
+            click.echo(line, out)
+        if not lines:
+            click.echo("Nothing to remove.", out)
+        elif yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True):
+            click.echo(carry_out(plan), out)
+
+
+@contextmanager
+def _cache_work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
+    """The configuration, its `dskd:` block and stdout; errors of the work end in one message."""
     with _logs_on_stderr() as out:
-        cfg, dskd = read_config(config)
-
-        from axolotl_dskd.commands import cache as work
-
+        cfg, dskd = read_config(path)
         try:
-            if action == "verify":
-                damage = work.verify_cache(dskd)
-                for line in damage:
-                    click.echo(line, out)
-                if damage:
-                    raise click.ClickException(
-                        f"{len(damage)} damaged files, now without their damaged parts. "
-                        f"`axolotl-dskd cache {config}` computes what was lost."
-                    )
-                click.echo("No damage.", out)
-            elif action == "info":
-                work.show_cache(cfg, dskd, out)
-            elif action == "prune":
-                plan, lines = work.prune_cache(cfg, dskd)
-                for line in lines:
-                    click.echo(line, out)
-                if lines and (
-                    yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True)
-                ):
-                    click.echo(work.carry_out(plan), out)
-                elif not lines:
-                    click.echo("Nothing to remove.", out)
-            else:
-                work.write_cache(cfg, dskd, out, part=(int(match[1]) - 1, int(match[2])))
+            yield cfg, dskd, out
         except (ValueError, OSError) as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
@@ -141,7 +205,7 @@ def cache(config: Path, action: str | None, yes: bool, part: str) -> None:
 
 
 @main.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_config
 @click.option("--gpu-memory", metavar="SIZE", help="Plan for a card of this size, such as 24GiB.")
 @click.option("--rows", default=200, show_default=True, type=click.IntRange(1), help="Per dataset.")
 @click.option(

@@ -21,7 +21,7 @@ class CacheConfig(BaseModel, extra="forbid"):
 
     path: str = Field(
         description="Folder; any number of runs and teachers may share one. Written by "
-        "`axolotl-dskd cache` ahead of training, or during the first epoch."
+        "`axolotl-dskd cache write` ahead of training, or during the first epoch."
     )
     dtype: Literal["auto", "float32", "bfloat16", "int8", "int4"] = Field(
         "auto", description="Of the stored states; auto is bfloat16."

@@ -185,7 +185,7 @@ def train(config: dict[str, Any], pipe: Connection) -> None:
 
 
 def fill_ahead(config: dict[str, Any], pipe: Connection) -> None:
-    """`axolotl-dskd cache`."""
+    """`axolotl-dskd cache write`."""
     from axolotl.cli.config import load_cfg
     from axolotl.utils.dict import DictDefault
 

@@ -46,7 +46,7 @@ def opened(folder: Path) -> CachedTeacher:
 
 
 def fill_all(folder: Path, some: CacheableRows, seed: int) -> None:
-    """What a process of `axolotl-dskd cache` does, in small shards."""
+    """What a process of `axolotl-dskd cache write` does, in small shards."""
     torch.set_num_threads(1)
     store_module.SHARD_BYTES = 20_000
     teacher = opened(folder)

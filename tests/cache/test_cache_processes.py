@@ -77,7 +77,7 @@ def ranks(folder: Path, live: list[float]) -> dict[str, list[Result]]:
     }
     path = folder / "forty.yaml"
     path.write_text(yaml.safe_dump(config(folder, "few", 40)))
-    run(1, {"do": "cache", "arguments": [str(path)]})
+    run(1, {"do": "cache", "arguments": ["write", str(path)]})
     few = config(folder, "few", 42, micro_batch_size=2, max_steps=1)
     jobs["few"] = {"do": "train_counting_loads", "config": few}
     results = launch(2, list(jobs.values()), timeout=200)
@@ -144,7 +144,7 @@ def test_a_rank_that_cannot_load_the_teacher_stops_all(folder: Path, live: list[
 def test_what_is_logged_is_no_part_of_the_answer(folder: Path):
     path = folder / "answer.yaml"
     path.write_text(yaml.safe_dump(config(folder, "answer")))
-    [shown] = run(1, {"do": "cache", "arguments": [str(path), "--info"]})
+    [shown] = run(1, {"do": "cache", "arguments": ["info", str(path)]})
     first, *_ = shown["stdout"].splitlines()
     assert "answer: " in first and " used, " in first
     assert "INFO" not in shown["stdout"]
@@ -174,7 +174,7 @@ def test_command_and_training_killed_at_twenty_random_moments_end_in_the_live_ru
     def job(do: str, cache: str) -> dict[str, Any]:
         content = config(folder, cache, num_epochs=2)
         path.write_text(yaml.safe_dump(content))
-        arguments = {"arguments": [str(path)]} if do == "cache" else {"config": content}
+        arguments = {"arguments": ["write", str(path)]} if do == "cache" else {"config": content}
         return {"do": "noting_stages", "folder": str(folder), "job": {"do": do, **arguments}}
 
     seconds, killed_in = {}, {}

@@ -25,10 +25,10 @@ def config(folder: Path, **cache: Any) -> dict[str, Any]:
     return tiny.base_config(folder, dskd={"teacher": teacher}, val_set_size=0.25)
 
 
-def command(folder: Path, content: dict[str, Any], *options: str) -> Result:
+def command(folder: Path, content: dict[str, Any], *options: str, name: str = "write") -> Result:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
-    return CliRunner().invoke(main, ["cache", str(path), *options])
+    return CliRunner().invoke(main, ["cache", name, str(path), *options])
 
 
 def test_written_ahead_it_gives_the_live_runs_losses_and_no_teacher_is_loaded(
@@ -69,19 +69,19 @@ def test_verify_names_the_damaged_files_and_the_next_run_computes_what_they_lost
 ):
     cached = config(pair_folder)
     command(pair_folder, cached)
-    assert "No damage" in command(pair_folder, cached, "--verify").output
+    assert "No damage" in command(pair_folder, cached, name="verify").output
     shard = next(pair_folder.glob("cache/*/states-*"))
     head = next(pair_folder.glob("cache/*/head.safetensors"))
     for path in (shard, head):
         content = bytearray(path.read_bytes())
         content[-100] ^= 1
         path.write_bytes(content)
-    found = command(pair_folder, cached, "--verify")
+    found = command(pair_folder, cached, name="verify")
     assert found.exit_code == 1
     assert f"{shard} is damaged: 1 of 16 samples are lost" in found.output
     assert f"{head} is damaged" in found.output
     assert "2 damaged files" in found.output
-    assert "No damage" in command(pair_folder, cached, "--verify").output
+    assert "No damage" in command(pair_folder, cached, name="verify").output
     repaired = command(pair_folder, cached)
     assert "15 of 16 samples cached" in repaired.output
     assert "Complete" in repaired.output
@@ -92,7 +92,7 @@ def test_info_shows_every_teacher_and_prune_keeps_only_what_the_config_uses(pair
     command(pair_folder, config(pair_folder, dtype="int4"))
     cached = config(pair_folder)
     command(pair_folder, cached)
-    shown = command(pair_folder, cached, "--info").output
+    shown = command(pair_folder, cached, name="info").output
     assert "int4" in shown
     assert "16 of 16 samples cached" in shown
     here = next(pair_folder.glob("cache/*-float32"))
@@ -103,16 +103,16 @@ def test_info_shows_every_teacher_and_prune_keeps_only_what_the_config_uses(pair
     elsewhere.mkdir()
     write_json(elsewhere / "teacher.json", note)
     fewer = {**cached, "datasets": [{**cached["datasets"][0], "split": "train[:8]"}]}
-    asked = command(pair_folder, fewer, "--prune")  # no answer: nothing is removed
+    asked = command(pair_folder, fewer, name="prune")  # no answer: nothing is removed
     assert asked.exit_code == 1
     assert "another teacher or storage" in asked.output
     assert len(list(pair_folder.glob("cache/*/"))) == 3
-    pruned = command(pair_folder, fewer, "--prune", "--yes")
+    pruned = command(pair_folder, fewer, "--yes", name="prune")
     assert pruned.exit_code == 0, pruned.output
     assert "8 of 16 samples that this configuration does not use" in pruned.output
     assert {p.name for p in pair_folder.glob("cache/*/")} == {here.name, elsewhere.name}
     assert "8 of 8 samples cached" in command(pair_folder, fewer).output
-    assert "Nothing to remove" in command(pair_folder, fewer, "--prune").output
+    assert "Nothing to remove" in command(pair_folder, fewer, name="prune").output
 
 
 @pytest.mark.slow
@@ -131,21 +131,40 @@ def test_too_little_room_and_missing_blocks_are_refused_before_the_teacher_runs(
     assert "'many' is no size" in command(pair_folder, wrong).output
     nowhere = config(pair_folder, path="/proc/nothing")
     assert "nothing can be written to /proc/nothing" in command(pair_folder, nowhere).output
-    nothing = command(pair_folder, config(pair_folder, dtype="int4"), "--verify")
+    nothing = command(pair_folder, config(pair_folder, dtype="int4"), name="verify")
     assert nothing.exit_code == 1
     assert "nothing is cached of this teacher (float32) yet" in nothing.output
 
 
-@pytest.mark.parametrize("options", [("--info", "--part", "1/2"), ("--info", "--yes")])
-def test_options_that_do_nothing_together_are_refused(tmp_path: Path, options: tuple[str, ...]):
-    result = command(tmp_path, {}, *options)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("info", ("--part", "1/2")), ("verify", ("--yes",)), ("write", ("--yes",))],
+)
+def test_options_of_another_subcommand_are_refused(
+    tmp_path: Path, name: str, options: tuple[str, ...]
+):
+    result = command(tmp_path, {}, *options, name=name)
     assert result.exit_code == 2
+    assert "No such option" in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"), [((), "write"), (("--info",), "info"), (("--part", "1/2"), "write")]
+)
+def test_a_config_in_place_of_a_subcommand_is_answered_with_the_command_to_use(
+    flags: tuple[str, ...], wanted: str
+):
+    result = CliRunner().invoke(main, ["cache", "my.yaml", *flags])
+    assert result.exit_code == 2
+    assert f"`axolotl-dskd cache {wanted} my.yaml`" in result.output
+    unknown = CliRunner().invoke(main, ["cache", "wirte", "my.yaml"])
+    assert "No such command 'wirte'" in unknown.output
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "a: [1,\n b: {"])
 def test_a_file_that_holds_no_configuration_is_refused_in_words(tmp_path: Path, text: str):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    result = CliRunner().invoke(main, ["cache", str(path)])
+    result = CliRunner().invoke(main, ["cache", "write", str(path)])
     assert result.exit_code == 1
     assert f"Error: {path} " in result.output

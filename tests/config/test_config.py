@@ -127,7 +127,7 @@ WRONG = {
     ),
     "a cached teacher in shards": (
         {"teacher": {"base_model": "x", "cache": {"path": "y"}, "shard": "full"}},
-        "axolotl-dskd cache",
+        "axolotl-dskd cache write",
     ),
     "quantised adapter": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "adapter": "y"}},

@@ -196,7 +196,7 @@ def _cached_teacher(run: Run) -> Proposal | None:
     )
     size = 2 * tokens * run.teacher_hidden_size / 1e9
     return (
-        "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache` first",
+        "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache write` first",
         f"about {size:.1f} GB on disk; later steps run no teacher",
         run.with_teacher(cache={"path": "./outputs/teacher-cache"}),
     )
