@@ -112,22 +112,6 @@ class Matches:
     teacher_groups: Tensor
 
 
-@dataclass(frozen=True)
-class TeacherSignal:
-    """What the teacher says about a batch, whatever its source (live forward, cache).
-
-    Attributes:
-        hidden: [M, D] final hidden states, as its output head takes them.
-        tokens: the supervised teacher tokens.
-        embedded_inputs, embedded_labels: [M, D] the teacher's input embeddings of both ids.
-    """
-
-    hidden: Tensor
-    tokens: Side
-    embedded_inputs: Tensor
-    embedded_labels: Tensor
-
-
 def _no_matches() -> Matches:
     none = torch.zeros(0, dtype=torch.long)
     pairs = none.view(0, 2)

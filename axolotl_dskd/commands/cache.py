@@ -45,6 +45,7 @@ from axolotl_dskd.teacher.cached.fidelity import STORAGES, Fidelity, storage_fid
 from axolotl_dskd.teacher.cached.identity import TeacherIdentity
 from axolotl_dskd.teacher.cached.open import IDENTITY, TABLES, cache_folder
 from axolotl_dskd.teacher.cached.tables import read_tables
+from axolotl_dskd.types import Needs
 
 LOG = get_logger(__name__)
 
@@ -167,8 +168,9 @@ def _measure(teacher: CachedTeacher, rows: CacheableRows, device: torch.device) 
     """On random rows of about two thousand supervised tokens."""
     order = np.random.default_rng(0).permutation(len(rows))
     count = int(np.searchsorted(rows.tokens[order].cumsum(), _PROBE_TOKENS)) + 1
-    signal = teacher.load_body()(rows.batch(order[:count], 0, device))
-    return storage_fidelity(signal.hidden[:_PROBE_TOKENS], teacher.head)
+    view = teacher.load_body()(rows.batch(order[:count], 0, device), Needs())
+    assert view.hidden is not None
+    return storage_fidelity(view.hidden[:_PROBE_TOKENS], teacher.head)
 
 
 def _print_fidelity(found: list[Fidelity], tokens: int, out: TextIO) -> None:

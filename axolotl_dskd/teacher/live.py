@@ -16,7 +16,7 @@ from axolotl_dskd.models.heads import (
 )
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import is_sharded, max_over_ranks
-from axolotl_dskd.types import DualBatch, TeacherSignal
+from axolotl_dskd.types import DualBatch, Needs, View
 
 #: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
 MAX_TOKENS_PER_FORWARD = 8192
@@ -52,8 +52,8 @@ class LiveTeacher:
         check_sizes(self.head, self.embedding.weight, vocab_size)
 
     @torch.no_grad()
-    def __call__(self, batch: DualBatch) -> TeacherSignal:
-        """Final hidden states [M, D] at the supervised teacher positions, with embeddings."""
+    def __call__(self, batch: DualBatch, needs: Needs) -> View:
+        """The supervised teacher tokens with their final hidden states [M, D]."""
         home = batch.teacher_input_ids.device
         device = self.embedding.weight.device
         mask, side = batch.teacher_side()
@@ -79,12 +79,13 @@ class LiveTeacher:
             states = single(captured, self.model)
             wanted = mask[rows, cut]
             hidden[order[rows, cut][wanted]] = states[wanted.to(states.device)].to(hidden)
-        return TeacherSignal(
-            hidden=hidden,
-            tokens=side,
-            embedded_inputs=self.embedding(side.input_ids.to(device)).to(home),
-            embedded_labels=self.embedding(side.labels.to(device)).to(home),
-        )
+        embedded = None
+        if needs.embeddings:
+            inputs, labels = (
+                self.embedding(ids.to(device)).to(home) for ids in (side.input_ids, side.labels)
+            )
+            embedded = inputs, labels
+        return View(side, self.head, hidden, embedded)
 
 
 def check_sizes(head: OutputHead, embedding: Tensor, vocab_size: int) -> None:

@@ -28,7 +28,7 @@ from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import open_samples
-from axolotl_dskd.teacher import Run, TeacherSpec, open_teacher
+from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
 from axolotl_dskd.training.callbacks import Begin, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.metrics import MetricSums
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
@@ -134,13 +134,13 @@ class DSKDTrainer(AxolotlTrainer):
             )
         )
 
-    def _run(self) -> Run:
+    def _run(self) -> TrainingRun:
         """What a teacher is told of this run."""
         evaluation = self.eval_dataset
         datasets = [self.train_dataset]
         datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
         device = self.accelerator.device
-        return Run(
+        return TrainingRun(
             datasets=[dataset for dataset in datasets if dataset is not None],
             student_is_sharded=self.student.is_sharded,
             rank=self.args.process_index,
@@ -148,7 +148,7 @@ class DSKDTrainer(AxolotlTrainer):
                 torch.tensor([number], device=device)
             ).tolist(),
             stop_together=partial(raise_together, device=device),
-            first_on_machine=self.accelerator.local_main_process_first,
+            local_main_first=self.accelerator.local_main_process_first,
         )
 
     def _begin(self) -> None:

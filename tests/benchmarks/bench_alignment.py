@@ -53,7 +53,7 @@ from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.objectives.dual_space import align_exact_pairs, teacher_targets
 from axolotl_dskd.objectives.dual_space.projectors import least_squares
-from axolotl_dskd.types import Matches, Side, TeacherSignal
+from axolotl_dskd.types import Matches, Side, View
 from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, byte_table, end_token, one_side
 
 PAIRS = [
@@ -145,7 +145,7 @@ class Batch:
         """What the collator finds."""
         return find_matches(*([row[c] for row in self.stored] for c in (SPANS, TEACHER_SPANS)))
 
-    def compact(self) -> tuple[Side, TeacherSignal, Tensor, Tensor]:
+    def compact(self) -> tuple[Side, View, Tensor, Tensor]:
         """Student and teacher tokens with their states, and the teacher's choices."""
         ours, theirs = self.labels != -100, self.teacher_labels != -100
         student, teacher = (
@@ -153,7 +153,7 @@ class Batch:
             for y, mask in ((self.labels, ours), (self.teacher_labels, theirs))
         )
         hidden = self.t2s[theirs]
-        signal = TeacherSignal(hidden, teacher, hidden, hidden)
+        signal = View(teacher, hidden=hidden, embedded=(hidden, hidden))
         return student, signal, self.s2t[ours], self.choices[theirs]
 
 

@@ -49,6 +49,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from axolotl_dskd.cache import Codec, RowReader, RowStore, shard_paths
 from axolotl_dskd.teacher import CacheableRows, CachedTeacher, LiveTeacher, fill, missing_rows
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
+from axolotl_dskd.types import Needs
 from tests.support import tiny
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def reading(teacher: str | None, console: Console) -> None:
     batches = [np.arange(at, at + 8) for at in range(0, 16, 8)]
     collated = [rows.batch(batch, 0, CPU) for batch in batches]
     tokens = int(rows.tokens.sum())
-    live = timed(lambda: [body(batch) for batch in collated], 1)
+    live = timed(lambda: [body(batch, Needs()) for batch in collated], 1)
     table = Table(
         title=f"Supervised tokens per second, {model.num_parameters() / 1e6:.0f}M teacher"
     )

@@ -22,6 +22,7 @@ from axolotl_dskd.cache import store as store_module
 from axolotl_dskd.teacher import CacheableRows, CachedTeacher, LiveTeacher, fill, missing_rows
 from axolotl_dskd.teacher.cached import open as open_module
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
+from axolotl_dskd.types import Needs
 from tests.support import tiny
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,7 @@ def assert_right(folder: Path, some: CacheableRows) -> int:
     teacher = opened(folder)
     missing = set(missing_rows(teacher, some).tolist())
     batch = some.batch(np.arange(len(some)), 0, CPU)
-    signal = teacher.load_body()(batch)
+    signal = teacher.load_body()(batch, Needs())
     there = 0
     for row, key in enumerate(some.keys):
         expected = signal.hidden[signal.tokens.sample_ids == row]

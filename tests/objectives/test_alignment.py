@@ -7,7 +7,7 @@ import torch
 
 from axolotl_dskd.objectives.dual_space import align_positions, align_with_attention, sample_std
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
-from axolotl_dskd.types import Side, TeacherSignal
+from axolotl_dskd.types import Side, View
 
 d, D = 6, 10
 
@@ -37,8 +37,10 @@ def aligned(samples: list[dict[str, torch.Tensor]]):
         nothing = torch.zeros(len(sample_ids), dtype=torch.long)
         return Side(nothing, nothing, sample_ids)
 
-    signal = TeacherSignal(
-        column("teacher"), side("teacher"), column("teacher_x"), column("teacher_y")
+    signal = View(
+        side("teacher"),
+        hidden=column("teacher"),
+        embedded=(column("teacher_x"), column("teacher_y")),
     )
     out = align_with_attention(
         column("student"),
@@ -83,7 +85,7 @@ def test_positions_refuse_sides_that_supervise_other_tokens():
     s = sample(5, 3, 3)
     ids = torch.zeros(3, dtype=torch.long)
     student, teacher = Side(ids, ids, ids), Side(ids, ids + 1, ids)
-    signal = TeacherSignal(s["teacher"], teacher, s["teacher_x"], s["teacher_y"])
+    signal = View(teacher, hidden=s["teacher"], embedded=(s["teacher_x"], s["teacher_y"]))
     projectors = Projectors(d, D, with_query=False, seed=0)
     with pytest.raises(ValueError, match=r"same supervised tokens.*alignment: cma"):
         align_positions(s["student"], student, signal, projectors)
@@ -92,7 +94,9 @@ def test_positions_refuse_sides_that_supervise_other_tokens():
 def test_a_sample_that_only_one_side_supervises_is_an_invariant_violation():
     s = sample(6, 2, 2)
     ids = torch.zeros(2, dtype=torch.long)
-    signal = TeacherSignal(s["teacher"], Side(ids, ids, ids), s["teacher_x"], s["teacher_y"])
+    signal = View(
+        Side(ids, ids, ids), hidden=s["teacher"], embedded=(s["teacher_x"], s["teacher_y"])
+    )
     with pytest.raises(AssertionError, match="one side only"):
         align_with_attention(
             s["student"],

@@ -19,7 +19,7 @@ from axolotl_dskd.objectives.dual_space import (
 from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import IGNORE_INDEX, Side, TeacherSignal
+from axolotl_dskd.types import IGNORE_INDEX, Side, View
 from tests.support import naive, tiny
 
 d, D, V, U = 6, 10, 17, 23
@@ -47,8 +47,8 @@ class Case:
         nothing = torch.zeros(max(N, M), dtype=torch.long)
         self.student = Side(nothing[:N], self.labels, nothing[:N])
         self.teacher = Side(nothing[:M], self.teacher_labels, nothing[:M])
-        self.signal = TeacherSignal(
-            self.teacher_hidden, self.teacher, self.randn(M, D), self.randn(M, D)
+        self.signal = View(
+            self.teacher, hidden=self.teacher_hidden, embedded=(self.randn(M, D), self.randn(M, D))
         )
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -236,8 +236,10 @@ SAMPLES = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1])
 
 def attention(states: dict[str, torch.Tensor], causal: bool):
     nothing = torch.zeros(5, dtype=torch.long)
-    signal = TeacherSignal(
-        states["teacher"], Side(nothing, nothing, SAMPLES[1]), states["x_t"], states["y_t"]
+    signal = View(
+        Side(nothing, nothing, SAMPLES[1]),
+        hidden=states["teacher"],
+        embedded=(states["x_t"], states["y_t"]),
     )
     ones = torch.ones(5, 1)
     return align_with_attention(

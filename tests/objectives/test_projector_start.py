@@ -23,7 +23,7 @@ from axolotl_dskd.objectives.dual_space.start import (
     start_projectors,
 )
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Side, TeacherSignal
+from axolotl_dskd.types import Side, View
 
 d, D, k = 8, 12, 60
 
@@ -117,7 +117,7 @@ def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
     teacher = OutputHead(student.weight @ randn(d, D, seed=1))
     nothing = torch.zeros(40, dtype=torch.long)
     hidden, teacher_hidden = randn(40, d, seed=2), randn(40, D, seed=3)
-    signal = TeacherSignal(teacher_hidden, Side(nothing, nothing, nothing), hidden, hidden)
+    signal = View(Side(nothing, nothing, nothing), hidden=teacher_hidden, embedded=(hidden, hidden))
     pairs = torch.arange(40)[:, None].expand(-1, 2)
     for exact in (True, False):
         projectors = Projectors(d, D, with_query=False, seed=0)
@@ -139,7 +139,9 @@ def test_the_report_measures_each_pair_by_its_own_states():
     ids = SharedIds(torch.arange(k), torch.arange(k) + 20)
     hidden, teacher_hidden = randn(30, d, seed=2), randn(40, D, seed=3)
     nothing = torch.zeros(40, dtype=torch.long)
-    signal = TeacherSignal(teacher_hidden, Side(nothing, nothing, nothing), randn(1), randn(1))
+    signal = View(
+        Side(nothing, nothing, nothing), hidden=teacher_hidden, embedded=(randn(1), randn(1))
+    )
     theirs = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
     pairs = torch.stack([torch.arange(30), theirs], dim=1)
     projectors = Projectors(d, D, with_query=False, seed=0)
@@ -229,7 +231,7 @@ def test_on_the_demo_the_least_squares_start_keeps_ten_times_the_choices_of_a_ra
                 states.append(single(captured, model)[0])
             nothing = torch.zeros(len(tokens[1]), dtype=torch.long)
             side = Side(nothing, nothing, nothing)
-            signal = TeacherSignal(states[1], side, states[1], states[1])
+            signal = View(side, hidden=states[1], embedded=(states[1], states[1]))
             aligned = align_exact_pairs(states[0], pairs, signal, projectors)
             report.add(pairs, aligned, tuple(states), tuple(heads))
     means = {init: report.means() for init, report in reports.items()}

@@ -20,7 +20,7 @@ from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.teacher import CachedTeacher, LiveTeacher, live, open_cached_teacher
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable, read_tables, write_tables
-from axolotl_dskd.types import DualBatch
+from axolotl_dskd.types import DualBatch, Needs
 from tests.support import tiny
 from tests.support.batches import batch
 from tests.support.families import CONFIGS, SMALL, build
@@ -28,6 +28,7 @@ from tests.support.runs import losses
 
 Train = Callable[[dict[str, Any]], Any]
 CPU = torch.device("cpu")
+NEEDS = Needs(embeddings=True)
 
 FAMILIES = {name: config for name, config in CONFIGS.items() if name != "opt_projected"}
 FAMILIES["gemma2_scaled_embedding"] = Gemma2Config(**SMALL, head_dim=8)
@@ -131,7 +132,7 @@ def test_the_signal_is_the_live_teachers_whatever_batch_it_was_cached_from(
     teacher = cached(tmp_path, storage, loads)
     body = LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
     seen = batch([6, 20, 3, 11])
-    first = teacher(collated(teacher, seen))  # nothing is there yet
+    first = teacher(collated(teacher, seen), NEEDS)  # nothing is there yet
     teacher.store.flush()
     teacher.free_body()
     assert len(loads) == 1
@@ -145,32 +146,32 @@ def test_the_signal_is_the_live_teachers_whatever_batch_it_was_cached_from(
         torch.nn.functional.pad(seen.teacher_attention_mask, (0, 9))[rows],
     )
     for now, again in ((seen, first), (other, None)):
-        found, expected = teacher(collated(teacher, now)), body(now)
+        found, expected = teacher(collated(teacher, now), NEEDS), body(now, NEEDS)
         if again is not None:
             assert torch.equal(found.hidden, again.hidden)  # computed and read are the same
         difference = (found.hidden - expected.hidden).norm() / expected.hidden.norm()
         assert float(difference) <= error + 1e-6
         assert torch.equal(found.tokens.labels, expected.tokens.labels)
         assert torch.equal(found.tokens.sample_ids, expected.tokens.sample_ids)
-        assert torch.equal(found.embedded_inputs, expected.embedded_inputs)
-        assert torch.equal(found.embedded_labels, expected.embedded_labels)
+        for ours, theirs in zip(found.embedded, expected.embedded, strict=True):
+            assert torch.equal(ours, theirs)
     assert len(loads) == 1
 
 
 def test_only_what_is_missing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     loads: list[int] = []
     teacher = cached(tmp_path, "float32", loads)
-    teacher(collated(teacher, batch([6, 20])))
+    teacher(collated(teacher, batch([6, 20])), NEEDS)
     rows_run: list[int] = []
     run = live.LiveTeacher.__call__
 
-    def counted(self: LiveTeacher, now: DualBatch) -> Any:
+    def counted(self: LiveTeacher, now: DualBatch, needs: Needs) -> Any:
         rows_run.append(len(now.teacher_labels))
-        return run(self, now)
+        return run(self, now, needs)
 
     monkeypatch.setattr(live.LiveTeacher, "__call__", counted)
-    teacher(collated(teacher, batch([6, 20, 9, 4])))
-    teacher(batch([6, 20, 9, 4]))  # found by the process itself, though no worker looked
+    teacher(collated(teacher, batch([6, 20, 9, 4])), NEEDS)
+    teacher(batch([6, 20, 9, 4]), NEEDS)  # found by the process itself, though no worker looked
     assert rows_run == [2]
 
 
@@ -181,7 +182,7 @@ def test_states_that_are_not_finite_are_refused_not_cached(tmp_path: Path):
     seen = batch([8])
     seen.teacher_input_ids[0, 0] = 5
     with pytest.raises(ValueError, match=r"not finite for the sample.*begin with \[5,"):
-        teacher(collated(teacher, seen))
+        teacher(collated(teacher, seen), NEEDS)
 
 
 # ---- identity --------------------------------------------------------------------------------
@@ -310,9 +311,9 @@ def test_the_body_is_freed_after_the_epoch_that_filled_the_cache(
     ran: list[int] = []
     run = live.LiveTeacher.__call__
 
-    def counted(self: LiveTeacher, now: DualBatch) -> Any:
+    def counted(self: LiveTeacher, now: DualBatch, needs: Needs) -> Any:
         ran.append(len(now.teacher_labels))
-        return run(self, now)
+        return run(self, now, needs)
 
     monkeypatch.setattr(live.LiveTeacher, "__call__", counted)
     config = tiny.base_config(

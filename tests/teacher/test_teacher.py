@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from axolotl_dskd.teacher import LiveTeacher, live
+from axolotl_dskd.types import Needs
 from tests.support import tiny
 from tests.support.batches import batch
 
@@ -20,7 +21,7 @@ def teacher() -> LiveTeacher:
 
 def test_states_are_those_of_the_positions_before_each_label():
     model = tiny.tiny_llama(97, 32, seed=0)
-    signal = LiveTeacher(model, 97, CPU)(batch([8]))
+    signal = LiveTeacher(model, 97, CPU)(batch([8]), Needs())
     with torch.no_grad():
         states = model.model(batch([8]).teacher_input_ids).last_hidden_state[0]
     torch.testing.assert_close(signal.hidden, states[3:7])
@@ -30,9 +31,9 @@ def test_states_are_those_of_the_positions_before_each_label():
 @pytest.mark.parametrize("budget", [1, 13, 40, 10_000])
 def test_neither_groups_nor_padding_change_the_signal(monkeypatch: pytest.MonkeyPatch, budget: int):
     lengths = [6, 20, 3, 11, 20, 7]
-    whole = teacher()(batch(lengths))
+    whole = teacher()(batch(lengths), Needs())
     monkeypatch.setattr(live, "MAX_TOKENS_PER_FORWARD", budget)
-    other = teacher()(batch(lengths, width=33))
+    other = teacher()(batch(lengths, width=33), Needs())
     torch.testing.assert_close(other.hidden, whole.hidden)
     torch.testing.assert_close(other.tokens.labels, whole.tokens.labels)
     torch.testing.assert_close(other.tokens.sample_ids, whole.tokens.sample_ids)
@@ -48,9 +49,9 @@ def test_groups_hold_every_row_once_within_the_budget():
 
 
 def test_the_students_autocast_does_not_reach_the_teacher():
-    expected = teacher()(batch([9, 5])).hidden
+    expected = teacher()(batch([9, 5]), Needs()).hidden
     with torch.autocast("cpu", torch.bfloat16):
-        found = teacher()(batch([9, 5])).hidden
+        found = teacher()(batch([9, 5]), Needs()).hidden
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -85,6 +86,17 @@ def test_layers_may_be_offloaded_and_the_head_stays(pair_folder: Path):
         for more in ({}, {"device_map": device_map})
     )
     assert any(parameter.is_meta for parameter in spread.model.layers[1].parameters())
-    expected = LiveTeacher(here, 600, CPU)(batch([9, 14]))
-    found = LiveTeacher(spread, 600, CPU)(batch([9, 14]))
+    expected = LiveTeacher(here, 600, CPU)(batch([9, 14]), Needs())
+    found = LiveTeacher(spread, 600, CPU)(batch([9, 14]), Needs())
     torch.testing.assert_close(found.hidden, expected.hidden)
+
+
+def test_embeddings_are_given_where_they_are_asked_for():
+    live, rows = teacher(), batch([9, 5])
+    assert live(rows, Needs()).embedded is None
+    view = live(rows, Needs(embeddings=True))
+    assert view.embedded is not None
+    for ids, embedded in zip(
+        (view.tokens.input_ids, view.tokens.labels), view.embedded, strict=True
+    ):
+        torch.testing.assert_close(embedded, live.embedding(ids), rtol=0, atol=0)

@@ -25,7 +25,7 @@ from axolotl_dskd.objectives.dual_space import align_positions, align_with_atten
 from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from axolotl_dskd.objectives.dual_space.projectors import ROWS_AT_ONCE, Projectors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
-from axolotl_dskd.types import Side, TeacherSignal
+from axolotl_dskd.types import Side, View
 
 GIB = 1 << 30
 
@@ -172,7 +172,7 @@ def _loss(
         _even_samples(M, batch.samples),
     )
     states = [teacher_head.weight.new_empty((M, teacher_head.hidden_size)) for _ in range(3)]
-    signal = TeacherSignal(states[0], theirs, states[1], states[2])
+    signal = View(theirs, teacher_head, states[0], (states[1], states[2]))
     if settings.alignment != "cma":
         aligned = align_positions(hidden_Nd, ours, signal, projectors)
     else:
@@ -183,7 +183,7 @@ def _loss(
     if settings.loss.student_space_weight:
         call["t2s_hidden"] = aligned.t2s_hidden
     if settings.loss.teacher_space_weight:
-        call |= {"s2t_hidden": aligned.s2t_hidden, "teacher_hidden": signal.hidden}
+        call |= {"s2t_hidden": aligned.s2t_hidden, "teacher_hidden": states[0]}
         call |= {"teacher_labels": theirs.labels.to("meta"), "teacher_head": teacher_head}
     out = dual_space_loss(
         student_hidden=hidden_Nd,

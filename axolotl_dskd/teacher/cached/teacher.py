@@ -15,7 +15,7 @@ from axolotl_dskd.cache import Codec, RowStore, sample_key
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
 from axolotl_dskd.teacher.live import LiveTeacher
-from axolotl_dskd.types import DualBatch, TeacherSignal
+from axolotl_dskd.types import DualBatch, Needs, View
 
 LOG = get_logger(__name__)
 
@@ -51,20 +51,19 @@ class CachedTeacher:
         self._load_body = load_body
 
     @torch.no_grad()
-    def __call__(self, batch: DualBatch) -> TeacherSignal:
-        """Final hidden states [M, D] at the supervised teacher positions, with embeddings.
+    def __call__(self, batch: DualBatch, needs: Needs) -> View:
+        """The supervised teacher tokens with their final hidden states [M, D].
 
         Raises:
             ValueError: the teacher had to be loaded and could not be; its states are not finite.
         """
         _, side = batch.teacher_side()
         packed = self._packed(batch, side.sample_ids)
-        return TeacherSignal(
-            hidden=self.codec.decode(packed, self.head.weight.dtype),
-            tokens=side,
-            embedded_inputs=self.embedding(side.input_ids),
-            embedded_labels=self.embedding(side.labels),
-        )
+        hidden = self.codec.decode(packed, self.head.weight.dtype)
+        embedded = None
+        if needs.embeddings:
+            embedded = self.embedding(side.input_ids), self.embedding(side.labels)
+        return View(side, self.head, hidden, embedded)
 
     def _packed(self, batch: DualBatch, sample_ids_M: Tensor) -> Tensor:
         """[M, bytes_per_token] of the batch, complete."""
@@ -108,18 +107,19 @@ class CachedTeacher:
             teacher_labels=batch.teacher_labels[rows],
             teacher_attention_mask=batch.teacher_attention_mask[rows],
         )
-        signal = body(some)
-        finite = torch.isfinite(signal.hidden).all(1)
+        view = body(some, Needs())
+        assert view.hidden is not None
+        finite = torch.isfinite(view.hidden).all(1)
         if not bool(finite.all()):
-            first = int(signal.tokens.sample_ids[~finite][0])
+            first = int(view.tokens.sample_ids[~finite][0])
             ids = _unpadded(some)[first][0]
             raise ValueError(
                 "the teacher's hidden states are not finite for the sample whose teacher ids "
                 f"begin with {ids[:12].tolist()}. Its weights are damaged, or its dtype is too "
                 "narrow: use dskd.teacher.dtype bfloat16 or float32."
             )
-        packed = self.codec.encode(signal.hidden).cpu()
-        counts = torch.bincount(signal.tokens.sample_ids, minlength=len(rows)).tolist()
+        packed = self.codec.encode(view.hidden).cpu()
+        counts = torch.bincount(view.tokens.sample_ids, minlength=len(rows)).tolist()
         states = list(packed.split(counts))
         for (ids, labels), one in zip(_unpadded(some), states, strict=True):
             self.store.add(sample_key(ids, labels), one.numpy())
