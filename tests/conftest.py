@@ -77,10 +77,10 @@ def train(validated: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
 def cache_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the teacher's cache warns of (Axolotl's logging lets nothing through to caplog)."""
     from axolotl_dskd.cache import store
-    from axolotl_dskd.teacher.cached import identity, open
+    from axolotl_dskd.teacher.cached import identity, open, session
 
     said: list[str] = []
-    for module in (store, identity, open):
+    for module in (store, identity, open, session):
         monkeypatch.setattr(module.LOG, "warning", said.append)
     return said
 

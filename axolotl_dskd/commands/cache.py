@@ -1,4 +1,4 @@
-"""`axolotl-dskd cache`: the teacher run once, ahead of training, alone on its device.
+"""`axolotl-dskd cache`: the teacher run once ahead of training, and upkeep of what it wrote.
 
 Joins Axolotl's data pipeline with the teacher and its cache, as the trainer does.
 """
@@ -30,20 +30,20 @@ from axolotl_dskd.cache import (
     verify_shard,
     write_json,
 )
-from axolotl_dskd.config import DSKDConfig, TeacherConfig
+from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.progress import Progress, quantity
-from axolotl_dskd.teacher import (
-    CacheableRows,
-    CachedTeacher,
-    describe,
-    fill,
-    missing_rows,
-    open_cached_teacher,
-)
+from axolotl_dskd.teacher import TeacherSpec
 from axolotl_dskd.teacher.cached.fidelity import STORAGES, Fidelity, storage_fidelity
-from axolotl_dskd.teacher.cached.identity import TeacherIdentity
-from axolotl_dskd.teacher.cached.open import IDENTITY, TABLES, cache_folder
+from axolotl_dskd.teacher.cached.fill import CacheableRows, describe, fill, missing_rows
+from axolotl_dskd.teacher.cached.open import (
+    IDENTITY,
+    TABLES,
+    CacheFolder,
+    cache_settings,
+    open_cache,
+)
+from axolotl_dskd.teacher.cached.states import CachedStates
 from axolotl_dskd.teacher.cached.tables import read_tables
 from axolotl_dskd.types import Needs
 
@@ -53,25 +53,16 @@ FIDELITY = "fidelity.json"
 _PROBE_TOKENS = 2048
 
 
-def checked_teacher(config: DSKDConfig) -> TeacherConfig:
-    """The teacher's configuration.
+def _spec(config: DSKDConfig) -> TeacherSpec:
+    """The configured teacher, on the first GPU if there is one.
 
     Raises:
-        ValueError: nothing is to be cached.
+        ValueError: training needs none.
     """
-    if config.teacher.cache is None:
-        raise ValueError(
-            "there is no `cache:` in dskd.teacher. Add\n"
-            "dskd:\n  teacher:\n    cache:\n      path: ./outputs/teacher-cache"
-        )
     if not config.uses_teacher:
         raise ValueError("kd_ratio is 0: training needs no teacher, so there is nothing to cache.")
-    return config.teacher
-
-
-def default_device() -> torch.device:
-    """Where the teacher goes unless it has a device_map."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return TeacherSpec(config.teacher, vocabulary_size(load_teacher_tokenizer(config)), device)
 
 
 def _rows(cfg: Any) -> CacheableRows:
@@ -96,32 +87,29 @@ def write_cache(
         ValueError: the teacher cannot be used, or there is not enough room.
         OSError: the cache's folder cannot be written.
     """
-    teacher_config, device = checked_teacher(config), default_device()
-    assert teacher_config.cache is not None
-    _check_writable(Path(teacher_config.cache.path))
+    spec = _spec(config)
+    _check_writable(Path(cache_settings(spec).path))
     rows = _rows(cfg)
-    vocab_size = vocabulary_size(load_teacher_tokenizer(config))
-    teacher = open_cached_teacher(teacher_config, vocab_size, device)
-    store = teacher.store
-    missing = missing_rows(teacher, rows, part)
-    width = teacher.codec.bytes_per_token
-    print(f"{store.folder}: {describe(rows, missing_rows(teacher, rows), width)}", file=out)
+    states = open_cache(spec)
+    store = states.store
+    missing = missing_rows(states, rows, part)
+    width = states.codec.bytes_per_token
+    print(f"{store.folder}: {describe(rows, missing_rows(states, rows), width)}", file=out)
     out.flush()
     if len(missing):
-        _check_room(teacher, int(rows.tokens[missing].sum()) * width)
-        fill(teacher, rows, missing, device)
+        _check_room(states, int(rows.tokens[missing].sum()) * width)
+        fill(states, rows, missing)
     if store.full is not None or not (store.folder / TABLES).exists():
         raise ValueError(
             f"the cache takes no more: {store.full or 'no room for head and embedding'}. What was "
             "written stays; free space (or raise max_size, use dtype int8 or int4, or remove what "
-            "other runs left with `axolotl-dskd cache prune CONFIG`) and "
-            "run this again."
+            "other runs left with `axolotl-dskd cache prune CONFIG`) and run this again."
         )
-    if teacher.body is not None:
-        found = _measure(teacher, rows, device)
-        _print_fidelity(found, int(rows.tokens.sum()), out)
-        write_json(store.folder / FIDELITY, {f.storage: f.as_dict() for f in found})
-    left = missing_rows(teacher, rows)
+    if states.body.is_loaded:
+        fidelity = _measure(states, rows)
+        _print_fidelity(fidelity, int(rows.tokens.sum()), out)
+        write_json(store.folder / FIDELITY, {f.storage: f.as_dict() for f in fidelity})
+    left = missing_rows(states, rows)
     if not len(left):
         print(
             "Complete: training on this configuration never loads the teacher's layers.", file=out
@@ -148,11 +136,11 @@ def _check_writable(root: Path) -> None:
         ) from error
 
 
-def _check_room(teacher: CachedTeacher, needed: int) -> None:
-    store = teacher.store
+def _check_room(states: CachedStates, needed: int) -> None:
+    store = states.store
     status = folder_status(store.root)
     what = (
-        f"{quantity(needed, 'bytes')} are to be written as {teacher.codec.storage}, but "
+        f"{quantity(needed, 'bytes')} are to be written as {states.codec.storage}, but "
         "{room}. Smaller: dskd.teacher.cache.dtype int8 takes about half of bfloat16, int4 about "
         "a quarter. What other runs left goes with `axolotl-dskd cache prune CONFIG`."
     )
@@ -164,30 +152,30 @@ def _check_room(teacher: CachedTeacher, needed: int) -> None:
         raise ValueError(what.format(room=room))
 
 
-def _measure(teacher: CachedTeacher, rows: CacheableRows, device: torch.device) -> list[Fidelity]:
-    """On random rows of about two thousand supervised tokens."""
+def _measure(states: CachedStates, rows: CacheableRows) -> list[Fidelity]:
+    """What each storage type loses, on random rows of about two thousand supervised tokens."""
     order = np.random.default_rng(0).permutation(len(rows))
     count = int(np.searchsorted(rows.tokens[order].cumsum(), _PROBE_TOKENS)) + 1
-    view = teacher.load_body()(rows.batch(order[:count], 0, device), Needs())
+    view = states.body.get()(rows.batch(order[:count], 0, states.device), Needs())
     assert view.hidden is not None
-    return storage_fidelity(view.hidden[:_PROBE_TOKENS], teacher.head)
+    return storage_fidelity(view.hidden[:_PROBE_TOKENS], states.head)
 
 
-def _print_fidelity(found: list[Fidelity], tokens: int, out: TextIO) -> None:
-    table = Table(title=f"What a stored state loses, on {found[0].tokens:,} supervised tokens")
+def _print_fidelity(fidelity: list[Fidelity], tokens: int, out: TextIO) -> None:
+    table = Table(title=f"What a stored state loses, on {fidelity[0].tokens:,} supervised tokens")
     heads = ("bytes/token", "these datasets", "KL from bfloat16", "its p99", "same first choice")
     table.add_column("dtype")
     for head in heads:
         table.add_column(head, justify="right")
-    for one in found:
-        same = one.storage == "bfloat16"
+    for line in fidelity:
+        same = line.storage == "bfloat16"
         table.add_row(
-            one.storage,
-            f"{one.bytes_per_token:,}",
-            quantity(one.bytes_per_token * tokens, "bytes"),
-            "-" if same else f"{one.kl_mean:.1e}",
-            "-" if same else f"{one.kl_p99:.1e}",
-            "-" if same else f"{one.agreement:.1%}",
+            line.storage,
+            f"{line.bytes_per_token:,}",
+            quantity(line.bytes_per_token * tokens, "bytes"),
+            "-" if same else f"{line.kl_mean:.1e}",
+            "-" if same else f"{line.kl_p99:.1e}",
+            "-" if same else f"{line.agreement:.1%}",
         )
     _console(out).print(table)
 
@@ -198,69 +186,78 @@ def _console(out: TextIO) -> Console:
 
 
 def verify_cache(config: DSKDConfig) -> list[str]:
-    """Read every byte; take damaged samples out. What was damaged, file by file.
+    """Read every byte and take damaged samples out.
+
+    Returns:
+        What was damaged, file by file.
 
     Raises:
         ValueError: there is no such teacher, or nothing of it is cached.
     """
-    teacher = checked_teacher(config)
-    identity, folder = cache_folder(teacher, default_device())
-    if not folder.exists():
-        what = " ".join(filter(None, (identity.content[k] for k in ("dtype", "quantisation"))))
-        raise ValueError(f"nothing is cached of this teacher ({what}) yet: there is no {folder}")
-    found = []
-    paths = shard_paths(folder)
+    spec = _spec(config)
+    folder = CacheFolder.of(spec)
+    if not folder.path.exists():
+        content = folder.identity.content
+        what = " ".join(filter(None, (content[key] for key in ("dtype", "quantisation"))))
+        raise ValueError(
+            f"nothing is cached of this teacher ({what}) yet: there is no {folder.path}"
+        )
+    damage = []
+    paths = shard_paths(folder.path)
     sizes = [path.stat().st_size for path in paths]
-    with Progress(f"Checking {folder}", sum(sizes), "bytes") as progress:
+    with Progress(f"Checking {folder.path}", sum(sizes), "bytes") as progress:
         for path, size in zip(paths, sizes, strict=True):
-            if damage := verify_shard(path):
-                found.append(damage)
+            if lost := verify_shard(path):
+                damage.append(lost)
             progress.advance(size)
-    for path, read in (
-        (folder / TABLES, lambda path: read_tables(path, 1 << 40, torch.device("cpu"))),
-        (folder / IDENTITY, read_json),
-        (folder / FIDELITY, read_json),
+    for name, read in (
+        (TABLES, lambda path: read_tables(path, spec.vocab_size, torch.device("cpu"))),
+        (IDENTITY, read_json),
+        (FIDELITY, read_json),
     ):
+        path = folder.path / name
         try:
             read(path)
         except Damaged as error:
             path.unlink(missing_ok=True)
-            found.append(str(error))
-    return found
+            damage.append(str(error))
+    return damage
 
 
 def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
     """Say what the folder holds, and how much of the configuration's rows.
 
     Raises:
-        ValueError: there is no such teacher.
+        ValueError: there is no such teacher, or nothing of it is to be cached.
     """
-    teacher = checked_teacher(config)
-    assert teacher.cache is not None
-    _, folder = cache_folder(teacher, default_device())
-    root = Path(teacher.cache.path)
-    status = folder_status(root)
+    folder = CacheFolder.of(_spec(config))
+    status = folder_status(folder.root)
     used, free = quantity(status.used, "bytes"), quantity(status.free, "bytes")
-    print(f"{root}: {used} used, {free} free", file=out)
+    print(f"{folder.root}: {used} used, {free} free", file=out)
     table = Table()
     for head in ("teacher", "dtype", "storage", "samples", "tokens", "bytes", ""):
         table.add_column(
             head, justify="right" if head in ("samples", "tokens", "bytes") else "left"
         )
-    for path in sorted(p.parent for p in root.glob(f"*/{IDENTITY}")):
-        table.add_row(*_line(path), "this configuration" if path == folder else "")
+    for path in _teachers(folder.root):
+        table.add_row(*_line(path), "this configuration" if path == folder.path else "")
     _console(out).print(table)
     rows = _rows(cfg)
-    reader = RowReader(folder)
+    reader = RowReader(folder.path)
     width = reader.shards[0].bytes_per_token if reader.shards else 0
     missing = np.flatnonzero(reader.missing(rows.keys))
     print(f"This configuration: {describe(rows, missing, width)}", file=out)
-    if (found := _note(folder / FIDELITY)) is not None:
-        fidelity = [Fidelity(**found[storage]) for storage in STORAGES]
+    if (note := _note(folder.path / FIDELITY)) is not None:
+        fidelity = [Fidelity(**note[storage]) for storage in STORAGES]
         _print_fidelity(fidelity, int(rows.tokens.sum()), out)
     if status.abandoned:
         count = len(status.abandoned)
         print(f"{count} files of killed processes; `cache prune` removes them.", file=out)
+
+
+def _teachers(root: Path) -> list[Path]:
+    """The folders of all teachers below a root."""
+    return sorted(path.parent for path in root.glob(f"*/{IDENTITY}"))
 
 
 def _note(path: Path) -> dict[str, Any] | None:
@@ -292,14 +289,11 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
         The plan and its lines in words.
 
     Raises:
-        ValueError: there is no such teacher.
+        ValueError: there is no such teacher, or nothing of it is to be cached.
     """
-    teacher = checked_teacher(config)
-    assert teacher.cache is not None
-    identity, folder = cache_folder(teacher, default_device())
-    plan = plan_prune(folder, _rows(cfg).keys)
-    root = Path(teacher.cache.path)
-    for path in folder_status(root).abandoned:
+    folder = CacheFolder.of(_spec(config))
+    plan = plan_prune(folder.path, _rows(cfg).keys)
+    for path in folder_status(folder.root).abandoned:
         plan.drop(path, "left by a killed process")
     lines = [f"{path}: {why}" for path, why in plan.remove]
     lines += [
@@ -307,8 +301,10 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
         "configuration does not use, or that stand there twice"
         for shard, stay in plan.rewrite
     ]
-    for other in sorted(p.parent for p in root.glob(f"*/{IDENTITY}") if p.parent != folder):
-        if _only_dtype_differs(teacher, identity, other):
+    for other in _teachers(folder.root):
+        if other == folder.path:
+            continue
+        if config.teacher.dtype == "auto" and _only_dtype_differs(folder, other):
             LOG.warning(f"{other} stays: it is of this teacher where dtype auto is another")
             continue
         lines.append(f"{other}: another teacher or storage ({', '.join(_line(other)[:3])})")
@@ -317,16 +313,19 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
     return plan, lines
 
 
-def _only_dtype_differs(teacher: TeacherConfig, identity: TeacherIdentity, other: Path) -> bool:
-    """Whether a folder is this configuration's on another machine, say one that has a GPU."""
+def _only_dtype_differs(folder: CacheFolder, other: Path) -> bool:
+    """Whether another folder may be this one on another machine, say one that has a GPU."""
     content = (_note(other / IDENTITY) or {}).get("content", {})
-    same_but = {**content, "dtype": identity.content["dtype"]} == identity.content
-    storage = teacher.cache.storage if teacher.cache else ""
-    return teacher.dtype == "auto" and same_but and other.name.endswith(f"-{storage}")
+    ours = folder.identity.content
+    return {**content, "dtype": ours["dtype"]} == ours and other.name.endswith(f"-{folder.storage}")
 
 
 def carry_out(plan: Plan) -> str:
-    """Prune; how much it freed, in words."""
+    """Remove what is planned.
+
+    Returns:
+        How much that freed, in words.
+    """
     steps = len(plan.remove) + len(plan.rewrite)
     with Progress("Pruning", steps, "files") as progress:
         prune(plan, progress.advance)

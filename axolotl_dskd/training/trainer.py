@@ -109,6 +109,7 @@ class DSKDTrainer(AxolotlTrainer):
         device = self.accelerator.device
         spec = TeacherSpec(self.dskd.teacher, self.objective.facts.vocab_sizes[1], device)
         teacher = open_teacher(spec, self._run())
+        teacher.begin()
         for collator in self._collators:
             collator.read_cached = teacher.reader()
         with self.student.gathered() as (head, embedding):

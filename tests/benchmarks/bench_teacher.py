@@ -47,8 +47,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from axolotl_dskd.cache import Codec, RowReader, RowStore, shard_paths
-from axolotl_dskd.teacher import CacheableRows, CachedTeacher, LiveTeacher, fill, missing_rows
+from axolotl_dskd.teacher.cached.fill import CacheableRows, fill, missing_rows
+from axolotl_dskd.teacher.cached.states import Body, CachedStates
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
+from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.types import Needs
 from tests.support import tiny
 
@@ -94,9 +96,9 @@ def reading(teacher: str | None, console: Console) -> None:
         with tempfile.TemporaryDirectory() as folder:
             codec = Codec(storage, body.head.hidden_size)
             store = RowStore(Path(folder), codec.bytes_per_token)
-            embedding = EmbeddingTable.of(body.embedding)
-            cached = CachedTeacher(store, codec, body.head, embedding, lambda: body)
-            fill(cached, rows, missing_rows(cached, rows), CPU)
+            embedding = EmbeddingTable.of(model.get_input_embeddings())
+            cache = CachedStates(store, codec, body.head, embedding, Body(lambda: body))
+            fill(cache, rows, missing_rows(cache, rows))
             reader = RowReader(Path(folder), codec.bytes_per_token)
 
             def read(batch: Any, reader: RowReader = reader, codec: Codec = codec) -> None:

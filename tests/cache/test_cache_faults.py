@@ -19,9 +19,11 @@ from datasets import Dataset
 
 from axolotl_dskd.cache import Codec, RowStore, folder_status, shard_paths, verify_shard
 from axolotl_dskd.cache import store as store_module
-from axolotl_dskd.teacher import CacheableRows, CachedTeacher, LiveTeacher, fill, missing_rows
-from axolotl_dskd.teacher.cached import open as open_module
+from axolotl_dskd.teacher.cached.fill import CacheableRows, fill, missing_rows
+from axolotl_dskd.teacher.cached.session import CacheSession
+from axolotl_dskd.teacher.cached.states import Body, CachedStates
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
+from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.types import Needs
 from tests.support import tiny
 
@@ -38,22 +40,22 @@ def rows(count: int) -> CacheableRows:
     return CacheableRows([Dataset.from_dict({"teacher_input_ids": ids, "teacher_labels": labels})])
 
 
-def opened(folder: Path) -> CachedTeacher:
-    body = LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
+def opened(folder: Path) -> CachedStates:
+    teacher = LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
     codec = Codec("float32", 32)
     store = RowStore(folder, codec.bytes_per_token)
-    table = EmbeddingTable.of(body.embedding)
-    return CachedTeacher(store, codec, body.head, table, lambda: body)
+    table = EmbeddingTable.of(teacher.model.get_input_embeddings())
+    return CachedStates(store, codec, teacher.head, table, Body(lambda: teacher))
 
 
 def fill_all(folder: Path, some: CacheableRows, seed: int) -> None:
     """What a process of `axolotl-dskd cache write` does, in small shards."""
     torch.set_num_threads(1)
     store_module.SHARD_BYTES = 20_000
-    teacher = opened(folder)
-    todo = missing_rows(teacher, some)
+    states = opened(folder)
+    todo = missing_rows(states, some)
     for part in np.array_split(np.random.default_rng(seed).permutation(todo), 1 + len(todo) // 8):
-        fill(teacher, some, part, CPU)
+        fill(states, some, part)
 
 
 def fork(*args: Any) -> Any:
@@ -64,21 +66,21 @@ def fork(*args: Any) -> Any:
 
 def assert_right(folder: Path, some: CacheableRows) -> int:
     """Every sample that is there is the live teacher's; how many there are."""
-    teacher = opened(folder)
-    missing = set(missing_rows(teacher, some).tolist())
+    states = opened(folder)
+    missing = set(missing_rows(states, some).tolist())
     batch = some.batch(np.arange(len(some)), 0, CPU)
-    signal = teacher.load_body()(batch, Needs())
+    view = states.body.get()(batch, Needs())
     there = 0
     for row, key in enumerate(some.keys):
-        expected = signal.hidden[signal.tokens.sample_ids == row]
-        out = np.empty((len(expected), teacher.codec.bytes_per_token), np.uint8)
-        if teacher.store.read_into(bytes(key), out):
-            found = teacher.codec.decode(torch.from_numpy(out), torch.float32)
+        expected = view.hidden[view.tokens.sample_ids == row]
+        out = np.empty((len(expected), states.codec.bytes_per_token), np.uint8)
+        if states.store.read_into(bytes(key), out):
+            found = states.codec.decode(torch.from_numpy(out), torch.float32)
             torch.testing.assert_close(found, expected)
             there += 1
         else:
             assert row in missing
-    assert not teacher.store.damage
+    assert not states.store.damage
     return there
 
 
@@ -103,18 +105,18 @@ def test_killed_twenty_times_at_random_it_loses_no_written_sample_and_ends_compl
 def test_what_was_computed_before_an_interruption_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    some, compute, calls = rows(200), CachedTeacher.compute, [0]
+    some, compute, calls = rows(200), CachedStates.compute, [0]
 
-    def interrupted(self: CachedTeacher, *args: Any) -> Any:
+    def interrupted(self: CachedStates, *args: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             raise KeyboardInterrupt
         return compute(self, *args)
 
-    monkeypatch.setattr(CachedTeacher, "compute", interrupted)
-    teacher = opened(tmp_path)
+    monkeypatch.setattr(CachedStates, "compute", interrupted)
+    states = opened(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        fill(teacher, some, missing_rows(teacher, some), CPU)
+        fill(states, some, missing_rows(states, some))
     assert assert_right(tmp_path, some) == 128
 
 
@@ -191,7 +193,7 @@ def test_damage_while_a_run_reads_is_computed_anew_by_that_run(
     cache = pair_folder / "cache"
     plain = losses(train(config(pair_folder, None, num_epochs=3))[1])
     train(config(pair_folder, cache))
-    start = open_module.CacheRun.end_epoch
+    start = CacheSession.end_epoch
 
     def harmed(self: Any, *, more: bool) -> None:
         if more:
@@ -199,7 +201,7 @@ def test_damage_while_a_run_reads_is_computed_anew_by_that_run(
                 cut(shard, 0.6)
         start(self, more=more)
 
-    monkeypatch.setattr(open_module.CacheRun, "end_epoch", harmed)
+    monkeypatch.setattr(CacheSession, "end_epoch", harmed)
     _, trainer = train(config(pair_folder, cache, num_epochs=3))
     assert losses(trainer) == pytest.approx(plain, rel=1e-6)
 

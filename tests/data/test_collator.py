@@ -16,8 +16,8 @@ from axolotl.utils.collators import (
 )
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs, group_numbers, start_pairs, tile
+from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.types import DualBatch, Matches, supervised_mask
 from tests.support import tiny

@@ -12,10 +12,10 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
-from axolotl_dskd.data.tokenizers import exact_share
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.data.tokenizers import exact_share
 from tests.support import tiny
 
 Load = Callable[..., tuple[Dataset, Dataset | None]]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from tokenizers import AddedToken
 
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes, translation
@@ -16,7 +17,6 @@ from axolotl_dskd.objectives.dual_space import (
     greedy_tokens,
     teacher_targets,
 )
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import IGNORE_INDEX, Side, View

@@ -11,16 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig
 
 from axolotl_dskd.cache import Codec, Damaged, RowStore
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import output_head
-from axolotl_dskd.teacher import CachedTeacher, LiveTeacher, live, open_cached_teacher
+from axolotl_dskd.teacher import TeacherSpec, TrainingRun, live, open_teacher
+from axolotl_dskd.teacher.cached import open as open_module
 from axolotl_dskd.teacher.cached.identity import teacher_identity
+from axolotl_dskd.teacher.cached.open import open_cache
+from axolotl_dskd.teacher.cached.states import Body, CachedStates
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable, read_tables, write_tables
-from axolotl_dskd.types import DualBatch, Needs
+from axolotl_dskd.teacher.cached.teacher import CachedTeacher
+from axolotl_dskd.teacher.live import LiveTeacher
+from axolotl_dskd.types import DualBatch, Needs, View
 from tests.support import tiny
 from tests.support.batches import batch
 from tests.support.families import CONFIGS, SMALL, build
@@ -94,16 +100,17 @@ def test_an_embedding_that_does_something_unknown_is_refused():
 
 
 def cached(tmp_path: Path, storage: str, loads: list[int]) -> CachedTeacher:
-    def body() -> LiveTeacher:
+    def load() -> LiveTeacher:
         loads.append(1)
         return LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
 
-    first = body()
+    first = load()
     loads.clear()
-    table = EmbeddingTable.of(first.embedding)
+    table = EmbeddingTable.of(first.model.get_input_embeddings())
     codec = Codec(storage, 32)
     store = RowStore(tmp_path, codec.bytes_per_token)
-    return CachedTeacher(store, codec, first.head, table, body)
+    states = CachedStates(store, codec, first.head, table, Body(load))
+    return CachedTeacher(states, TrainingRun())
 
 
 def collated(teacher: CachedTeacher, plain: DualBatch) -> DualBatch:
@@ -111,7 +118,7 @@ def collated(teacher: CachedTeacher, plain: DualBatch) -> DualBatch:
     lengths = plain.teacher_attention_mask.sum(1).tolist()
     ids = [row[:n] for row, n in zip(plain.teacher_input_ids, lengths, strict=True)]
     labels = [row[:n] for row, n in zip(plain.teacher_labels, lengths, strict=True)]
-    states, found = teacher.store.read_samples(ids, labels)
+    states, found = teacher.states.store.read_samples(ids, labels)
     return DualBatch(
         plain.input_ids,
         plain.labels,
@@ -133,8 +140,8 @@ def test_the_signal_is_the_live_teachers_whatever_batch_it_was_cached_from(
     body = LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
     seen = batch([6, 20, 3, 11])
     first = teacher(collated(teacher, seen), NEEDS)  # nothing is there yet
-    teacher.store.flush()
-    teacher.free_body()
+    teacher.end()
+    teacher.states.body.free()
     assert len(loads) == 1
     rows = [3, 0, 2, 1]
     other = DualBatch(
@@ -178,7 +185,7 @@ def test_only_what_is_missing_is_computed(tmp_path: Path, monkeypatch: pytest.Mo
 def test_states_that_are_not_finite_are_refused_not_cached(tmp_path: Path):
     teacher = cached(tmp_path, "int8", [])
     with torch.no_grad():
-        teacher.load_body().embedding.weight[5] = float("nan")
+        teacher.states.body.get().embedding[5] = float("nan")
     seen = batch([8])
     seen.teacher_input_ids[0, 0] = 5
     with pytest.raises(ValueError, match=r"not finite for the sample.*begin with \[5,"):
@@ -241,6 +248,19 @@ def block(folder: Path, cache: dict[str, Any] | None, **teacher: Any) -> dict[st
     if cache is not None:
         teacher["cache"] = {"path": str(folder / "cache"), **cache}
     return {"teacher": teacher}
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every teacher that is loaded because its cache lacks something."""
+    counted: list[int] = []
+
+    def load(spec: TeacherSpec) -> LiveTeacher:
+        counted.append(1)
+        return live.load_live(spec)
+
+    monkeypatch.setattr(open_module, "load_live", load)
+    return counted
 
 
 PACKED = {
@@ -330,7 +350,7 @@ def test_the_body_is_freed_after_the_epoch_that_filled_the_cache(
     _, trainer = train(config)
     assert sum(ran) == 16  # every row, training and evaluation, once
     assert len(loads) == 1
-    assert trainer.distillation.teacher.body is None
+    assert not trainer.distillation.teacher.states.body.is_loaded
     evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
     assert all("eval_dskd/teacher_space" in entry for entry in evaluations)
 
@@ -344,23 +364,23 @@ def test_without_a_cache_block_nothing_is_written(pair_folder: Path, train: Trai
 def test_a_teacher_that_differs_in_dtype_is_told_apart_in_words(
     pair_folder: Path, cache_warnings: list[str]
 ):
-    def opened(dtype: str) -> CachedTeacher:
+    def opened(dtype: str) -> CachedStates:
         config = block(pair_folder, {}, dtype=dtype)["teacher"]
-        return open_cached_teacher(TeacherConfig.model_validate(config), 600, CPU)
+        return open_cache(TeacherSpec(TeacherConfig.model_validate(config), 600, CPU))
 
     one = opened("float32")
     two = opened("bfloat16")
     assert one.store.folder != two.store.folder
     assert "differs in dtype" in cache_warnings[0]
-    assert opened("float32").body is None
+    assert not opened("float32").body.is_loaded
 
 
 def test_a_body_that_was_loaded_for_its_head_alone_is_given_back(pair_folder: Path):
     config = TeacherConfig.model_validate(block(pair_folder, {})["teacher"])
-    teacher = open_cached_teacher(config, 600, CPU)  # neither head nor embedding are cached
-    assert teacher.body is not None
-    model = weakref.ref(teacher.body.model)
-    teacher.free_body()
+    states = open_cache(TeacherSpec(config, 600, CPU))  # neither head nor embedding are cached
+    assert states.body.is_loaded
+    model = weakref.ref(states.body.get().model)
+    states.body.free()
     assert model() is None
 
 
@@ -377,3 +397,38 @@ def test_a_teacher_in_four_bits_is_cached_as_it_is(tmp_path: Path, train: Train,
         found = losses(train(tiny.base_config(pair_folder, dskd=cached, **settings))[1])
         assert found == pytest.approx(plain, rel=1e-5)
     assert len(loads) == 1
+
+
+def test_what_the_door_opens_gives_and_is_told_the_same_whatever_its_kind(pair_folder: Path):
+    run = TrainingRun(datasets=[teacher_sides([12, 7])])
+    live_view: View | None = None
+    for cache in (None, {"dtype": "float32"}, {"dtype": "float32"}):
+        config = TeacherConfig.model_validate(block(pair_folder, cache)["teacher"])
+        teacher = open_teacher(TeacherSpec(config, 600, CPU), run)
+        teacher.begin()
+        assert (teacher.reader() is None) == (cache is None)
+        view = teacher(batch([12, 7]), NEEDS)
+        assert view.head is teacher.head
+        assert not teacher.head.trainable
+        assert teacher.embedding.shape[1] == teacher.head.hidden_size
+        assert teacher(batch([12, 7]), Needs()).embedded is None
+        teacher.idle(batch([12, 7]))
+        live_view = live_view or view
+        torch.testing.assert_close(view.hidden, live_view.hidden)
+        torch.testing.assert_close(view.embedded, live_view.embedded, rtol=0, atol=0)
+        teacher.end_epoch(more=True)
+        teacher.end()
+    assert isinstance(teacher, CachedTeacher)
+    assert not teacher.states.body.is_loaded
+
+
+def teacher_sides(lengths: list[int]) -> Dataset:
+    """The rows of `batch`, as preparation leaves them."""
+    rows = batch(lengths)
+    sides = {"teacher_input_ids": rows.teacher_input_ids, "teacher_labels": rows.teacher_labels}
+    return Dataset.from_dict(
+        {
+            column: [row[:n].tolist() for row, n in zip(side, lengths, strict=True)]
+            for column, side in sides.items()
+        }
+    )

@@ -1,4 +1,4 @@
-"""The live teacher: its signal depends on the samples alone, and on its own dtype."""
+"""The live teacher: what it says depends on the samples alone, and on its own dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from axolotl_dskd.teacher import LiveTeacher, live
+from axolotl_dskd.teacher import live
+from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.types import Needs
 from tests.support import tiny
 from tests.support.batches import batch
@@ -15,25 +16,24 @@ from tests.support.batches import batch
 CPU = torch.device("cpu")
 
 
-def teacher() -> LiveTeacher:
-    return LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU)
+def teacher(max_tokens: int | None = None) -> LiveTeacher:
+    return LiveTeacher(tiny.tiny_llama(97, 32, seed=0), 97, CPU, max_tokens)
 
 
 def test_states_are_those_of_the_positions_before_each_label():
     model = tiny.tiny_llama(97, 32, seed=0)
-    signal = LiveTeacher(model, 97, CPU)(batch([8]), Needs())
+    view = LiveTeacher(model, 97, CPU)(batch([8]), Needs())
     with torch.no_grad():
         states = model.model(batch([8]).teacher_input_ids).last_hidden_state[0]
-    torch.testing.assert_close(signal.hidden, states[3:7])
-    assert signal.tokens.labels.tolist() == batch([8]).teacher_labels[0, 4:].tolist()
+    torch.testing.assert_close(view.hidden, states[3:7])
+    assert view.tokens.labels.tolist() == batch([8]).teacher_labels[0, 4:].tolist()
 
 
 @pytest.mark.parametrize("budget", [1, 13, 40, 10_000])
-def test_neither_groups_nor_padding_change_the_signal(monkeypatch: pytest.MonkeyPatch, budget: int):
+def test_neither_groups_nor_padding_change_the_states(budget: int):
     lengths = [6, 20, 3, 11, 20, 7]
     whole = teacher()(batch(lengths), Needs())
-    monkeypatch.setattr(live, "MAX_TOKENS_PER_FORWARD", budget)
-    other = teacher()(batch(lengths, width=33), Needs())
+    other = teacher(budget)(batch(lengths, width=33), Needs())
     torch.testing.assert_close(other.hidden, whole.hidden)
     torch.testing.assert_close(other.tokens.labels, whole.tokens.labels)
     torch.testing.assert_close(other.tokens.sample_ids, whole.tokens.sample_ids)
@@ -92,11 +92,12 @@ def test_layers_may_be_offloaded_and_the_head_stays(pair_folder: Path):
 
 
 def test_embeddings_are_given_where_they_are_asked_for():
-    live, rows = teacher(), batch([9, 5])
-    assert live(rows, Needs()).embedded is None
-    view = live(rows, Needs(embeddings=True))
+    asked, rows = teacher(), batch([9, 5])
+    assert asked(rows, Needs()).embedded is None
+    view = asked(rows, Needs(embeddings=True))
     assert view.embedded is not None
+    embed = asked.model.get_input_embeddings()
     for ids, embedded in zip(
         (view.tokens.input_ids, view.tokens.labels), view.embedded, strict=True
     ):
-        torch.testing.assert_close(embedded, live.embedding(ids), rtol=0, atol=0)
+        torch.testing.assert_close(embedded, embed(ids), rtol=0, atol=0)

@@ -12,8 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_dskd.cache import dataset_keys
 from axolotl_dskd.progress import Progress, quantity
-from axolotl_dskd.teacher import live
-from axolotl_dskd.teacher.cached.teacher import CachedTeacher
+from axolotl_dskd.teacher.cached.states import CachedStates
 from axolotl_dskd.types import IGNORE_INDEX, DualBatch
 
 LOG = get_logger(__name__)
@@ -65,27 +64,25 @@ class CacheableRows:
 
 
 def missing_rows(
-    teacher: CachedTeacher, rows: CacheableRows, part: tuple[int, int] = (0, 1)
+    states: CachedStates, rows: CacheableRows, part: tuple[int, int] = (0, 1)
 ) -> np.ndarray:
     """Indices of the samples that no shard holds.
 
     Args:
-        teacher, rows: whose samples.
+        states, rows: the cache, and the samples that it should hold.
         part: only those of this process, (its number from 0, how many there are). Which these are
             does not depend on what the others have written meanwhile.
     """
-    teacher.store.rescan(list_anyway=True)
-    missing = np.flatnonzero(teacher.store.missing(rows.keys))
+    states.store.rescan(list_anyway=True)
+    missing = np.flatnonzero(states.store.missing(rows.keys))
     number, parts = part
     return missing[missing % parts == number]
 
 
-def fill(
-    teacher: CachedTeacher, rows: CacheableRows, todo: np.ndarray, device: torch.device
-) -> None:
+def fill(states: CachedStates, rows: CacheableRows, todo: np.ndarray) -> None:
     """Compute and write samples, longest first; what is out of memory runs in smaller groups.
 
-    Returns when all are written, or the disk is full (`teacher.store.full`).
+    Returns when all are written, or the disk is full (`states.store.full`).
 
     Raises:
         ValueError: the teacher cannot be loaded, its states are not finite, or one sample alone
@@ -93,20 +90,19 @@ def fill(
     """
     if not len(todo):
         return
-    body = teacher.load_body()
+    teacher = states.body.get()
     todo = todo[np.argsort(-rows.lengths[todo], kind="stable")]
-    budget = body.max_tokens_per_forward or live.MAX_TOKENS_PER_FORWARD
     total = int(rows.lengths[todo].sum())
     at = 0
     try:
         with Progress("Teacher states", total, "tokens") as progress:
-            while at < len(todo) and teacher.store.full is None:
+            while at < len(todo) and states.store.full is None:
                 group = todo[at : at + _ROWS_AT_ONCE]
-                size = max(1, min(len(group), budget // max(1, int(rows.lengths[group[0]]))))
-                group = group[:size]
                 longest = int(rows.lengths[group[0]])
+                size = max(1, min(len(group), teacher.max_tokens // max(1, longest)))
+                group = group[:size]
                 try:
-                    teacher.compute(rows.batch(group, 0, device), list(range(size)))
+                    states.compute(rows.batch(group, 0, states.device), list(range(size)))
                 except torch.OutOfMemoryError as error:
                     if size == 1:
                         raise ValueError(
@@ -114,22 +110,24 @@ def fill(
                             "dskd.teacher.load_in_4bit: true, a device_map that offloads layers, "
                             f"or a smaller dskd.teacher.sequence_len. ({error})"
                         ) from error
-                    budget = size * longest // 2
-                    body.max_tokens_per_forward = budget
-                    LOG.warning(f"Out of memory; the teacher goes on with {budget} tokens at once")
+                    teacher.read_less(size * longest // 2)
+                    LOG.warning(
+                        "Out of memory; the teacher goes on with "
+                        f"{teacher.max_tokens} tokens at once"
+                    )
                 else:
                     at += size
                     progress.advance(int(rows.lengths[group].sum()))
                     continue
                 torch.cuda.empty_cache()  # only here has the failed forward let go of its memory
     finally:  # also what was computed before an error, or before Ctrl-C
-        teacher.store.flush()
+        states.store.flush()
 
 
 def describe(rows: CacheableRows, missing: np.ndarray, bytes_per_token: int) -> str:
     """How much of the rows is cached, in words; `bytes_per_token` is 0 where it is not known."""
-    done = len(rows) - len(missing)
-    text = f"{done:,} of {len(rows):,} samples cached"
+    cached = len(rows) - len(missing)
+    text = f"{cached:,} of {len(rows):,} samples cached"
     if len(missing):
         size = int(rows.tokens[missing].sum()) * bytes_per_token
         text += f", {quantity(rows.tokens[missing].sum(), 'supervised tokens')} to go"

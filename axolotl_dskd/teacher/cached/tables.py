@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +67,18 @@ class EmbeddingTable:
         return table
 
 
+class Tables(NamedTuple):
+    """What distillation needs of a teacher without its layers.
+
+    Attributes:
+        head: frozen.
+        embedding: [rows, D].
+    """
+
+    head: OutputHead
+    embedding: EmbeddingTable
+
+
 def write_tables(path: Path, head: OutputHead, embedding: EmbeddingTable) -> None:
     """Write head and embedding; `read_tables` gives the same bits back.
 
@@ -89,9 +102,7 @@ def write_tables(path: Path, head: OutputHead, embedding: EmbeddingTable) -> Non
     write_atomically(path, [save(plain, metadata)])
 
 
-def read_tables(
-    path: Path, vocab_size: int, device: torch.device
-) -> tuple[OutputHead, EmbeddingTable] | None:
+def read_tables(path: Path, vocab_size: int, device: torch.device) -> Tables | None:
     """Head (its rows cut to `vocab_size`) and embedding on a device, or None if there is no file.
 
     Raises:
@@ -118,7 +129,7 @@ def read_tables(
         vocab_size=min(vocab_size, len(weight)),
     )
     table = EmbeddingTable(tensors.get("embedding.weight", weight), settings["embedding_scale"])
-    return head.frozen(), table
+    return Tables(head.frozen(), table)
 
 
 def _checksum(tensors: dict[str, Tensor], settings: dict[str, float | None]) -> str:

@@ -15,10 +15,11 @@ from unittest.mock import patch
 from axolotl_dskd.cache import files, store
 from axolotl_dskd.commands import cache as cache_command
 from axolotl_dskd.commands import cli
-from axolotl_dskd.teacher import LiveTeacher
-from axolotl_dskd.teacher.cached import fill, identity
+from axolotl_dskd.teacher import live
+from axolotl_dskd.teacher.cached import fill, identity, session, states
 from axolotl_dskd.teacher.cached import open as cache_open
 from axolotl_dskd.teacher.cached.teacher import CachedTeacher
+from axolotl_dskd.teacher.live import LiveTeacher
 from tests.support.jobs.common import this_rank, wrapped
 from tests.support.jobs.registry import job, run_job
 from tests.support.jobs.training import train
@@ -47,10 +48,10 @@ STAGES = [
     (CachedTeacher, "__call__", "step", 0.0),
     (cache_command, "_measure", "measure", 0.0),
     (cache_open, "write_tables", "head", 0.0),
-    (CachedTeacher, "compute", "teacher", 0.0),
+    (states.CachedStates, "compute", "teacher", 0.0),
     (store, "write_shard", "shard", 0.0),
     (files.os, "fsync", "sync", 0.03),
-    (cache_open.CacheRun, "end_epoch", "epoch", 0.0),
+    (session.CacheSession, "end_epoch", "epoch", 0.0),
 ]
 
 
@@ -83,31 +84,31 @@ def train_counting_loads(config: dict[str, Any]) -> dict[str, Any]:
     it still holds it at the end."""
     loads: list[int] = []
     ran: list[int] = []
-    teachers: list[Any] = []
+    kept: list[Any] = []
 
     def load(original: Any, *args: Any) -> Any:
         loads.append(1)
         return original(*args)
 
-    def run(original: Any, teacher: Any, batch: Any) -> Any:
+    def run(original: Any, teacher: Any, batch: Any, needs: Any) -> Any:
         ran.append(len(batch.teacher_labels))
-        return original(teacher, batch)
+        return original(teacher, batch, needs)
 
-    def start(original: Any, cache_run: Any) -> None:
-        teachers.append(cache_run.teacher)
-        original(cache_run)
+    def begin(original: Any, cache_session: Any) -> None:
+        kept.append(cache_session.states)
+        original(cache_session)
 
     with (
-        wrapped(cache_open, "load_teacher", load),
+        wrapped(live, "load_teacher", load),
         wrapped(LiveTeacher, "__call__", run),
-        wrapped(cache_open.CacheRun, "start", start),
+        wrapped(session.CacheSession, "begin", begin),
     ):
         outcome = train(config)
     return {
         **outcome,
         "loads": len(loads),
         "ran": sum(ran),
-        "body": teachers[-1].body is not None,
+        "body": kept[-1].body.is_loaded,
     }
 
 
@@ -173,10 +174,10 @@ def train_where_the_teacher_fails(config: dict[str, Any], rank: int) -> dict[str
             raise ValueError("no memory for the teacher")
         return original(*args)
 
-    with wrapped(cache_open, "load_teacher", load):
+    with wrapped(live, "load_teacher", load):
         return train(config)
 
 
 def _patience(seconds: float) -> Any:
     """A context in which ranks that see unlike files wait so long for them."""
-    return patch.object(cache_open, "_LATE_SECONDS", seconds)
+    return patch.object(session, "_LATE_SECONDS", seconds)

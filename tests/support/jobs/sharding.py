@@ -13,7 +13,7 @@ from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.objectives.base import Beside
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.ranks import whole
-from axolotl_dskd.teacher import load_sharded_teacher
+from axolotl_dskd.teacher.shard import load_sharded_teacher
 from axolotl_dskd.training.sidecar import Sidecar
 from tests.support.jobs.common import process_group, this_rank
 from tests.support.jobs.registry import job

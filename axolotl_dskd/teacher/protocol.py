@@ -1,0 +1,66 @@
+"""What every teacher gives and is told, whatever its kind."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import DualBatch, Needs, View
+
+#: Ids and labels of samples, each [L] without padding, to `DualBatch.cached_states` and `.cached`.
+CacheReader = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
+
+
+class Teacher(Protocol):
+    """A frozen model that says something about each batch.
+
+    The trainer calls `begin` once the teacher is open, `end_epoch` after each epoch and `end` when
+    training stops, on every rank alike. A kind that has nothing to do there inherits just that.
+
+    Attributes:
+        head: its output head, frozen, on the device where the loss is computed.
+        embedding: [rows, D] the matrix of its input embedding, for whoever starts projectors.
+    """
+
+    head: OutputHead
+    embedding: Tensor
+
+    @abstractmethod
+    def __call__(self, batch: DualBatch, needs: Needs) -> View:
+        """The supervised teacher tokens of a batch, with what is needed of them.
+
+        Raises:
+            ValueError: the teacher cannot read them, in words.
+        """
+
+    def idle(self, batch: DualBatch) -> None:
+        """Do what a rank without supervised tokens owes the others in their call."""
+        return
+
+    def reader(self) -> CacheReader | None:
+        """What data workers call to find cached states; None where there is no cache."""
+        return None
+
+    def begin(self) -> None:
+        """Training begins.
+
+        Raises:
+            ValueError: on every rank, if one of them cannot begin.
+        """
+        return
+
+    def end_epoch(self, *, more: bool) -> None:
+        """An epoch has ended; `more` of them are to come, or none.
+
+        Raises:
+            ValueError: on every rank, if one of them cannot go on.
+        """
+        return
+
+    def end(self) -> None:
+        """Training ends, maybe within an epoch."""
+        return

@@ -1,0 +1,65 @@
+"""What has to be known to open a teacher: what it is, and which run asks for it.
+
+Knows the configuration; loads nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.teacher.load import resolve_dtype
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A teacher that is wanted.
+
+    Attributes:
+        config: where it comes from and how it is loaded.
+        vocab_size: ids that its tokenizer can emit.
+        device: where the loss is computed; the teacher's layers go there unless
+            `config.device_map` says otherwise.
+    """
+
+    config: TeacherConfig
+    vocab_size: int
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights, with `auto` resolved."""
+        return resolve_dtype(self.config.dtype, self.device)
+
+
+def _stop_alone(problem: str | None) -> None:
+    if problem is not None:
+        raise ValueError(problem)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a training run tells its teacher. The defaults are those of a run in one process.
+
+    Attributes:
+        datasets: rows that training and evaluation will see, the same on every rank.
+        student_is_sharded: whether ranks hold parts of the student.
+        rank: this process' number.
+        gather: an integer of every rank, by rank; returns when each has given its own.
+        stop_together: called by all ranks with what went wrong here, or None; raises ValueError
+            on all of them if anything did on one.
+        local_main_first: while open, the others of this machine wait until its main process
+            has left.
+    """
+
+    datasets: Sequence[Any] = ()
+    student_is_sharded: bool = False
+    rank: int = 0
+    gather: Callable[[int], list[int]] = lambda number: [number]
+    stop_together: Callable[[str | None], None] = _stop_alone
+    local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
