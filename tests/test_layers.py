@@ -26,7 +26,7 @@ ALLOWED = {
     "data": {"config"},
     "cache": set(),
     "objectives": {"config", "ranks", "losses"},
-    "teacher": {"config", "models", "cache", "progress", "ranks"},
+    "teacher": {"config", "losses", "models", "cache", "progress", "ranks"},
     "training": {
         "config",
         "ranks",

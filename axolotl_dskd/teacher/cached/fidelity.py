@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.cache import Codec
+from axolotl_dskd.losses.agreement import agreement
 from axolotl_dskd.output_head import OutputHead
 
 STORAGES = ("float32", "bfloat16", "int8", "int4")
@@ -41,27 +42,27 @@ class Fidelity:
 @torch.no_grad()
 def storage_fidelity(hidden_ND: Tensor, head: OutputHead) -> list[Fidelity]:
     """Every storage type on final hidden states as the teacher gave them."""
-    found = []
+    reference = Codec("bfloat16", head.hidden_size)
+    fidelity = []
     for storage in STORAGES:
         codec = Codec(storage, head.hidden_size)
-        reference = Codec("bfloat16", head.hidden_size)
-        divergences, agreed = [], 0
+        compared = []
         for states in hidden_ND.split(_TOKENS_AT_ONCE):
-            ours, theirs = (
+            log_p, log_q = (
                 head.logits(c.decode(c.encode(states), head.weight.dtype)).float().log_softmax(-1)
-                for c in (codec, reference)
+                for c in (reference, codec)
             )
-            divergences.append((theirs.exp() * (theirs - ours)).sum(-1).double())
-            agreed += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
-        kl = torch.cat(divergences)
-        found.append(
+            compared.append(agreement(log_p, log_q))
+        kl = torch.cat([part.kl for part in compared]).double()
+        same_choice = torch.cat([part.same_choice for part in compared])
+        fidelity.append(
             Fidelity(
                 storage,
                 codec.bytes_per_token,
                 float(kl.mean()),
                 float(kl.quantile(0.99)),
-                agreed / len(kl),
+                float(same_choice.double().mean()),
                 len(kl),
             )
         )
-    return found
+    return fidelity
