@@ -7,29 +7,26 @@ distributions; nothing of students.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_dskd.config import TeacherConfig
-from axolotl_dskd.models.heads import captured_head_input, output_head, single
+from axolotl_dskd.losses.agreement import agreement
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.teacher import load_teacher
-from axolotl_dskd.types import labels_ahead, supervised_mask
+from axolotl_dskd.teacher import LiveTeacher, load_teacher
+from axolotl_dskd.types import DualBatch, TeacherSignal
 
 #: Tokens whose two distributions are compared at once.
 _CHUNK = 128
 
-#: A row of the probe: ids and labels of the teacher's side.
-ProbeRow = tuple[list[int], list[int]]
-
 
 @dataclass(frozen=True)
-class Fidelity:
+class ProbeResult:
     """Means over the supervised teacher tokens of the probed rows.
 
     Attributes:
@@ -75,24 +72,6 @@ class Fidelity:
         )
 
 
-class _Body:
-    """A loaded teacher: states of its supervised tokens, row by row, and its head."""
-
-    def __init__(self, config: TeacherConfig, device: torch.device, vocab_size: int) -> None:
-        self.model = load_teacher(config, device)
-        self.head: OutputHead = output_head(self.model, vocab_size).frozen()
-
-    @torch.no_grad()
-    def states(self, row: ProbeRow) -> tuple[Tensor, Tensor]:
-        """Final hidden states [m, D] and labels [m] of a row's supervised tokens."""
-        device = self.model.get_input_embeddings().weight.device
-        ids, labels = (torch.tensor([side], device=device) for side in row)
-        mask = supervised_mask(labels, torch.zeros_like(ids))
-        with captured_head_input(self.model) as captured:
-            self.model(input_ids=ids, use_cache=False)
-        return single(captured, self.model)[mask], labels_ahead(labels)[mask]
-
-
 def check_quantised(config: TeacherConfig) -> None:
     """Refuse a probe of a teacher that is not quantised.
 
@@ -108,82 +87,85 @@ def check_quantised(config: TeacherConfig) -> None:
 
 def probe(
     config: TeacherConfig,
-    rows: Sequence[ProbeRow],
+    rows: Sequence[dict[str, Any]],
     vocab_size: int,
     device: torch.device,
     progress: Callable[[str], None] = lambda _: None,
-) -> Fidelity:
+) -> ProbeResult:
     """Compare the teacher as configured with the same teacher unquantised.
 
     Between the two loads only the unquantised form's hidden states and its head stay, on the CPU.
 
     Args:
-        rows: teacher sides, with labels.
+        rows: prepared ones, of which the teacher's side is read.
         vocab_size: ids that the teacher's tokenizer emits.
 
     Raises:
         ValueError: the teacher is not quantised, or cannot be loaded.
     """
     check_quantised(config)
-    plain = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    cpu = torch.device("cpu")
+
+    def signals(teacher: LiveTeacher, form: str) -> Iterator[TeacherSignal]:
+        for number, row in enumerate(rows, 1):
+            progress(f"{form} teacher, row {number} of {len(rows)}")
+            yield teacher(_batch(row, device))
+
     progress("loading the teacher unquantised")
-    body = _Body(plain, device, vocab_size)
-    full: list[Tensor] = []
-    for number, row in enumerate(rows, 1):
-        progress(f"unquantised teacher, row {number} of {len(rows)}")
-        full.append(body.states(row)[0].cpu())
-    # A copy: the head's tensors share storage with the model, which has to go.
-    head = _copied(body.head)
-    del body
+    plain = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    teacher = LiveTeacher(load_teacher(plain, device), vocab_size, device)
+    states = [signal.hidden.to(cpu) for signal in signals(teacher, "unquantised")]
+    # Copies, where there is no other device: the head's tensors are the model's, which has to go.
+    head = deepcopy(teacher.head.to(cpu))
+    del teacher
     _free()
     progress("loading the teacher as configured")
-    body = _Body(config, device, vocab_size)
+    teacher = LiveTeacher(load_teacher(config, device), vocab_size, device)
     head = head.to(device)
-    per_row = []
-    for number, (row, states) in enumerate(zip(rows, full, strict=True), 1):
-        progress(f"quantised teacher, row {number} of {len(rows)}")
-        quantised, labels = body.states(row)
-        per_row.append(_compare(states.to(device), head, quantised, body.head, labels))
-    del body
+    per_row = [
+        _sums(signal, teacher.head, plain_states.to(device), head)
+        for signal, plain_states in zip(signals(teacher, "quantised"), states, strict=True)
+    ]
+    del teacher
     _free()
     sums = torch.stack(per_row)  # [rows, (tokens, kl, same, ce, ce quantised)]
-    tokens, kl, same, ce, quantised_ce = sums.sum(0).tolist()
-    return Fidelity(
+    tokens, kl, same_choice, ce, quantised_ce = sums.sum(0).tolist()
+    return ProbeResult(
         rows=len(rows),
         tokens=int(tokens),
         kl=kl / tokens,
         kl_worst=float((sums[:, 1] / sums[:, 0]).max()),
-        agreement=same / tokens,
+        agreement=same_choice / tokens,
         cross_entropy=ce / tokens,
         quantised_cross_entropy=quantised_ce / tokens,
     )
 
 
+def _batch(row: dict[str, Any], device: torch.device) -> DualBatch:
+    """A row's teacher side; the student's is empty."""
+    ids, labels = (
+        torch.tensor([row[column]], device=device)
+        for column in ("teacher_input_ids", "teacher_labels")
+    )
+    nothing = ids[:0]
+    return DualBatch(nothing, nothing, nothing, ids, labels, torch.ones_like(ids))
+
+
 @torch.no_grad()
-def _compare(
-    states: Tensor, head: OutputHead, quantised: Tensor, quantised_head: OutputHead, labels: Tensor
+def _sums(
+    signal: TeacherSignal, quantised_head: OutputHead, states: Tensor, head: OutputHead
 ) -> Tensor:
-    """[5] float64 sums over a row: tokens, KL, same first choice, both cross-entropies."""
+    """[5] float64 over a row: tokens, KL, same first choice, both cross-entropies."""
     total = torch.zeros(5, dtype=torch.float64)
-    for part in zip(*(t.split(_CHUNK) for t in (states, quantised, labels)), strict=True):
-        log_p = head.logits(part[0]).float().log_softmax(-1)
-        log_q = quantised_head.logits(part[1]).float().log_softmax(-1)
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        own = part[2].unsqueeze(-1)
-        values = (
-            torch.ones_like(kl),
-            kl,
-            (log_p.argmax(-1) == log_q.argmax(-1)).float(),
-            -log_p.gather(-1, own).squeeze(-1),
-            -log_q.gather(-1, own).squeeze(-1),
-        )
-        total += torch.stack([v.double().sum() for v in values]).cpu()
+    parts = (t.split(_CHUNK) for t in (states, signal.hidden, signal.tokens.labels))
+    for plain, quantised, labels in zip(*parts, strict=True):
+        log_p = head.logits(plain).float().log_softmax(-1)
+        log_q = quantised_head.logits(quantised).float().log_softmax(-1)
+        kl, same_choice = agreement(log_p, log_q)
+        ce, quantised_ce = (-log.gather(-1, labels[:, None])[:, 0] for log in (log_p, log_q))
+        values = (torch.ones_like(kl), kl, same_choice, ce, quantised_ce)
+        total += torch.stack([value.double().sum() for value in values]).cpu()
     return total
-
-
-def _copied(head: OutputHead) -> OutputHead:
-    tensors = {n: getattr(head, n) for n in ("weight", "bias", "lora_A", "lora_B")}
-    return replace(head, **{n: t.cpu().clone() for n, t in tensors.items() if t is not None})
 
 
 def _free() -> None:
@@ -192,8 +174,6 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def probe_rows(rows: Sequence[dict[str, Any]], count: int) -> list[ProbeRow]:
-    """`count` teacher sides, evenly over the sampled rows."""
-    step = max(1, len(rows) // count)
-    chosen = rows[::step][:count]
-    return [(list(r["teacher_input_ids"]), list(r["teacher_labels"])) for r in chosen]
+def probe_rows(rows: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str, Any]]:
+    """`count` rows, evenly over the sampled ones."""
+    return rows[:: max(1, len(rows) // count)][:count]
