@@ -18,6 +18,7 @@ NOUNS = {"output_head", "types"}
 ALLOWED = {
     "output_head": set(),
     "types": set(),
+    "machine": set(),
     "ranks": set(),
     "progress": set(),
     "config": set(),
@@ -39,6 +40,7 @@ ALLOWED = {
     # Like the trainer, they join the units; nothing but the command line knows them.
     "commands": {
         "config",
+        "machine",
         "progress",
         "data",
         "cache",

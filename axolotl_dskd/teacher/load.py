@@ -63,12 +63,17 @@ def _zero_config() -> Any:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it, else float32; other names stand for themselves."""
+    """`auto` is bfloat16 on a GPU that has it, else float32; other names stand for themselves.
+
+    Where there is no GPU, one is only planned for, and taken to have it.
+    """
     if dtype != "auto":
         return getattr(torch, dtype)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    planned = not torch.cuda.is_available()
+    has_it = planned or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else torch.float32
 
 
 def quantization_of(config: TeacherConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:

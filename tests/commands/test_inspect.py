@@ -297,7 +297,7 @@ def test_a_large_model_is_planned_in_seconds_without_its_weights(tmp_path: Path)
     teacher = DSKDConfig.model_validate(
         {"teacher": {"base_model": str(tmp_path), "load_in_4bit": True}}
     ).teacher
-    model = teacher_skeleton(teacher, on_gpu=True)
+    model = teacher_skeleton(teacher, torch.device("cuda"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
     # 6.53e9 weights of layers in NF4, embedding and head of 152,064 x 3,584 in bfloat16.
     assert model_bytes(model.parameters()) == pytest.approx(3.37e9 + 2.18e9, rel=0.005)

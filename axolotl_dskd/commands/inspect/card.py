@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from axolotl_dskd.machine import total_memory
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,20 @@ class Card:
     memory: int
     gpu: bool
 
+    @property
+    def device(self) -> torch.device:
+        """The device that it stands for, which need not be here."""
+        return torch.device("cuda" if self.gpu else "cpu")
+
 
 def find_card(gpu_memory: int | None) -> Card:
     """The card that the user names, else the first one here, else this machine's memory."""
     if gpu_memory is not None:
         return Card("the card of --gpu-memory", gpu_memory, True)
     if torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "") != "true":
-        found = torch.cuda.get_device_properties(0)
-        return Card(found.name, found.total_memory, True)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        gpu = torch.device("cuda", 0)
+        return Card(torch.cuda.get_device_name(gpu), total_memory(gpu), True)
+    memory = total_memory(torch.device("cpu"))
     return Card("this machine's main memory (there is no GPU)", memory, False)
 
 
@@ -39,12 +46,12 @@ def parse_memory(text: str) -> int:
         ValueError: it is no amount of memory, or less than any card has.
     """
     try:
-        found = int(TypeAdapter(ByteSize).validate_python(text))
+        size = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
         raise ValueError(f"{text!r} is no amount of memory. Write it as 24GiB or 24GB.") from error
-    if found < 1 << 28:
-        raise ValueError(f"{text!r} are {found} bytes. Write it with its unit, as 24GiB or 24GB.")
-    return found
+    if size < 1 << 28:
+        raise ValueError(f"{text!r} are {size} bytes. Write it with its unit, as 24GiB or 24GB.")
+    return size
 
 
 @contextmanager
@@ -57,21 +64,10 @@ def configured_for(card: Card) -> Iterator[None]:
     import axolotl.utils.config
 
     version = str(torch.__version__).split("+")[0]
-    capabilities = {
-        "bf16": True,
-        "fp8": False,
-        "tf32": True,
-        "n_gpu": 1,
-        "compute_capability": "sm_86",
-    }
-    with ExitStack() as stack:
-        for module, name, value in (
-            (
-                axolotl.cli.config,
-                "gpu_capabilities",
-                lambda: (capabilities, {"torch_version": version}),
-            ),
-            (axolotl.utils.config, "is_torch_bf16_gpu_available", lambda: True),
-        ):
-            stack.enter_context(mock.patch.object(module, name, value))
+    able = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_86"}
+    capabilities = able, {"torch_version": version}
+    with (
+        mock.patch.object(axolotl.cli.config, "gpu_capabilities", lambda: capabilities),
+        mock.patch.object(axolotl.utils.config, "is_torch_bf16_gpu_available", lambda: True),
+    ):
         yield

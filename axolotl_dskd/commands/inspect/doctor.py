@@ -87,7 +87,7 @@ def inspect_run(
         raise ValueError(_nothing_kept(coverage, samples))
     progress("models")
     student = student_skeleton(cfg, student_tokenizer)
-    teacher = teacher_skeleton(config.teacher, on_gpu=card.gpu)
+    teacher = teacher_skeleton(config.teacher, card.device)
     facts = (
         _side(cfg.base_model, student, student_tokenizer),
         _side(config.teacher.base_model, teacher, teacher_tokenizer),

@@ -16,10 +16,11 @@ from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
 from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.sample import DatasetSample
-from axolotl_dskd.commands.inspect.skeleton import model_bytes, teacher_dtype, teacher_skeleton
+from axolotl_dskd.commands.inspect.skeleton import model_bytes, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig, TeacherConfig
 from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.objectives.dual_space.settings import loss_settings
+from axolotl_dskd.teacher.load import resolve_dtype
 from axolotl_dskd.types import IGNORE_INDEX
 
 
@@ -99,7 +100,7 @@ def plan_settings(run: Run) -> PlanSettings:
     cfg, config = run.cfg, run.config
     vocab_sizes = vocabulary_size(run.tokenizers[0]), vocabulary_size(run.tokenizers[1])
     low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
-    dtypes = low or cfg.torch_dtype, teacher_dtype(config.teacher, on_gpu=run.card.gpu)
+    dtypes = low or cfg.torch_dtype, resolve_dtype(config.teacher.dtype, run.card.device)
     checkpointing = cfg.gradient_checkpointing
     kwargs = cfg.gradient_checkpointing_kwargs or {}
     batch, _ = batch_shape(cfg, run.samples)
@@ -257,7 +258,7 @@ def _ladder(run: Run, student: Any, teacher: Any, total: int) -> Iterator[Step]:
             words, cost, changed = proposal
             body = teacher
             if _quantization(changed.config.teacher) != _quantization(run.config.teacher):
-                body = teacher_skeleton(changed.config.teacher, on_gpu=run.card.gpu)
+                body = teacher_skeleton(changed.config.teacher, run.card.device)
             found = make_plan(student, body, plan_settings(changed)).total
             if total - found < 0.01 * (total - CUDA_CONTEXT):
                 break
@@ -274,7 +275,7 @@ def _teacher_weights(run: Run) -> dict[str, int]:
         changed = run.with_teacher(
             load_in_4bit=bits == 4, load_in_8bit=bits == 8, dtype="auto", adapter=None
         )
-        model = teacher_skeleton(changed.config.teacher, on_gpu=run.card.gpu)
+        model = teacher_skeleton(changed.config.teacher, run.card.device)
         found[f"{bits} bits"] = model_bytes([*model.parameters(), *model.buffers()])
     return found
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_dskd.commands.inspect.simulate import PLAN_ATTENTION, register_plan_attention
 from axolotl_dskd.config import TeacherConfig
-from axolotl_dskd.teacher.load import quantization_of
+from axolotl_dskd.teacher.load import quantization_of, resolve_dtype
 
 #: bitsandbytes' 4-bit blocks: one absmax per 64 weights; double quantisation keeps that in one
 #: byte, with a float32 per 256 of them.
@@ -105,18 +105,11 @@ def student_skeleton(cfg: Any, tokenizer: Any) -> Any:
     return loader.model
 
 
-def teacher_dtype(config: TeacherConfig, *, on_gpu: bool) -> torch.dtype:
-    """What `dtype` means there: `auto` is bfloat16 on a GPU, float32 on a CPU."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if on_gpu else torch.float32
-    return getattr(torch, config.dtype)
-
-
-def teacher_skeleton(config: TeacherConfig, *, on_gpu: bool) -> Any:
+def teacher_skeleton(config: TeacherConfig, device: torch.device) -> Any:
     """The frozen teacher on the meta device, quantised as configured.
 
     Args:
-        on_gpu: what is planned for, see `teacher_dtype`.
+        device: what is planned for, on which `dtype: auto` depends.
 
     Raises:
         ValueError: its config cannot be loaded.
@@ -130,7 +123,7 @@ def teacher_skeleton(config: TeacherConfig, *, on_gpu: bool) -> Any:
             f"the teacher {config.base_model!r} cannot be loaded: {error}\n"
             "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`."
         ) from error
-    dtype = teacher_dtype(config, on_gpu=on_gpu)
+    dtype = resolve_dtype(config.dtype, device)
     quantization = quantization_of(config, dtype)
     model = _on_meta(model_config, dtype, quantization, config.trust_remote_code)
     return model.eval().requires_grad_(False)
