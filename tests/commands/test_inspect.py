@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from axolotl_dskd.commands.cli import main, read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for, parse_memory
 from axolotl_dskd.commands.inspect.doctor import inspect_run
-from axolotl_dskd.commands.inspect.page import html_page, visible
+from axolotl_dskd.commands.inspect.page import html_page, marked
 from axolotl_dskd.commands.inspect.pair import token_groups
 from axolotl_dskd.commands.inspect.report import MemoryReport, Report
 from axolotl_dskd.commands.inspect.skeleton import model_bytes, student_skeleton, teacher_skeleton
@@ -360,9 +360,9 @@ def test_the_page_shows_hostile_and_invisible_text_as_text(pair_folder: Path, in
 
 
 def test_what_has_no_ink_is_made_visible():
-    assert re.sub("<.*?>", "", visible("a b\n\t\u200d\x00")) == "a·b⏎⇥ZWJU+0000"
-    assert re.sub("<.*?>", "", visible("\u202edrawkcab")) == "U+202Edrawkcab"
-    assert visible("<&>") == "&lt;&amp;&gt;"
+    assert re.sub("<.*?>", "", marked("a b\n\t\u200d\x00")) == "a·b⏎⇥ZWJU+0000"
+    assert re.sub("<.*?>", "", marked("\u202edrawkcab")) == "U+202Edrawkcab"
+    assert marked("<&>") == "&lt;&amp;&gt;"
 
 
 # ---- the command --------------------------------------------------------------------------------

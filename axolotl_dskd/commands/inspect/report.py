@@ -111,6 +111,11 @@ class Example:
     groups: list[ExampleGroup]
     shown_of: int
 
+    @property
+    def exact(self) -> int:
+        """Exact pairs among the groups."""
+        return sum(group.exact for group in self.groups)
+
 
 @dataclass
 class Step:
@@ -170,6 +175,11 @@ class Report:
     memory: MemoryReport
     remarks: list[str] = field(default_factory=list)
     probe: str | None = None
+
+    @property
+    def parts(self) -> list[Coverage]:
+        """Dataset by dataset, and all of them where there are several."""
+        return [*self.datasets, self.coverage] if len(self.datasets) > 1 else self.datasets
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`, with the derived numbers."""

@@ -2,72 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from axolotl_dskd.commands.inspect.memory import GIB
-from axolotl_dskd.commands.inspect.report import Coverage, Example, MemoryReport, Report, SideFacts
+from axolotl_dskd.commands.inspect.report import Coverage, Example, MemoryReport, Report
 from axolotl_dskd.commands.inspect.sample import OUTCOMES
+from axolotl_dskd.commands.inspect.words import (
+    SIDE_ROWS,
+    gib,
+    shared_words,
+    step_words,
+    verdict,
+    visible,
+)
 
 _BAR = 30
-
-
-def gib(count: int) -> str:
-    """Bytes for people."""
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
-    mib = count / (1 << 20)
-    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
-
-
-def _count(number: int) -> str:
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
-
-
-def visible(text: str) -> str:
-    """Line breaks and tabs as signs."""
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
-
-
-def _logits(side: SideFacts) -> str:
-    found = [] if side.softcap is None else [f"softcap {side.softcap:g}"]
-    found += [f"scale {side.scale:g}"] if side.scale != 1 else []
-    found += ["bias"] if side.bias else []
-    return ", ".join(found) or "plain"
-
-
-#: What is said of each side, in order: label -> text.
-SIDE_ROWS: dict[str, Callable[[SideFacts], str]] = {
-    "model": lambda s: f"{s.name} ({s.architecture})",
-    "parameters": lambda s: (
-        f"{_count(s.parameters)}, {_count(s.trained)} train" if s.trained else _count(s.parameters)
-    ),
-    "vocabulary": lambda s: f"{s.vocabulary:,} ids",
-    "output head": lambda s: (
-        f"{s.head_rows:,} × {s.hidden_size:,}"
-        + (f", {s.padding_rows:,} padding rows" if s.padding_rows else "")
-        + (", tied to the embedding" if s.tied else "")
-    ),
-    "logits": _logits,
-    "BOS, EOS": lambda s: (
-        f"{s.bos or 'none'}"
-        + (" (first in every row)" if s.begins_with_bos else "")
-        + f", {s.eos or 'none'}"
-    ),
-    "a turn ends with": lambda s: visible(s.turn_end) if s.turn_end else "(varies)",
-    "a prompt reads": lambda s: visible(s.prompt if len(s.prompt) < 90 else f"{s.prompt[:86]} …"),
-    "tokens per byte": lambda s: (
-        f"{s.tokens_per_byte:.4f}"
-        + (f" ({1 / s.tokens_per_byte:.2f} bytes a token)" if s.tokens_per_byte else "")
-    ),
-}
 
 
 def _sides(report: Report) -> Table:
@@ -80,26 +31,12 @@ def _sides(report: Report) -> Table:
     return table
 
 
-def shared_words(report: Report) -> str:
-    """How much of the two vocabularies is the same."""
-    shares = (
-        f"{report.shared_tokens / side.vocabulary:.0%} of the {name}'s"
-        for side, name in ((report.student, "student"), (report.teacher, "teacher"))
-    )
-    return f"{report.shared_tokens:,} tokens stand for the same bytes in both vocabularies: " + (
-        " and ".join(shares)
-    )
-
-
 def _coverage(report: Report) -> Table:
     table = Table(title="Your rows", title_justify="left")
     table.add_column("dataset", overflow="fold")
     for name in ("sampled", "kept", "student tokens", "teacher tokens", "exactly aligned"):
         table.add_column(name, justify="right")
-    parts: list[Coverage] = [*report.datasets]
-    if len(parts) > 1:
-        parts.append(report.coverage)
-    for part in parts:
+    for part in report.parts:
         table.add_row(
             escape(part.name),
             f"{part.sampled:,} of {part.total:,}",
@@ -122,7 +59,7 @@ def outcome_lines(part: Coverage) -> list[str]:
 
 def _unlike(report: Report, example: Example) -> tuple[bool, float]:
     """How far a row is from the data as a whole; short ones show little."""
-    share = sum(group.exact for group in example.groups) / len(example.groups)
+    share = example.exact / len(example.groups)
     return len(example.groups) < 12, abs(share - report.coverage.share)
 
 
@@ -135,9 +72,7 @@ def _example(report: Report, width: int) -> Text:
     text.append(f"A row of {example.dataset}, · a space, | between tokens of one text:\n")
     upper, lower = Text(), Text()
     for group in example.groups:
-        ours, theirs = (
-            visible("|".join(side)).replace(" ", "·") for side in (group.student, group.teacher)
-        )
+        ours, theirs = (visible("|".join(side)) for side in (group.student, group.teacher))
         size = max(len(ours), len(theirs))
         if len(upper) + size + 1 > width:
             break
@@ -145,23 +80,6 @@ def _example(report: Report, width: int) -> Text:
         upper.append(ours.ljust(size), style=style).append(" ")
         lower.append(theirs.ljust(size), style=style).append(" ")
     return text.append(upper).append("\n").append(lower)
-
-
-def verdict(memory: MemoryReport) -> str:
-    """Fits or not, in a sentence."""
-    left = memory.card - memory.total
-    if memory.fits:
-        return f"Fits: {gib(memory.total)} of {gib(memory.card)}, {gib(left)} to spare."
-    return f"Does not fit: {gib(memory.total)}, the card has {gib(memory.card)}."
-
-
-def step_words(memory: MemoryReport) -> str:
-    """What the steps lead to."""
-    if not memory.steps:
-        return "No setting of this configuration saves enough: take a smaller teacher or student."
-    if memory.steps[-1].total <= memory.card:
-        return "With these changes, each on top of those before it, it fits:"
-    return "These changes save most, but it does not fit with all of them; take a smaller teacher:"
 
 
 def _memory(memory: MemoryReport) -> Group:
