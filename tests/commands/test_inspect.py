@@ -24,8 +24,8 @@ from axolotl_dskd.commands.cli import main, read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for, parse_memory
 from axolotl_dskd.commands.inspect.doctor import inspect_run
 from axolotl_dskd.commands.inspect.page import html_page, marked
-from axolotl_dskd.commands.inspect.pair import token_groups
 from axolotl_dskd.commands.inspect.report import MemoryReport, Report
+from axolotl_dskd.commands.inspect.rows import AlignedRow
 from axolotl_dskd.commands.inspect.skeleton import model_bytes, student_skeleton, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.byte_spans import tile
@@ -133,6 +133,23 @@ def test_a_sample_of_each_dataset_is_read_and_coverage_is_by_dataset(
     assert report.coverage.student_tokens == sum(p.student_tokens for p in report.datasets)
 
 
+def test_a_dataset_of_which_nothing_is_kept_does_not_hide_the_others(
+    pair_folder: Path, inspect: Inspect
+):
+    config = tiny.base_config(pair_folder)
+    long = {
+        "messages": [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "word " * 400},
+        ]
+    }
+    path = tiny.write_rows(pair_folder / "long.jsonl", [long] * 2)
+    config["datasets"].append({"path": str(path), "ds_type": "json", "type": "chat_template"})
+    report = inspect(config)
+    assert [part.kept for part in report.datasets] == [16, 0]
+    assert {example.dataset for example in report.examples} == {report.datasets[0].name}
+
+
 def test_the_sides_are_described_as_they_are(pair_folder: Path, inspect: Inspect):
     report = inspect(tiny.base_config(pair_folder))
     assert (report.student.vocabulary, report.teacher.vocabulary) == (400, 600)
@@ -165,21 +182,27 @@ def test_groups_hold_every_token_once_and_exact_pairs_spell_the_same(text: str):
     raw |= {"teacher_input_ids": ids[1], "teacher_labels": ids[1]}
     row = raw | reconcile(raw)
     assume(row.pop(STATUS) in (KEPT, CUT))
-    groups = token_groups(row)
-    for side, column in (("student", "labels"), ("teacher", "teacher_labels")):
-        held = [i for g in groups for i in getattr(g, side)]
-        assert held == [i for i, y in enumerate(row[column]) if i and y != -100]
-    for place, group in enumerate(groups):
+    aligned = AlignedRow.of(row)
+    for side, all_ids, column in zip(
+        ("student", "teacher"), ids, ("labels", "teacher_labels"), strict=True
+    ):
+        tokens = getattr(aligned, side)
+        held = [tokens[i] for g in aligned.groups for i in getattr(g, side)]
+        assert held == [all_ids[i] for i, y in enumerate(row[column]) if i and y != -100]
+    for place, group in enumerate(aligned.groups):
         if group.exact:
-            ours, theirs = tables[0][ids[0][group.student[0]]], tables[1][ids[1][group.teacher[0]]]
+            ours = tables[0][aligned.student[group.student[0]]]
+            theirs = tables[1][aligned.teacher[group.teacher[0]]]
             # The first piece may have sentencepiece's space.
             assert ours == theirs or (place == 0 and b" " + ours == theirs) or not text
 
 
 def test_tokens_of_one_vocabulary_meet_one_by_one():
-    row: dict[str, Any] = {"labels": [-100, 5, -100, 7], "teacher_labels": [5, -100, -100, 5, 7]}
-    row |= dict.fromkeys((SPANS, TEACHER_SPANS), tile([2, 3]).to_bytes())
-    assert [(g.student, g.teacher) for g in token_groups(row)] == [([1], [3]), ([3], [4])]
+    stored = {"labels": [-100, 5, -100, 7], "teacher_labels": [5, -100, -100, 5, 7]}
+    row = AlignedRow.of(stored | dict.fromkeys((SPANS, TEACHER_SPANS), tile([2, 3]).to_bytes()))
+    assert row.student == row.teacher == [5, 7]
+    assert [(list(g.student), list(g.teacher)) for g in row.groups] == [([0], [0]), ([1], [1])]
+    assert row.exact == 2
 
 
 # ---- memory -------------------------------------------------------------------------------------

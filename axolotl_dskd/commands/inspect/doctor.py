@@ -1,25 +1,28 @@
-"""From a configuration to its report: joins sample, pair, skeletons and plan.
+"""From a configuration to its report: joins sample, rows, skeletons and plan.
 
 Loads tokenizers, model configs and a sample of rows; no weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from axolotl.loaders import load_tokenizer
 
 from axolotl_dskd.commands.inspect.card import Card
-from axolotl_dskd.commands.inspect.fit import Run, memory_report, supervised
+from axolotl_dskd.commands.inspect.fit import Setup, memory_report
 from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
-from axolotl_dskd.commands.inspect.report import (
+from axolotl_dskd.commands.inspect.report import Report, SideFacts
+from axolotl_dskd.commands.inspect.rows import (
+    AlignedRow,
     Coverage,
-    Report,
-    SideFacts,
-    cover,
+    Example,
+    Vocabulary,
     pick_examples,
+    supervised,
 )
 from axolotl_dskd.commands.inspect.sample import OUTCOMES, REMEDIES, DatasetSample, sample_rows
 from axolotl_dskd.commands.inspect.skeleton import (
@@ -34,10 +37,12 @@ from axolotl_dskd.data import (
     shared_tokens,
     vocabulary_size,
 )
-from axolotl_dskd.data.reconcile import DIFFERENT, MAX_DIFFERING_SHARE
+from axolotl_dskd.data.reconcile import CUT, DIFFERENT, KEPT, MAX_DIFFERING_SHARE
 from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.types import IGNORE_INDEX
+
+Progress = Callable[[str], None]
 
 
 def inspect_run(
@@ -48,7 +53,7 @@ def inspect_run(
     card: Card,
     rows: int,
     probe_count: int | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> Report:
     """The report of one configuration.
 
@@ -67,108 +72,145 @@ def inspect_run(
     if probe_count:
         check_quantised(config.teacher)
     progress("tokenizers")
-    try:
-        student_tokenizer = load_tokenizer(cfg)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            "the student's tokenizer cannot be loaded from "
-            f"{cfg.tokenizer_config or cfg.base_model!r}: {error}"
-        ) from error
-    teacher_tokenizer = load_teacher_tokenizer(config)
-    tokenizers = student_tokenizer, teacher_tokenizer
-    tables = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
+    vocabularies = _vocabularies(cfg, config)
     progress("rows")
-    samples = sample_rows(cfg, config, student_tokenizer, count=rows)
-    found = [cover(sample, *tables) for sample in samples]
-    coverage = Coverage("all")
-    for part, _ in found:
-        coverage.add(part)
-    if not coverage.kept:
-        raise ValueError(_nothing_kept(coverage, samples))
+    data = _sampled(cfg, config, vocabularies, rows)
     progress("models")
-    student = student_skeleton(cfg, student_tokenizer)
-    teacher = teacher_skeleton(config.teacher, card.device)
-    facts = (
-        _side(cfg.base_model, student, student_tokenizer),
-        _side(config.teacher.base_model, teacher, teacher_tokenizer),
-    )
-    _side_of_rows(facts[0], samples, tokenizers[0], "")
-    _side_of_rows(facts[1], samples, tokenizers[1], "teacher_")
-    facts[0].tokens_per_byte = coverage.student_tokens / max(1, coverage.text_bytes)
-    facts[1].tokens_per_byte = coverage.teacher_tokens / max(1, coverage.teacher_bytes)
+    student, teacher = _models(cfg, config, card, vocabularies, data)
+    tokenizers = student.vocabulary.tokenizer, teacher.vocabulary.tokenizer
     shared = len(shared_tokens(*tokenizers)[0])
-    alignment, why = resolve_alignment(config, *tokenizers, coverage.share)
+    share = data.coverage.share
+    alignment, why = resolve_alignment(config, *tokenizers, share)
     automatic = config.model_copy(update={"alignment": "auto"})
-    recommended, recommended_why = resolve_alignment(automatic, *tokenizers, coverage.share)
+    recommended, recommended_why = resolve_alignment(automatic, *tokenizers, share)
     progress("memory")
-    run = Run(cfg, config, card, samples, alignment, shared, tokenizers, facts[1].hidden_size)
-    memory = memory_report(run, student, teacher)
-    fidelity = None
-    if probe_count:
-        chosen = probe_rows([row for sample in samples for row in sample.rows], probe_count)
-        device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
-        found_of = probe(config.teacher, chosen, facts[1].vocabulary, device, progress)
-        fidelity = found_of.words("4 bits" if config.teacher.load_in_4bit else "8 bits")
+    setup = Setup(
+        cfg, config, card, data.samples, alignment, shared, tokenizers, teacher.facts.hidden_size
+    )
+    memory = memory_report(setup, student.skeleton, teacher.skeleton)
+    fidelity = _probe(config, teacher, data, probe_count, card, progress) if probe_count else None
+    remarks = list(_remarks(student, teacher, data))
+    if recommended != alignment:
+        remarks.append(
+            f"The configuration says alignment: {alignment}; auto would take {recommended}."
+        )
     return Report(
         config=path,
-        student=facts[0],
-        teacher=facts[1],
+        student=student.facts,
+        teacher=teacher.facts,
         shared_tokens=shared,
         alignment=alignment,
         alignment_why=why,
         recommended=recommended,
         recommended_why=recommended_why,
-        coverage=coverage,
-        datasets=[part for part, _ in found],
-        examples=pick_examples(samples, [groups for _, groups in found], tables, tokenizers),
+        coverage=data.coverage,
+        datasets=data.datasets,
+        examples=data.examples,
         memory=memory,
-        remarks=[
-            *_differing(coverage, samples),
-            *_normalising(tokenizers),
-            *_remarks(facts, coverage, recommended, alignment),
-        ],
+        remarks=remarks,
         probe=fidelity,
     )
 
 
-def _nothing_kept(coverage: Coverage, samples: Sequence[DatasetSample]) -> str:
-    lines = [f"none of the {coverage.sampled} sampled rows would be trained on."]
-    lines += [
-        f"{count} {OUTCOMES[outcome]}; {REMEDIES[outcome]}."
-        for outcome, count in coverage.outcomes.items()
-        if count
+def _vocabularies(cfg: Any, config: DSKDConfig) -> tuple[Vocabulary, Vocabulary]:
+    try:
+        student = load_tokenizer(cfg)
+    except (OSError, KeyError) as error:
+        raise ValueError(
+            "the student's tokenizer cannot be loaded from "
+            f"{cfg.tokenizer_config or cfg.base_model!r}: {error}"
+        ) from error
+    teacher = load_teacher_tokenizer(config)
+    return Vocabulary(student, token_bytes(student)), Vocabulary(teacher, token_bytes(teacher))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The sampled rows of all datasets, and how the two sides meet in them."""
+
+    samples: Sequence[DatasetSample]
+    datasets: list[Coverage]
+    coverage: Coverage
+    examples: list[Example]
+
+    @property
+    def rows(self) -> list[dict[str, list[int]]]:
+        """Those that would be trained on."""
+        return [row for sample in self.samples for row in sample.rows]
+
+    @property
+    def differing(self) -> list[str]:
+        """Both texts of some rows whose sides differ."""
+        return [line for sample in self.samples for line in sample.differing]
+
+
+def _sampled(
+    cfg: Any, config: DSKDConfig, vocabularies: tuple[Vocabulary, Vocabulary], count: int
+) -> _Data:
+    samples = sample_rows(cfg, config, vocabularies[0].tokenizer, count=count)
+    aligned = [(sample.name, list(map(AlignedRow.of, sample.rows))) for sample in samples]
+    datasets = [
+        Coverage(s.name, s.total, s.sampled, s.kept, dict(s.outcomes)).with_rows(
+            rows, *vocabularies
+        )
+        for s, (_, rows) in zip(samples, aligned, strict=True)
     ]
-    return "\n".join([*lines, *(line for sample in samples for line in sample.differing[:3])])
+    coverage = sum(datasets, Coverage("all"))
+    data = _Data(samples, datasets, coverage, pick_examples(aligned, *vocabularies))
+    if not coverage.kept:
+        outcomes = [
+            f"{count} {OUTCOMES[outcome]}; {REMEDIES[outcome]}."
+            for outcome, count in coverage.outcomes.items()
+            if count
+        ]
+        first = f"none of the {coverage.sampled} sampled rows would be trained on."
+        raise ValueError("\n".join([first, *outcomes, *data.differing]))
+    return data
 
 
-def _differing(coverage: Coverage, samples: Sequence[DatasetSample]) -> list[str]:
-    """What training will say of rows whose two sides spell different texts, or nothing."""
-    count, seen = coverage.outcomes.get(DIFFERENT, 0), sum(coverage.outcomes.values())
-    if count <= MAX_DIFFERING_SHARE * seen:
-        return []
-    examples = [line for sample in samples for line in sample.differing][:3]
-    return [
-        f"Training will stop: {count} of {seen} sampled rows do not have the same supervised text "
-        f"for student and teacher, more than {MAX_DIFFERING_SHARE:.0%}; {REMEDIES[DIFFERENT]}.\n"
-        + "\n".join(examples)
-    ]
+@dataclass(frozen=True)
+class _Model:
+    """One of the two models, as far as it is known without its weights."""
+
+    vocabulary: Vocabulary
+    skeleton: Any
+    facts: SideFacts
 
 
-def _normalising(tokenizers: tuple[Any, Any]) -> list[str]:
-    """Which tokenizer changes a text before it splits it."""
-    return [
-        f"The {side}'s tokenizer changes text before it splits it ({', '.join(changes)}): rows "
-        "that this changes are dropped."
-        for side, tokenizer in zip(("student", "teacher"), tokenizers, strict=True)
-        if (changes := normalisations(tokenizer))
-    ]
+def _models(
+    cfg: Any,
+    config: DSKDConfig,
+    card: Card,
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    data: _Data,
+) -> tuple[_Model, _Model]:
+    student, teacher = vocabularies
+    coverage = data.coverage
+    ours = [(row["input_ids"], row["labels"]) for row in data.rows]
+    theirs = [(row["teacher_input_ids"], row["teacher_labels"]) for row in data.rows]
+    rate = coverage.student_tokens / max(1, coverage.text_bytes)
+    teacher_rate = coverage.teacher_tokens / max(1, coverage.teacher_bytes)
+    skeleton = student_skeleton(cfg, student.tokenizer)
+    facts = _facts(cfg.base_model, skeleton, student.tokenizer, ours, rate)
+    teacher_model = teacher_skeleton(config.teacher, card.device)
+    teacher_facts = _facts(
+        config.teacher.base_model, teacher_model, teacher.tokenizer, theirs, teacher_rate
+    )
+    return _Model(student, skeleton, facts), _Model(teacher, teacher_model, teacher_facts)
 
 
-def _side(name: str, model: Any, tokenizer: Any) -> SideFacts:
+def _facts(
+    name: str, model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], list[int]]], rate: float
+) -> SideFacts:
+    """What is said of a model, from its skeleton and the (ids, labels) of its side of the rows."""
     head = output_head(model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     lora = {id(p) for n, p in model.named_parameters() if "lora_" in n}
+    bos = tokenizer.bos_token_id
+    ends = {tokens[-1] for _, labels in rows if (tokens := supervised(labels))}
+    ids, labels = rows[0]
+    prompt = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
     return SideFacts(
         name=str(name),
         architecture=type(base).__name__,
@@ -184,53 +226,56 @@ def _side(name: str, model: Any, tokenizer: Any) -> SideFacts:
         bias=head.bias is not None,
         bos=tokenizer.bos_token,
         eos=tokenizer.eos_token,
+        begins_with_bos=bos is not None and all(ids[0] == bos for ids, _ in rows),
+        turn_end=str(tokenizer.convert_ids_to_tokens(ends.pop())) if len(ends) == 1 else None,
+        tokens_per_byte=rate,
+        prompt=tokenizer.decode(ids[:prompt]),
     )
 
 
-def _side_of_rows(
-    facts: SideFacts, samples: Sequence[DatasetSample], tokenizer: Any, prefix: str
-) -> None:
-    """What the rows show of a side: BOS, the token that ends a turn, the prompt's form."""
-    rows = [row for sample in samples for row in sample.rows]
-    ids, labels = f"{prefix}input_ids", f"{prefix}labels"
-    if tokenizer.bos_token_id is not None:
-        facts.begins_with_bos = all(row[ids][0] == tokenizer.bos_token_id for row in rows)
-    ends = {supervised(row[labels])[-1] for row in rows if supervised(row[labels])}
-    if len(ends) == 1:
-        facts.turn_end = str(tokenizer.convert_ids_to_tokens(ends.pop()))
-    first = next(i for i, label in enumerate(rows[0][labels]) if label != IGNORE_INDEX)
-    facts.prompt = tokenizer.decode(rows[0][ids][:first])
+def _probe(
+    config: DSKDConfig, teacher: _Model, data: _Data, count: int, card: Card, progress: Progress
+) -> str:
+    """What quantising the teacher changes, in words."""
+    device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
+    rows = probe_rows(data.rows, count)
+    result = probe(config.teacher, rows, teacher.facts.vocabulary, device, progress)
+    return result.words("4 bits" if config.teacher.load_in_4bit else "8 bits")
 
 
-def _remarks(
-    facts: tuple[SideFacts, SideFacts], coverage: Coverage, recommended: str, alignment: str
-) -> list[str]:
+def _remarks(student: _Model, teacher: _Model, data: _Data) -> Iterator[str]:
     """What deserves attention, in words."""
-    said = []
-    for facts_of, name in zip(facts, ("student", "teacher"), strict=True):
-        if facts_of.padding_rows:
-            said.append(
-                f"The {name}'s output head has {facts_of.padding_rows:,} rows more than its "
+    models = {"student": student, "teacher": teacher}
+    outcomes = data.coverage.outcomes
+    seen, differing = sum(outcomes.values()), outcomes.get(DIFFERENT, 0)
+    if differing > MAX_DIFFERING_SHARE * seen:
+        yield (
+            f"Training will stop: {differing} of {seen} sampled rows do not have the same "
+            f"supervised text for student and teacher, more than {MAX_DIFFERING_SHARE:.0%}; "
+            f"{REMEDIES[DIFFERENT]}.\n" + "\n".join(data.differing[:3])
+        )
+    for name, model in models.items():
+        if changes := normalisations(model.vocabulary.tokenizer):
+            yield (
+                f"The {name}'s tokenizer changes text before it splits it ({', '.join(changes)}): "
+                "rows that this changes are dropped."
+            )
+    for name, facts in ((name, model.facts) for name, model in models.items()):
+        if facts.padding_rows:
+            yield (
+                f"The {name}'s output head has {facts.padding_rows:,} rows more than its "
                 "tokenizer has ids; they get no probability."
             )
-        if facts_of.head_rows < facts_of.vocabulary:
-            said.append(
-                f"The {name}'s tokenizer has ids up to {facts_of.vocabulary - 1}, but its output "
-                f"head only {facts_of.head_rows} rows: training will refuse this pair."
+        if facts.head_rows < facts.vocabulary:
+            yield (
+                f"The {name}'s tokenizer has ids up to {facts.vocabulary - 1}, but its output "
+                f"head only {facts.head_rows} rows: training will refuse this pair."
             )
-    if facts[0].begins_with_bos != facts[1].begins_with_bos:
-        one, other = ("student", "teacher") if facts[0].begins_with_bos else ("teacher", "student")
-        said.append(
-            f"The {one}'s rows begin with BOS, the {other}'s do not: no harm, not supervised."
+    if student.facts.begins_with_bos != teacher.facts.begins_with_bos:
+        with_bos, without = models if student.facts.begins_with_bos else reversed(models)
+        yield (
+            f"The {with_bos}'s rows begin with BOS, the {without}'s do not: no harm, not "
+            "supervised."
         )
-    dropped = sum(
-        rows for outcome, rows in coverage.outcomes.items() if outcome not in ("kept", "cut")
-    )
-    if dropped:
-        seen = sum(coverage.outcomes.values())
-        said.append(f"{dropped} of {seen} sampled rows would not be trained on; see the datasets.")
-    if recommended != alignment:
-        said.append(
-            f"The configuration says alignment: {alignment}; auto would take {recommended}."
-        )
-    return said
+    if dropped := seen - outcomes.get(KEPT, 0) - outcomes.get(CUT, 0):
+        yield f"{dropped} of {seen} sampled rows would not be trained on; see the datasets."

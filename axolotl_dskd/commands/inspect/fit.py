@@ -5,9 +5,9 @@ Knows configurations, sampled rows and skeletons; the counting itself is `memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from axolotl.utils.dict import DictDefault
@@ -15,17 +15,17 @@ from axolotl.utils.dict import DictDefault
 from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
 from axolotl_dskd.commands.inspect.report import MemoryReport, Step
+from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.commands.inspect.skeleton import model_bytes, teacher_skeleton
-from axolotl_dskd.config import DSKDConfig, TeacherConfig
+from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.objectives.dual_space.settings import loss_settings
 from axolotl_dskd.teacher.load import resolve_dtype
-from axolotl_dskd.types import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class Run:
+class Setup:
     """What the plan of a configuration is made from."""
 
     cfg: Any
@@ -37,19 +37,14 @@ class Run:
     tokenizers: tuple[Any, Any]
     teacher_hidden_size: int
 
-    def with_cfg(self, **changes: Any) -> Run:
+    def with_cfg(self, **changes: Any) -> Setup:
         """The run with other top-level values."""
         return replace(self, cfg=DictDefault({**self.cfg, **changes}))
 
-    def with_teacher(self, **changes: Any) -> Run:
+    def with_teacher(self, **changes: Any) -> Setup:
         """The run with other values under dskd.teacher."""
         teacher = self.config.teacher.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"teacher": teacher}))
-
-
-def supervised(labels: Sequence[int]) -> list[int]:
-    """The labels that are trained on."""
-    return [label for label in labels if label != IGNORE_INDEX]
 
 
 def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape, str]:
@@ -95,16 +90,16 @@ def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape,
     return shape, f"{count} row(s) of {length} tokens ({why})"
 
 
-def plan_settings(run: Run) -> PlanSettings:
-    """What the plan needs to know of a run, from its configuration and sampled rows."""
-    cfg, config = run.cfg, run.config
-    vocab_sizes = vocabulary_size(run.tokenizers[0]), vocabulary_size(run.tokenizers[1])
+def plan_settings(setup: Setup) -> PlanSettings:
+    """What the plan needs to know, from the configuration and the sampled rows."""
+    cfg, config = setup.cfg, setup.config
+    vocab_sizes = vocabulary_size(setup.tokenizers[0]), vocabulary_size(setup.tokenizers[1])
     low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
-    dtypes = low or cfg.torch_dtype, resolve_dtype(config.teacher.dtype, run.card.device)
+    dtypes = low or cfg.torch_dtype, resolve_dtype(config.teacher.dtype, setup.card.device)
     checkpointing = cfg.gradient_checkpointing
     kwargs = cfg.gradient_checkpointing_kwargs or {}
-    batch, _ = batch_shape(cfg, run.samples)
-    if run.alignment != "cma":
+    batch, _ = batch_shape(cfg, setup.samples)
+    if setup.alignment != "cma":
         batch = replace(batch, teacher_supervised=batch.supervised)
     return PlanSettings(
         batch=batch,
@@ -115,170 +110,148 @@ def plan_settings(run: Run) -> PlanSettings:
         attention=cfg.attn_implementation,
         teacher_attention=config.teacher.attn_implementation,
         autocast=low,
-        alignment=run.alignment,
+        alignment=setup.alignment,
         teacher_cached=bool(getattr(config.teacher, "cache", None)),
         start=config.projector.init,
-        shared_tokens=run.shared,
+        shared_tokens=setup.shared,
         loss=loss_settings(
             config,
-            alignment=run.alignment,
-            memory=run.card.memory,
+            alignment=setup.alignment,
+            memory=setup.card.memory,
             vocab_sizes=vocab_sizes,
             dtype=torch.promote_types(*dtypes),
         ),
         vocab_sizes=vocab_sizes,
-        on_gpu=run.card.gpu,
+        on_gpu=setup.card.gpu,
     )
 
 
-def memory_report(run: Run, student: Any, teacher: Any) -> MemoryReport:
+def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     """The plan against the card, with what to change where it does not fit.
 
     Args:
         student, teacher: skeletons on the meta device.
     """
-    plan = make_plan(student, teacher, plan_settings(run))
-    _, batch = batch_shape(run.cfg, run.samples)
+    card = setup.card
+    plan = make_plan(student, teacher, plan_settings(setup))
     held = sum(plan.held.values())
     notes = list(plan.notes)
-    if (run.config.teacher.device_map or "") not in ("", {"": 0}):
+    if (setup.config.teacher.device_map or "") not in ("", {"": 0}):
         notes.append("dskd.teacher.device_map is not followed: all of the teacher is counted here")
-    if run.card.gpu:
+    if card.gpu:
         notes.append("CUDA context and fragmentation (5% of a step) are allowances, not counts")
-    report = MemoryReport(
-        card=run.card.memory,
-        card_name=run.card.name,
+    fits = plan.total <= card.memory
+    return MemoryReport(
+        card=card.memory,
+        card_name=card.name,
         total=plan.total,
         peak_phase=plan.peak_phase,
         at_peak=plan.at_peak,
         phases={name: held + sum(parts.values()) for name, parts in plan.phases.items()},
-        batch=batch,
-        teacher_weights=_teacher_weights(run),
+        batch=batch_shape(setup.cfg, setup.samples)[1],
+        # Without a GPU, dtype auto is float32.
+        teacher_weights={
+            f"{bits} bits": _teacher_bytes(setup, bits) for bits in (16 if card.gpu else 32, 8, 4)
+        },
         notes=notes,
-    )
-    if not report.fits:
-        report.steps = list(_ladder(run, student, teacher, plan.total))
-    return report
-
-
-#: What to write, what it costs, and the run with it; None where it changes nothing.
-Proposal = tuple[str, str, Run]
-Change = Callable[[Run], Proposal | None]
-
-
-def _checkpointing(run: Run) -> Proposal | None:
-    if run.cfg.gradient_checkpointing:
-        return None
-    return (
-        "gradient_checkpointing: true",
-        "each step takes about a third longer, the result stays",
-        run.with_cfg(gradient_checkpointing=True),
+        steps=[] if fits else list(_ladder(setup, student, teacher, plan.total)),
     )
 
 
-def _teacher_4bit(run: Run) -> Proposal | None:
-    teacher = run.config.teacher
-    if teacher.load_in_4bit or teacher.adapter:
-        return None
-    return (
-        "dskd.teacher.load_in_4bit: true",
-        "the teacher is rounded: `--probe 32` measures by how much",
-        run.with_teacher(load_in_4bit=True, load_in_8bit=False),
-    )
+def _teacher_bytes(setup: Setup, bits: int) -> int:
+    """Of the teacher's weights, were they loaded in so many bits."""
+    load = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "dtype": "auto", "adapter": None}
+    model = teacher_skeleton(setup.with_teacher(**load).config.teacher, setup.card.device)
+    return model_bytes([*model.parameters(), *model.buffers()])
 
 
-def _cached_teacher(run: Run) -> Proposal | None:
-    if "cache" not in TeacherConfig.model_fields or getattr(run.config.teacher, "cache", None):
-        return None
-    tokens = sum(
+class Proposal(NamedTuple):
+    """A change of the configuration: what to write, what it costs, and the setup with it."""
+
+    change: str
+    cost: str
+    setup: Setup
+
+    @property
+    def key(self) -> str:
+        """What is changed."""
+        return self.change.partition(":")[0]
+
+
+def _proposals(setup: Setup) -> Iterator[Proposal]:
+    """Changes that would take less memory, those that change the result least first."""
+    cfg, teacher = setup.cfg, setup.config.teacher
+    if not cfg.gradient_checkpointing:
+        yield Proposal(
+            "gradient_checkpointing: true",
+            "each step takes about a third longer, the result stays",
+            setup.with_cfg(gradient_checkpointing=True),
+        )
+    if not teacher.cache:
+        yield Proposal(
+            "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache write` first",
+            f"about {_cache_bytes(setup) / 1e9:.1f} GB on disk; later steps run no teacher",
+            setup.with_teacher(cache={"path": "./outputs/teacher-cache"}),
+        )
+    size, accumulation = cfg.micro_batch_size or 1, cfg.gradient_accumulation_steps or 1
+    if size > 1:
+        sizes = {
+            "micro_batch_size": size // 2,
+            "gradient_accumulation_steps": -(-size * accumulation // (size // 2)),
+        }
+        yield Proposal(
+            ", ".join(f"{key}: {value}" for key, value in sizes.items()),
+            "slower where the GPU was not full, the result stays",
+            setup.with_cfg(**sizes),
+        )
+    if "adam" in str(cfg.optimizer) and "8bit" not in str(cfg.optimizer):
+        yield Proposal(
+            "optimizer: adamw_bnb_8bit",
+            "the optimizer's states are rounded",
+            setup.with_cfg(optimizer="adamw_bnb_8bit"),
+        )
+    if not (teacher.load_in_4bit or teacher.adapter):
+        yield Proposal(
+            "dskd.teacher.load_in_4bit: true",
+            "the teacher is rounded: `--probe 32` measures by how much",
+            setup.with_teacher(load_in_4bit=True, load_in_8bit=False),
+        )
+    if (half := cfg.sequence_len // 2) >= 256:
+        yield Proposal(
+            f"sequence_len: {half}",
+            "longer rows are dropped or cut (excess_length_strategy)",
+            setup.with_cfg(sequence_len=half),
+        )
+
+
+def _cache_bytes(setup: Setup) -> float:
+    """Of the teacher's states for all rows, in 16 bits."""
+    tokens = (
         len(supervised(row["teacher_labels"])) * sample.total / max(1, sample.sampled)
-        for sample in run.samples
+        for sample in setup.samples
         for row in sample.rows
     )
-    size = 2 * tokens * run.teacher_hidden_size / 1e9
-    return (
-        "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache write` first",
-        f"about {size:.1f} GB on disk; later steps run no teacher",
-        run.with_teacher(cache={"path": "./outputs/teacher-cache"}),
-    )
+    return 2 * sum(tokens) * setup.teacher_hidden_size
 
 
-def _small_optimizer(run: Run) -> Proposal | None:
-    if "8bit" in str(run.cfg.optimizer) or "adam" not in str(run.cfg.optimizer):
-        return None
-    return (
-        "optimizer: adamw_bnb_8bit",
-        "the optimizer's states are rounded",
-        run.with_cfg(optimizer="adamw_bnb_8bit"),
-    )
-
-
-def _smaller_batch(run: Run) -> Proposal | None:
-    size, accumulation = run.cfg.micro_batch_size or 1, run.cfg.gradient_accumulation_steps or 1
-    if size == 1:
-        return None
-    half = size // 2
-    steps = -(-size * accumulation // half)
-    return (
-        f"micro_batch_size: {half}, gradient_accumulation_steps: {steps}",
-        "slower where the GPU was not full, the result stays",
-        run.with_cfg(micro_batch_size=half, gradient_accumulation_steps=steps),
-    )
-
-
-def _shorter_rows(run: Run) -> Proposal | None:
-    half = run.cfg.sequence_len // 2
-    if half < 256:
-        return None
-    return (
-        f"sequence_len: {half}",
-        "longer rows are dropped or cut (excess_length_strategy)",
-        run.with_cfg(sequence_len=half),
-    )
-
-
-#: Those that change the result least first; each is repeated for as long as it saves.
-CHANGES: tuple[Change, ...] = (
-    _checkpointing,
-    _cached_teacher,
-    _smaller_batch,
-    _small_optimizer,
-    _teacher_4bit,
-    _shorter_rows,
-)
-
-
-def _ladder(run: Run, student: Any, teacher: Any, total: int) -> Iterator[Step]:
-    """Changes, each on top of those before it, until it fits or none is left.
+def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[Step]:
+    """Changes, each on top of those before it and for as long as it saves, until it fits.
 
     A change that saves less than 1% of what the run itself holds is left out.
     """
-    for change in CHANGES:
-        while proposal := change(run):
-            words, cost, changed = proposal
-            body = teacher
-            if _quantization(changed.config.teacher) != _quantization(run.config.teacher):
-                body = teacher_skeleton(changed.config.teacher, run.card.device)
-            found = make_plan(student, body, plan_settings(changed)).total
-            if total - found < 0.01 * (total - CUDA_CONTEXT):
-                break
-            yield Step(words, found, total - found, cost)
-            run, teacher, total = changed, body, found
-            if total <= run.card.memory:
-                return
-
-
-def _teacher_weights(run: Run) -> dict[str, int]:
-    """Bytes of the teacher's weights in 16, 8 and 4 bits (32 where there is no GPU)."""
-    found = {}
-    for bits in (16 if run.card.gpu else 32, 8, 4):
-        changed = run.with_teacher(
-            load_in_4bit=bits == 4, load_in_8bit=bits == 8, dtype="auto", adapter=None
-        )
-        model = teacher_skeleton(changed.config.teacher, run.card.device)
-        found[f"{bits} bits"] = model_bytes([*model.parameters(), *model.buffers()])
-    return found
-
-
-def _quantization(teacher: TeacherConfig) -> tuple[bool, bool]:
-    return teacher.load_in_4bit, teacher.load_in_8bit
+    useless: set[str] = set()
+    while total > setup.card.memory:
+        proposal = next((p for p in _proposals(setup) if p.key not in useless), None)
+        if proposal is None:
+            return
+        changed = proposal.setup
+        if proposal.key == "dskd.teacher.load_in_4bit":
+            changed_teacher = teacher_skeleton(changed.config.teacher, setup.card.device)
+        else:
+            changed_teacher = teacher
+        smaller = make_plan(student, changed_teacher, plan_settings(changed)).total
+        if total - smaller < 0.01 * (total - CUDA_CONTEXT):
+            useless.add(proposal.key)
+            continue
+        yield Step(proposal.change, smaller, total - smaller, proposal.cost)
+        setup, teacher, total = changed, changed_teacher, smaller

@@ -7,7 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from axolotl_dskd.commands.inspect.report import Coverage, Example, MemoryReport, Report
+from axolotl_dskd.commands.inspect.report import MemoryReport, Report
+from axolotl_dskd.commands.inspect.rows import Coverage, Example
 from axolotl_dskd.commands.inspect.sample import OUTCOMES
 from axolotl_dskd.commands.inspect.words import (
     SIDE_ROWS,
