@@ -139,6 +139,10 @@ class Objective(ABC, Generic[C]):
         """One sentence for the log: which tokens meet, and why."""
         return f"objective {self.config.name}"
 
+    def advice(self) -> str | None:
+        """What the configuration could better say, in words, or None."""
+        return None
+
     def begin(self, pair: Pair) -> None:
         """Once, before the first step: build the module, look at the heads."""
 

@@ -31,15 +31,11 @@ from axolotl_dskd.commands.inspect.skeleton import (
     trained_tensors,
 )
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data import (
-    load_teacher_tokenizer,
-    resolve_alignment,
-    shared_tokens,
-    vocabulary_size,
-)
 from axolotl_dskd.data.reconcile import CUT, DIFFERENT, KEPT, MAX_DIFFERING_SHARE
-from axolotl_dskd.data.token_bytes import normalisations, token_bytes
+from axolotl_dskd.data.token_bytes import normalisations, shared_tokens, token_bytes
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.models.heads import output_head
+from axolotl_dskd.objectives import Facts, build_objective
 from axolotl_dskd.types import IGNORE_INDEX
 
 Progress = Callable[[str], None]
@@ -78,36 +74,25 @@ def inspect_run(
     progress("models")
     student, teacher = _models(cfg, config, card, vocabularies, data)
     tokenizers = student.vocabulary.tokenizer, teacher.vocabulary.tokenizer
-    shared = len(shared_tokens(*tokenizers)[0])
-    share = data.coverage.share
-    alignment, why = resolve_alignment(config, *tokenizers, share)
-    automatic = config.model_copy(update={"alignment": "auto"})
-    recommended, recommended_why = resolve_alignment(automatic, *tokenizers, share)
+    sizes = vocabulary_size(tokenizers[0]), vocabulary_size(tokenizers[1])
+    facts = Facts(*tokenizers, sizes, data.coverage.share)
+    objective = build_objective(config, facts, memory=card.memory, seed=0)
     progress("memory")
-    setup = Setup(
-        cfg, config, card, data.samples, alignment, shared, tokenizers, teacher.facts.hidden_size
-    )
+    setup = Setup(cfg, config, card, data.samples, facts, teacher.facts.hidden_size)
     memory = memory_report(setup, student.skeleton, teacher.skeleton)
     fidelity = _probe(config, teacher, data, probe_count, card, progress) if probe_count else None
-    remarks = list(_remarks(student, teacher, data))
-    if recommended != alignment:
-        remarks.append(
-            f"The configuration says alignment: {alignment}; auto would take {recommended}."
-        )
     return Report(
         config=path,
         student=student.facts,
         teacher=teacher.facts,
-        shared_tokens=shared,
-        alignment=alignment,
-        alignment_why=why,
-        recommended=recommended,
-        recommended_why=recommended_why,
+        shared_tokens=len(shared_tokens(*tokenizers)[0]),
+        objective=objective.describe(),
+        advice=objective.advice(),
         coverage=data.coverage,
         datasets=data.datasets,
         examples=data.examples,
         memory=memory,
-        remarks=remarks,
+        remarks=list(_remarks(student, teacher, data)),
         probe=fidelity,
     )
 

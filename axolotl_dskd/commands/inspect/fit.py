@@ -19,9 +19,7 @@ from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.commands.inspect.skeleton import model_bytes, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.tokenizers import vocabulary_size
-from axolotl_dskd.objectives.dual_space.settings import loss_settings
-from axolotl_dskd.teacher.load import resolve_dtype
+from axolotl_dskd.objectives import Facts, build_objective
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,7 @@ class Setup:
     config: DSKDConfig
     card: Card
     samples: Sequence[DatasetSample]
-    alignment: str
-    shared: int
-    tokenizers: tuple[Any, Any]
+    facts: Facts
     teacher_hidden_size: int
 
     def with_cfg(self, **changes: Any) -> Setup:
@@ -93,16 +89,11 @@ def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape,
 def plan_settings(setup: Setup) -> PlanSettings:
     """What the plan needs to know, from the configuration and the sampled rows."""
     cfg, config = setup.cfg, setup.config
-    vocab_sizes = vocabulary_size(setup.tokenizers[0]), vocabulary_size(setup.tokenizers[1])
     low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
-    dtypes = low or cfg.torch_dtype, resolve_dtype(config.teacher.dtype, setup.card.device)
     checkpointing = cfg.gradient_checkpointing
     kwargs = cfg.gradient_checkpointing_kwargs or {}
-    batch, _ = batch_shape(cfg, setup.samples)
-    if setup.alignment != "cma":
-        batch = replace(batch, teacher_supervised=batch.supervised)
     return PlanSettings(
-        batch=batch,
+        batch=batch_shape(cfg, setup.samples)[0],
         optimizer=str(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch_fused"),
         accumulate=(cfg.gradient_accumulation_steps or 1) > 1,
         gradient_checkpointing=bool(checkpointing),
@@ -110,18 +101,8 @@ def plan_settings(setup: Setup) -> PlanSettings:
         attention=cfg.attn_implementation,
         teacher_attention=config.teacher.attn_implementation,
         autocast=low,
-        alignment=setup.alignment,
-        teacher_cached=bool(getattr(config.teacher, "cache", None)),
-        start=config.projector.init,
-        shared_tokens=setup.shared,
-        loss=loss_settings(
-            config,
-            alignment=setup.alignment,
-            memory=setup.card.memory,
-            vocab_sizes=vocab_sizes,
-            dtype=torch.promote_types(*dtypes),
-        ),
-        vocab_sizes=vocab_sizes,
+        teacher_cached=config.teacher.cache is not None,
+        objective=build_objective(config, setup.facts, memory=setup.card.memory, seed=0),
         on_gpu=setup.card.gpu,
     )
 
@@ -189,7 +170,8 @@ def _proposals(setup: Setup) -> Iterator[Proposal]:
         )
     if not teacher.cache:
         yield Proposal(
-            "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache write` first",
+            "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache write` "
+            "first",
             f"about {_cache_bytes(setup) / 1e9:.1f} GB on disk; later steps run no teacher",
             setup.with_teacher(cache={"path": "./outputs/teacher-cache"}),
         )

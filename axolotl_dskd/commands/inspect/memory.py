@@ -21,11 +21,9 @@ from axolotl_dskd.commands.inspect.simulate import LiveBytes, attention, backwar
 from axolotl_dskd.commands.inspect.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, head_module, output_head, single
-from axolotl_dskd.objectives.dual_space import align_positions, align_with_attention
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
-from axolotl_dskd.objectives.dual_space.projectors import ROWS_AT_ONCE, Projectors
+from axolotl_dskd.objectives import Objective, Pair
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
-from axolotl_dskd.types import Side, View
+from axolotl_dskd.types import Matches, Side, View
 
 GIB = 1 << 30
 
@@ -66,11 +64,8 @@ class PlanSettings:
         gradient_checkpointing: Axolotl's value; `reentrant` its kind.
         attention, teacher_attention: implementations, None for the library's choice.
         autocast: dtype of mixed precision, or None.
-        alignment: how tokens meet; eta is planned as if every token had an exact partner.
         teacher_cached: its states come from disk, so its layers are never loaded.
-        start: how the projectors start; `shared_tokens`: pairs that a least-squares one reads.
-        loss: the trainer's settings, chunk size included.
-        vocab_sizes: ids that the two tokenizers emit.
+        objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
     """
 
@@ -82,12 +77,8 @@ class PlanSettings:
     attention: str | None
     teacher_attention: str | None
     autocast: torch.dtype | None
-    alignment: str
     teacher_cached: bool
-    start: str
-    shared_tokens: int
-    loss: LossSettings
-    vocab_sizes: tuple[int, int]
+    objective: Objective[Any]
     on_gpu: bool
 
 
@@ -149,57 +140,64 @@ def _teacher_step(teacher: Any, settings: PlanSettings) -> None:
         teacher(input_ids=ids, use_cache=False)
 
 
-def _even_samples(tokens: int, samples: int) -> Tensor:
-    return torch.arange(tokens) * samples // max(tokens, 1)
+def _tokens(count: int, samples: int) -> Side:
+    """Supervised tokens, evenly divided among samples. Real numbers: who belongs to which sample,
+    and to whom of the other side, decides shapes."""
+    nothing = torch.zeros(count, dtype=torch.long)
+    return Side(nothing, nothing, torch.arange(count) * samples // max(count, 1))
 
 
-def _loss(
-    student: Any, teacher: Any, projectors: Projectors, hidden: Tensor, settings: PlanSettings
-) -> Tensor:
+def _matches(N: int, M: int) -> Matches:
+    """As if every token had a partner, as far as the shorter side goes."""
+    both = min(N, M)
+    pairs = torch.arange(both)[:, None].expand(-1, 2)
+    spans = torch.arange(max(N, M))[:, None] + torch.tensor([0, 1])
+    groups = (torch.arange(count) * both // max(count, 1) for count in (N, M))
+    return Matches(spans[:N], spans[:M], pairs, pairs, *groups)
+
+
+def _pair(student: Any, teacher: Any, objective: Objective[Any]) -> Pair:
+    V, U = objective.facts.vocab_sizes
+    heads = output_head(student, V), output_head(teacher, U).frozen()
+    embeddings = (model.get_input_embeddings().weight for model in (student, teacher))
+    return Pair(heads, (*embeddings,), torch.device("meta"))
+
+
+def _loss(student: Any, teacher: Any, hidden: Tensor, settings: PlanSettings) -> Tensor:
     """From the student's states [B, L, d] to the loss, as the trainer computes it."""
-    batch, (V, U) = settings.batch, settings.vocab_sizes
+    batch, objective = settings.batch, settings.objective
     N, M = batch.supervised, batch.teacher_supervised
-    head, teacher_head = output_head(student, V), output_head(teacher, U).frozen()
-    hidden_Nd = hidden.flatten(0, 1)[torch.arange(N)]
-    ours = Side(
-        torch.zeros(N, dtype=torch.long),
-        torch.zeros(N, dtype=torch.long),
-        _even_samples(N, batch.samples),
-    )
-    theirs = Side(
-        torch.zeros(M, dtype=torch.long),
-        torch.zeros(M, dtype=torch.long),
-        _even_samples(M, batch.samples),
-    )
-    states = [teacher_head.weight.new_empty((M, teacher_head.hidden_size)) for _ in range(3)]
-    signal = View(theirs, teacher_head, states[0], (states[1], states[2]))
-    if settings.alignment != "cma":
-        aligned = align_positions(hidden_Nd, ours, signal, projectors)
-    else:
+    ours, theirs = _tokens(N, batch.samples), _tokens(M, batch.samples)
+    heads = _pair(student, teacher, objective).heads
+    objective.follow(1, heads[0])
+    D = heads[1].hidden_size
+    embedded: list[tuple[Tensor, Tensor] | None] = [None, None]
+    if objective.needs.embeddings:
         weight = student.get_input_embeddings().weight.detach()
-        embedded = weight[ours.input_ids], weight[ours.labels]
-        aligned = align_with_attention(hidden_Nd, embedded, ours, signal, projectors)
-    call: dict[str, Any] = {}
-    if settings.loss.student_space_weight:
-        call["t2s_hidden"] = aligned.t2s_hidden
-    if settings.loss.teacher_space_weight:
-        call |= {"s2t_hidden": aligned.s2t_hidden, "teacher_hidden": states[0]}
-        call |= {"teacher_labels": theirs.labels.to("meta"), "teacher_head": teacher_head}
-    out = dual_space_loss(
-        student_hidden=hidden_Nd,
-        student_labels=ours.labels.to("meta"),
-        student_head=head,
-        settings=settings.loss,
-        **call,
+        embedded[0] = weight[ours.input_ids], weight[ours.labels]
+        embedded[1] = (heads[1].weight.new_empty((M, D)), heads[1].weight.new_empty((M, D)))
+    out = objective(
+        View(ours, heads[0], hidden.flatten(0, 1)[torch.arange(N)], embedded[0]),
+        View(theirs, heads[1], heads[1].weight.new_empty((M, D)), embedded[1]),
+        _matches(N, M),
     )
     return out.loss
 
 
-def _simulated(
-    student: Any, teacher: Any, projectors: Projectors, settings: PlanSettings
-) -> dict[str, dict[str, int]]:
+def _started(student: Any, teacher: Any, settings: PlanSettings) -> int:
+    """Begin the objective; the most bytes that this takes, those that it keeps left out."""
+    models: tuple[nn.Module, ...] = (student, teacher)
+    static = [t for m in models for t in (*m.parameters(), *m.buffers())]
+    pair = _pair(student, teacher, settings.objective)
+    with simulation(static, settings.autocast) as memory:
+        _, peak = memory.peak_of(lambda: settings.objective.begin(pair))
+        return peak - memory.live
+
+
+def _simulated(student: Any, teacher: Any, settings: PlanSettings) -> dict[str, dict[str, int]]:
     """What each phase of a micro-step holds on top of weights and optimizer states."""
-    models: tuple[nn.Module, ...] = (student, teacher, projectors)
+    beside = settings.objective.module
+    models: tuple[nn.Module, ...] = (student, teacher, *([] if beside is None else [beside]))
     static = [t for m in models for t in (*m.parameters(), *m.buffers())]
     phases: dict[str, dict[str, int]] = {}
     # The student's attention in backward too: checkpointed layers run again there.
@@ -208,14 +206,14 @@ def _simulated(
     blocks = mock.patch.dict(elementwise._BLOCK, meta=elementwise._BLOCK["cpu"])
     with kind, blocks, simulation(static, settings.autocast) as memory:
         for _ in range(2 if settings.accumulate else 1):
-            phases = _micro_step(student, teacher, projectors, settings, memory)
+            phases = _micro_step(student, teacher, settings, memory)
     for model in models:
         model.zero_grad(set_to_none=True)
     return phases
 
 
 def _micro_step(
-    student: Any, teacher: Any, projectors: Projectors, settings: PlanSettings, memory: LiveBytes
+    student: Any, teacher: Any, settings: PlanSettings, memory: LiveBytes
 ) -> dict[str, dict[str, int]]:
     gradients = memory.live
     with torch.autocast("meta"):
@@ -226,9 +224,7 @@ def _micro_step(
         )
         states = [hidden]
         del hidden
-        loss, loss_peak = memory.peak_of(
-            lambda: _loss(student, teacher, projectors, states.pop(), settings)
-        )
+        loss, loss_peak = memory.peak_of(lambda: _loss(student, teacher, states.pop(), settings))
         after_loss = memory.live
         _, backward_peak = memory.peak_of(partial(backward, loss))
     del loss
@@ -247,30 +243,6 @@ def _micro_step(
     }
 
 
-def _start_bytes(student: Any, teacher: Any, settings: PlanSettings) -> int:
-    """The least-squares start of the projectors: a block of both models' rows, and the float64
-    normal equations with a factorised copy."""
-    ours, theirs = head_module(student).weight, output_head(teacher).weight
-    d, D, shared = output_head(student).hidden_size, theirs.shape[1], settings.shared_tokens
-    if settings.start == "random" or (settings.start == "auto" and shared < max(d, D)):
-        return 0
-    numbers = 2 * min(shared, ROWS_AT_ONCE)  # head and embedding
-    rows = numbers * (d * (8 + ours.element_size()) + D * (8 + theirs.element_size()))
-    with_query = settings.alignment == "cma"
-    products = d * d + D * D + d * D + (d * d + d * D if with_query else 0)
-    return rows + 8 * (products + 2 * max(d, D) ** 2)
-
-
-def make_projectors(student: Any, teacher: Any, alignment: str) -> Projectors:
-    """The run's projectors on the meta device."""
-    return Projectors(
-        output_head(student).hidden_size,
-        output_head(teacher).hidden_size,
-        with_query=alignment == "cma",
-        seed=0,
-    ).to("meta")
-
-
 def make_plan(student: Any, teacher: Any, settings: PlanSettings) -> Plan:
     """The plan for one process with nothing sharded.
 
@@ -278,11 +250,13 @@ def make_plan(student: Any, teacher: Any, settings: PlanSettings) -> Plan:
         student, teacher: skeletons (`skeleton`).
         settings: batch, optimizer and the rest.
     """
-    projectors = make_projectors(student, teacher, settings.alignment)
+    start = _started(student, teacher, settings)
+    beside = settings.objective.module
+    trained_beside = [] if beside is None else list(beside.parameters())
     trained = trained_tensors(student)
     weights = model_bytes(trained)
     states, note = optimizer_bytes(settings.optimizer, trained)
-    mapped = model_bytes(projectors.parameters())
+    mapped = model_bytes(trained_beside)
     head = head_module(teacher)
     embedding = teacher.get_input_embeddings()
     ends = model_bytes([*head.parameters(), *embedding.parameters()])
@@ -300,12 +274,12 @@ def make_plan(student: Any, teacher: Any, settings: PlanSettings) -> Plan:
     }
     notes = [note] if note else []
     _checkpointing(student, settings)
-    phases = _simulated(student, teacher, projectors, settings)
+    phases = _simulated(student, teacher, settings)
     phases["optimizer step"]["optimizer's temporaries"] = step_bytes(
-        settings.optimizer, [*trained, *projectors.parameters()], on_gpu=settings.on_gpu
+        settings.optimizer, [*trained, *trained_beside], on_gpu=settings.on_gpu
     )
     # Before the first step there are no optimizer states yet.
-    start = _start_bytes(student, teacher, settings) - held["optimizer states"] - 2 * mapped
+    start -= held["optimizer states"] + 2 * mapped
     if start > 0:
         phases["start of training"] = {"projectors' start": start}
     if settings.on_gpu:

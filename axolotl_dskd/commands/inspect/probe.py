@@ -18,8 +18,9 @@ from torch import Tensor
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.losses.agreement import agreement
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.teacher import LiveTeacher, load_teacher
-from axolotl_dskd.types import DualBatch, TeacherSignal
+from axolotl_dskd.teacher import TeacherSpec
+from axolotl_dskd.teacher.live import LiveTeacher, load_live
+from axolotl_dskd.types import DualBatch, Needs, View
 
 #: Tokens whose two distributions are compared at once.
 _CHUNK = 128
@@ -106,25 +107,25 @@ def probe(
     check_quantised(config)
     cpu = torch.device("cpu")
 
-    def signals(teacher: LiveTeacher, form: str) -> Iterator[TeacherSignal]:
+    def views(teacher: LiveTeacher, form: str) -> Iterator[View]:
         for number, row in enumerate(rows, 1):
             progress(f"{form} teacher, row {number} of {len(rows)}")
-            yield teacher(_batch(row, device))
+            yield teacher(_batch(row, device), Needs())
 
     progress("loading the teacher unquantised")
     plain = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
-    teacher = LiveTeacher(load_teacher(plain, device), vocab_size, device)
-    states = [signal.hidden.to(cpu) for signal in signals(teacher, "unquantised")]
+    teacher = load_live(TeacherSpec(plain, vocab_size, device))
+    states = [_states(view).to(cpu) for view in views(teacher, "unquantised")]
     # Copies, where there is no other device: the head's tensors are the model's, which has to go.
     head = deepcopy(teacher.head.to(cpu))
     del teacher
     _free()
     progress("loading the teacher as configured")
-    teacher = LiveTeacher(load_teacher(config, device), vocab_size, device)
+    teacher = load_live(TeacherSpec(config, vocab_size, device))
     head = head.to(device)
     per_row = [
-        _sums(signal, teacher.head, plain_states.to(device), head)
-        for signal, plain_states in zip(signals(teacher, "quantised"), states, strict=True)
+        _sums(view, teacher.head, plain_states.to(device), head)
+        for view, plain_states in zip(views(teacher, "quantised"), states, strict=True)
     ]
     del teacher
     _free()
@@ -152,12 +153,10 @@ def _batch(row: dict[str, Any], device: torch.device) -> DualBatch:
 
 
 @torch.no_grad()
-def _sums(
-    signal: TeacherSignal, quantised_head: OutputHead, states: Tensor, head: OutputHead
-) -> Tensor:
+def _sums(view: View, quantised_head: OutputHead, states: Tensor, head: OutputHead) -> Tensor:
     """[5] float64 over a row: tokens, KL, same first choice, both cross-entropies."""
     total = torch.zeros(5, dtype=torch.float64)
-    parts = (t.split(_CHUNK) for t in (states, signal.hidden, signal.tokens.labels))
+    parts = (t.split(_CHUNK) for t in (states, _states(view), view.tokens.labels))
     for plain, quantised, labels in zip(*parts, strict=True):
         log_p = head.logits(plain).float().log_softmax(-1)
         log_q = quantised_head.logits(quantised).float().log_softmax(-1)
@@ -177,3 +176,8 @@ def _free() -> None:
 def probe_rows(rows: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str, Any]]:
     """`count` rows, evenly over the sampled ones."""
     return rows[:: max(1, len(rows) // count)][:count]
+
+
+def _states(view: View) -> Tensor:
+    assert view.hidden is not None
+    return view.hidden

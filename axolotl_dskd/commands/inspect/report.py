@@ -97,10 +97,8 @@ class Report:
     student: SideFacts
     teacher: SideFacts
     shared_tokens: int
-    alignment: str
-    alignment_why: str
-    recommended: str
-    recommended_why: str
+    objective: str
+    advice: str | None
     coverage: Coverage
     datasets: list[Coverage]
     examples: list[Example]

@@ -122,9 +122,9 @@ def print_report(report: Report, console: Console) -> None:
     """Everything that fits a terminal; the page shows more."""
     console.print(_sides(report))
     console.print(Text(shared_words(report) + "."))
-    console.print(Text(f"Alignment: {report.alignment_why}."))
-    if report.recommended != report.alignment:
-        console.print(Text(f"Recommended: {report.recommended}: {report.recommended_why}."))
+    console.print(Text(f"Objective: {report.objective}."))
+    if report.advice:
+        console.print(Text(f"Recommended: {report.advice}."))
     console.print()
     console.print(_coverage(report))
     for part in report.datasets:

@@ -106,7 +106,13 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
 
     def describe(self) -> str:
         """How tokens meet, and why."""
-        return f"Alignment of student and teacher tokens: {self._why}"
+        return f"dual_space with alignment {self.alignment}: {self._why}"
+
+    def advice(self) -> str | None:
+        """What `alignment: auto` would take, where that is another one."""
+        automatic = self.config.model_copy(update={"alignment": "auto"})
+        alignment, why = choose_alignment(automatic, self.facts)
+        return None if alignment == self.alignment else f"alignment: {alignment}, {why}"
 
     def begin(self, pair: Pair) -> None:
         """Build the projectors and solve for their start."""

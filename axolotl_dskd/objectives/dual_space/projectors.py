@@ -179,7 +179,7 @@ def start_from_shared_tokens(projectors: Projectors, shared: Iterable[SharedToke
         projectors.s2t.bias.copy_(-teacher.solve_product(sums["theirs·gap"]).squeeze(1))
     if projectors.query is not None:
         variance = (sums["squares"] - sums["sum"].square() / numbers) / (numbers - 1)
-        std = variance.sqrt().item()
+        std = variance.sqrt().squeeze()
         t2s *= std
         d, D = projectors.s2t.in_features, projectors.s2t.out_features
         block = Gram.of_product(sums["embedded²"]).solve_product(sums["embedded"]).T / std
