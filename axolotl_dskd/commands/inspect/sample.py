@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from axolotl.utils.data import sft
 from axolotl.utils.data.shared import datasets_with_name_generator
@@ -83,23 +83,18 @@ class DatasetSample:
         return self.outcomes[KEPT] + self.outcomes[CUT]
 
 
-@contextmanager
-def _first_choose(count: int, seed: int, sizes: list[int]) -> Iterator[None]:
-    """While open, Axolotl tokenizes `count` rows of each dataset; their sizes go into `sizes`."""
-    original = sft.get_dataset_wrapper
+def _choosing(count: int, seed: int, sizes: list[int]) -> Callable[..., Any]:
+    """Axolotl's own door to tokenizing, for `count` rows of a dataset; its sizes go to `sizes`."""
+    tokenize = sft.get_dataset_wrapper
 
     def choose(*args: Any, dataset: Any, **kwargs: Any) -> Any:
-        sizes.append(len(dataset))
-        if len(dataset) > count:
-            dataset = dataset.select(sorted(random.Random(seed).sample(range(len(dataset)), count)))
-        sizes.append(len(dataset))
-        return original(*args, dataset=dataset, **kwargs)
+        total = len(dataset)
+        if total > count:
+            dataset = dataset.select(sorted(random.Random(seed).sample(range(total), count)))
+        sizes.extend((total, len(dataset)))
+        return tokenize(*args, dataset=dataset, **kwargs)
 
-    sft.get_dataset_wrapper = choose
-    try:
-        yield
-    finally:
-        sft.get_dataset_wrapper = original
+    return choose
 
 
 def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> list[DatasetSample]:
@@ -119,7 +114,8 @@ def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> 
         if dataset_config.name:
             name += f" ({dataset_config.name})"
         sizes: list[int] = []
-        with _first_choose(count, cfg.seed or 0, sizes):
+        choose = _choosing(count, cfg.seed or 0, sizes)
+        with mock.patch.object(sft, "get_dataset_wrapper", choose):
             try:
                 rows, _ = sft._load_and_process_single_dataset(
                     dataset_config=dataset_config,
@@ -151,10 +147,10 @@ def _follow(sample: DatasetSample, rows: Dataset, cfg: Any, reconcile: Any) -> N
         rows = handle_long_seq_in_dataset(rows, cfg.sequence_len, cfg)
     sample.outcomes[STUDENT_LENGTH] = before - len(rows)
     for row in rows:
-        done = reconcile(row)
-        status = done.pop(STATUS)
+        both = reconcile(row)
+        status = both.pop(STATUS)
         sample.outcomes[status] += 1
         if status == DIFFERENT and len(sample.differing) < 3:
-            sample.differing.append(differing_example({**row, **done}, reconcile))
+            sample.differing.append(differing_example({**row, **both}, reconcile))
         if status in (KEPT, CUT):
-            sample.rows.append({"input_ids": list(row["input_ids"]), **done})
+            sample.rows.append({"input_ids": list(row["input_ids"]), **both})
