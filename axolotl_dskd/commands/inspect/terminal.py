@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from rich.console import Console, Group
-from rich.markup import escape
+from functools import partial
+
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from axolotl_dskd.commands.inspect import words
 from axolotl_dskd.commands.inspect.report import MemoryReport, Report
-from axolotl_dskd.commands.inspect.rows import Coverage, Example
+from axolotl_dskd.commands.inspect.rows import Example
 from axolotl_dskd.commands.inspect.sample import OUTCOMES
-from axolotl_dskd.commands.inspect.words import (
-    SIDE_ROWS,
-    gib,
-    shared_words,
-    step_words,
-    verdict,
-    visible,
-)
 
 _BAR = 30
 
@@ -27,8 +21,8 @@ def _sides(report: Report) -> Table:
     table.add_column()
     table.add_column("student", overflow="fold")
     table.add_column("teacher", overflow="fold")
-    for label, text in SIDE_ROWS.items():
-        table.add_row(label, escape(text(report.student)), escape(text(report.teacher)))
+    for label, text in words.SIDE_ROWS.items():
+        table.add_row(label, text(report.student), text(report.teacher))
     return table
 
 
@@ -38,24 +32,10 @@ def _coverage(report: Report) -> Table:
     for name in ("sampled", "kept", "student tokens", "teacher tokens", "exactly aligned"):
         table.add_column(name, justify="right")
     for part in report.parts:
-        table.add_row(
-            escape(part.name),
-            f"{part.sampled:,} of {part.total:,}",
-            f"{part.kept:,}",
-            f"{part.student_tokens:,}",
-            f"{part.teacher_tokens:,}",
-            f"{part.share:.1%}",
-        )
+        counts = part.kept, part.student_tokens, part.teacher_tokens
+        rows = f"{part.sampled:,} of {part.total:,}"
+        table.add_row(part.name, rows, *(f"{n:,}" for n in counts), f"{part.share:.1%}")
     return table
-
-
-def outcome_lines(part: Coverage) -> list[str]:
-    """Rows by what became of them, those that are trained on as they are left out."""
-    return [
-        f"{part.name}: {rows:,} {OUTCOMES[outcome]}"
-        for outcome, rows in part.outcomes.items()
-        if rows and outcome != "kept"
-    ]
 
 
 def _unlike(report: Report, example: Example) -> tuple[bool, float]:
@@ -66,75 +46,72 @@ def _unlike(report: Report, example: Example) -> tuple[bool, float]:
 
 def _example(report: Report, width: int) -> Text:
     """The first groups of a row: an exact pair on one ground, others on another."""
-    text = Text()
     if not report.examples:
-        return text
+        return Text()
     example = min(report.examples, key=lambda e: _unlike(report, e))
-    text.append(f"A row of {example.dataset}, · a space, | between tokens of one text:\n")
+    title = f"A row of {example.dataset}, · a space, | between tokens of one text:\n"
     upper, lower = Text(), Text()
     for group in example.groups:
-        ours, theirs = (visible("|".join(side)) for side in (group.student, group.teacher))
+        ours, theirs = (words.visible("|".join(side)) for side in (group.student, group.teacher))
         size = max(len(ours), len(theirs))
         if len(upper) + size + 1 > width:
             break
         style = "green" if group.exact else "yellow"
         upper.append(ours.ljust(size), style=style).append(" ")
         lower.append(theirs.ljust(size), style=style).append(" ")
-    return text.append(upper).append("\n").append(lower)
+    return Text(title).append(upper).append("\n").append(lower)
 
 
-def _memory(memory: MemoryReport) -> Group:
+def _plan(memory: MemoryReport) -> Table:
     table = Table(title="Memory plan", title_justify="left")
     table.add_column("at the fullest moment", min_width=32)
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column(f"of {gib(memory.card)}", width=_BAR)
-    for name, size in memory.at_peak.items():
-        bar = round(_BAR * min(1.0, size / memory.card))
-        table.add_row(name, gib(size), "█" * bar or ("▏" if size else ""))
-    table.add_section()
-    table.add_row(
-        "total", gib(memory.total), "█" * round(_BAR * min(1.0, memory.total / memory.card))
-    )
-    lines: list[Table | Text] = [table]
-    lines.append(
-        Text(
-            f"Planned for {memory.card_name}. Fullest in: {memory.peak_phase}. "
-            f"Largest batch: {memory.batch}.",
-            style="dim",
-        )
-    )
-    phases = ", ".join(f"{name} {gib(size)}" for name, size in memory.phases.items())
-    lines.append(Text(f"All phases: {phases}.", style="dim"))
-    weights = ", ".join(f"{gib(size)} in {bits}" for bits, size in memory.teacher_weights.items())
-    lines.append(Text(f"The teacher's weights: {weights}.", style="dim"))
-    lines += [Text(f"Note: {note}.", style="dim") for note in memory.notes]
-    lines.append(Text(verdict(memory), style="bold green" if memory.fits else "bold red"))
-    if not memory.fits:
-        lines.append(Text(step_words(memory)))
-        lines += [
-            Text(f"  {step.change}  → {gib(step.total)} (saves {gib(step.saves)}; {step.cost})")
-            for step in memory.steps
-        ]
-    return Group(*lines)
+    table.add_column(f"of {words.gib(memory.card)}", width=_BAR)
+    for name, size in {**memory.at_peak, "total": memory.total}.items():
+        if name == "total":
+            table.add_section()
+        bar = "█" * round(_BAR * min(1.0, size / memory.card))
+        table.add_row(name, words.gib(size), bar or ("▏" if size else ""))
+    return table
 
 
 def print_report(report: Report, console: Console) -> None:
     """Everything that fits a terminal; the page shows more."""
-    console.print(_sides(report))
-    console.print(Text(shared_words(report) + "."))
-    console.print(Text(f"Objective: {report.objective}."))
+    # Texts come from models and data: what looks like markup is none, in tables as well.
+    say = partial(console.print, markup=False, highlight=False)
+    note = partial(say, style="dim")
+    memory, gib = report.memory, words.gib
+    say(_sides(report))
+    say(f"{words.shared_words(report)}.")
+    say(f"Objective: {report.objective}.")
     if report.advice:
-        console.print(Text(f"Recommended: {report.advice}."))
-    console.print()
-    console.print(_coverage(report))
+        say(f"Recommended: {report.advice}.")
+    say()
+    say(_coverage(report))
     for part in report.datasets:
-        for line in outcome_lines(part):
-            console.print(Text(line))
-    console.print()
-    console.print(_example(report, console.width))
-    console.print()
-    console.print(_memory(report.memory))
+        for outcome, rows in part.outcomes.items():
+            if rows and outcome != "kept":
+                say(f"{part.name}: {rows:,} {OUTCOMES[outcome]}")
+    say()
+    say(_example(report, console.width))
+    say()
+    say(_plan(memory))
+    note(
+        f"Planned for {memory.card_name}. Fullest in: {memory.peak_phase}. "
+        f"Largest batch: {memory.batch}."
+    )
+    phases = (f"{name} {gib(size)}" for name, size in memory.phases.items())
+    note(f"All phases: {', '.join(phases)}.")
+    weights = (f"{gib(size)} in {bits}" for bits, size in memory.teacher_weights.items())
+    note(f"The teacher's weights: {', '.join(weights)}.")
+    for remark in memory.notes:
+        note(f"Note: {remark}.")
+    say(words.verdict(memory), style="bold green" if memory.fits else "bold red")
+    if not memory.fits:
+        say(words.step_words(memory))
+    for step in memory.steps:
+        say(f"  {step.change}  → {gib(step.total)} (saves {gib(step.saves)}; {step.cost})")
     for remark in report.remarks:
-        console.print(Text(f"• {remark}"))
+        say(f"• {remark}")
     if report.probe:
-        console.print(Text(f"\n{report.probe}"))
+        say(f"\n{report.probe}")
