@@ -45,7 +45,6 @@ from axolotl_dskd.teacher.cached.open import (
 )
 from axolotl_dskd.teacher.cached.states import CachedStates
 from axolotl_dskd.teacher.cached.tables import read_tables
-from axolotl_dskd.types import Needs
 
 LOG = get_logger(__name__)
 
@@ -156,9 +155,8 @@ def _measure(states: CachedStates, rows: CacheableRows) -> list[Fidelity]:
     """What each storage type loses, on random rows of about two thousand supervised tokens."""
     order = np.random.default_rng(0).permutation(len(rows))
     count = int(np.searchsorted(rows.tokens[order].cumsum(), _PROBE_TOKENS)) + 1
-    view = states.body.get()(rows.batch(order[:count], 0, states.device), Needs())
-    assert view.hidden is not None
-    return storage_fidelity(view.hidden[:_PROBE_TOKENS], states.head)
+    hidden, _ = states.body.get().states(rows.batch(order[:count], 0, states.device))
+    return storage_fidelity(hidden[:_PROBE_TOKENS], states.head)
 
 
 def _print_fidelity(fidelity: list[Fidelity], tokens: int, out: TextIO) -> None:

@@ -19,7 +19,7 @@ from axolotl_dskd.ranks import is_sharded, max_over_ranks
 from axolotl_dskd.teacher.load import load_teacher
 from axolotl_dskd.teacher.protocol import Teacher
 from axolotl_dskd.teacher.spec import TeacherSpec
-from axolotl_dskd.types import DualBatch, Needs, View
+from axolotl_dskd.types import DualBatch, Needs, Side, View
 
 #: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
 MAX_TOKENS_PER_FORWARD = 8192
@@ -61,6 +61,19 @@ class LiveTeacher(Teacher):
     @torch.no_grad()
     def __call__(self, batch: DualBatch, needs: Needs) -> View:
         """The supervised teacher tokens with their final hidden states [M, D]."""
+        hidden, side = self.states(batch)
+        embedded = None
+        if needs.embeddings:
+            inputs, labels = (
+                self._embed(ids.to(self.embedding.device)).to(hidden.device)
+                for ids in (side.input_ids, side.labels)
+            )
+            embedded = inputs, labels
+        return View(side, self.head, hidden, embedded)
+
+    @torch.no_grad()
+    def states(self, batch: DualBatch) -> tuple[Tensor, Side]:
+        """Final hidden states [M, D] of the supervised teacher tokens, and these tokens."""
         home = batch.teacher_input_ids.device
         device = self.embedding.device
         mask, side = batch.teacher_side()
@@ -86,18 +99,12 @@ class LiveTeacher(Teacher):
             states = single(captured, self.model)
             wanted = mask[rows, cut]
             hidden[order[rows, cut][wanted]] = states[wanted.to(states.device)].to(hidden)
-        embedded = None
-        if needs.embeddings:
-            inputs, labels = (
-                self._embed(ids.to(device)).to(home) for ids in (side.input_ids, side.labels)
-            )
-            embedded = inputs, labels
-        return View(side, self.head, hidden, embedded)
+        return hidden, side
 
     def idle(self, batch: DualBatch) -> None:
         """Take part in gathering the layers for the other ranks' forwards."""
         if self.is_sharded:
-            self(batch, Needs())
+            self.states(batch)
 
     def read_less(self, max_tokens: int) -> None:
         """From now on, read at most so many positions in one forward: memory has run out."""

@@ -24,7 +24,6 @@ from axolotl_dskd.teacher.cached.session import CacheSession
 from axolotl_dskd.teacher.cached.states import Body, CachedStates
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
 from axolotl_dskd.teacher.live import LiveTeacher
-from axolotl_dskd.types import Needs
 from tests.support import tiny
 
 pytestmark = pytest.mark.slow
@@ -69,10 +68,10 @@ def assert_right(folder: Path, some: CacheableRows) -> int:
     states = opened(folder)
     missing = set(missing_rows(states, some).tolist())
     batch = some.batch(np.arange(len(some)), 0, CPU)
-    view = states.body.get()(batch, Needs())
+    hidden, tokens = states.body.get().states(batch)
     there = 0
     for row, key in enumerate(some.keys):
-        expected = view.hidden[view.tokens.sample_ids == row]
+        expected = hidden[tokens.sample_ids == row]
         out = np.empty((len(expected), states.codec.bytes_per_token), np.uint8)
         if states.store.read_into(bytes(key), out):
             found = states.codec.decode(torch.from_numpy(out), torch.float32)

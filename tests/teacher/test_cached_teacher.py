@@ -20,6 +20,7 @@ from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, live, open_teacher
 from axolotl_dskd.teacher.cached import open as open_module
+from axolotl_dskd.teacher.cached.fill import CacheableRows, fill, missing_rows
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.teacher.cached.open import open_cache
 from axolotl_dskd.teacher.cached.states import Body, CachedStates
@@ -170,13 +171,13 @@ def test_only_what_is_missing_is_computed(tmp_path: Path, monkeypatch: pytest.Mo
     teacher = cached(tmp_path, "float32", loads)
     teacher(collated(teacher, batch([6, 20])), NEEDS)
     rows_run: list[int] = []
-    run = live.LiveTeacher.__call__
+    run = live.LiveTeacher.states
 
-    def counted(self: LiveTeacher, now: DualBatch, needs: Needs) -> Any:
+    def counted(self: LiveTeacher, now: DualBatch) -> Any:
         rows_run.append(len(now.teacher_labels))
-        return run(self, now, needs)
+        return run(self, now)
 
-    monkeypatch.setattr(live.LiveTeacher, "__call__", counted)
+    monkeypatch.setattr(live.LiveTeacher, "states", counted)
     teacher(collated(teacher, batch([6, 20, 9, 4])), NEEDS)
     teacher(batch([6, 20, 9, 4]), NEEDS)  # found by the process itself, though no worker looked
     assert rows_run == [2]
@@ -190,6 +191,28 @@ def test_states_that_are_not_finite_are_refused_not_cached(tmp_path: Path):
     seen.teacher_input_ids[0, 0] = 5
     with pytest.raises(ValueError, match=r"not finite for the sample.*begin with \[5,"):
         teacher(collated(teacher, seen), NEEDS)
+
+
+def test_where_memory_runs_out_samples_are_computed_in_smaller_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = CacheableRows([teacher_sides([20, 18, 16, 14, 12, 10])])
+    states = cached(tmp_path, "float32", []).states
+    run, most = live.LiveTeacher.states, [40]
+
+    def small(self: LiveTeacher, now: DualBatch) -> Any:
+        if now.teacher_input_ids.numel() > most[0]:
+            raise torch.OutOfMemoryError
+        return run(self, now)
+
+    monkeypatch.setattr(live.LiveTeacher, "states", small)
+    fill(states, rows, missing_rows(states, rows))
+    assert not len(missing_rows(states, rows))
+    assert states.body.get().max_tokens <= 40  # and remembered for the steps of training
+    most[0] = 15
+    other = cached(tmp_path / "other", "float32", []).states
+    with pytest.raises(ValueError, match="out of memory on one sample of 20 teacher tokens"):
+        fill(other, rows, missing_rows(other, rows))
 
 
 # ---- identity --------------------------------------------------------------------------------
@@ -329,13 +352,13 @@ def test_the_body_is_freed_after_the_epoch_that_filled_the_cache(
     pair_folder: Path, train: Train, loads: list[int], monkeypatch: pytest.MonkeyPatch
 ):
     ran: list[int] = []
-    run = live.LiveTeacher.__call__
+    run = live.LiveTeacher.states
 
-    def counted(self: LiveTeacher, now: DualBatch, needs: Needs) -> Any:
+    def counted(self: LiveTeacher, now: DualBatch) -> Any:
         ran.append(len(now.teacher_labels))
-        return run(self, now, needs)
+        return run(self, now)
 
-    monkeypatch.setattr(live.LiveTeacher, "__call__", counted)
+    monkeypatch.setattr(live.LiveTeacher, "states", counted)
     config = tiny.base_config(
         pair_folder,
         num_epochs=3,

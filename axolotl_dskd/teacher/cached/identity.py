@@ -39,7 +39,12 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """Attributes: content, what decides the states; base_model, how the config calls it."""
+    """A teacher as its hidden states see it.
+
+    Attributes:
+        content: what decides the states, by name.
+        base_model: how the configuration calls it.
+    """
 
     content: dict[str, str]
     base_model: str

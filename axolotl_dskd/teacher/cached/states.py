@@ -15,7 +15,7 @@ from axolotl_dskd.cache import Codec, RowStore, sample_key
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
 from axolotl_dskd.teacher.live import LiveTeacher
-from axolotl_dskd.types import DualBatch, Needs
+from axolotl_dskd.types import DualBatch
 
 LOG = get_logger(__name__)
 
@@ -99,15 +99,13 @@ class CachedStates:
         Raises:
             ValueError: the teacher had to be loaded and could not be; its states are not finite.
         """
-        if batch.cached is not None and bool(batch.cached.all()):
-            assert batch.cached_states is not None
-            return batch.cached_states
-        packed = batch.cached_states
-        if packed is None:
-            packed = sample_ids_M.new_zeros(
-                (len(sample_ids_M), self.codec.bytes_per_token), dtype=torch.uint8
-            )
-        found = [False] * len(batch.teacher_labels) if batch.cached is None else batch.cached
+        packed, found = batch.cached_states, batch.cached
+        if packed is None or found is None:  # no data worker has looked
+            shape = len(sample_ids_M), self.codec.bytes_per_token
+            packed = sample_ids_M.new_zeros(shape, dtype=torch.uint8)
+            found = sample_ids_M.new_zeros(len(batch.teacher_labels), dtype=torch.bool)
+        if bool(found.all()):
+            return packed
         sides = _unpadded(batch)
         counts = torch.bincount(sample_ids_M, minlength=len(sides)).tolist()
         todo: list[int] = []
@@ -138,19 +136,18 @@ class CachedStates:
             teacher_labels=batch.teacher_labels[rows],
             teacher_attention_mask=batch.teacher_attention_mask[rows],
         )
-        view = self.body.get()(missing, Needs())
-        assert view.hidden is not None
-        finite = torch.isfinite(view.hidden).all(1)
+        hidden, tokens = self.body.get().states(missing)
+        finite = torch.isfinite(hidden).all(1)
         if not bool(finite.all()):
-            first = int(view.tokens.sample_ids[~finite][0])
+            first = int(tokens.sample_ids[~finite][0])
             ids = _unpadded(missing)[first][0]
             raise ValueError(
                 "the teacher's hidden states are not finite for the sample whose teacher ids "
                 f"begin with {ids[:12].tolist()}. Its weights are damaged, or its dtype is too "
                 "narrow: use dskd.teacher.dtype bfloat16 or float32."
             )
-        packed = self.codec.encode(view.hidden).cpu()
-        counts = torch.bincount(view.tokens.sample_ids, minlength=len(rows)).tolist()
+        packed = self.codec.encode(hidden).cpu()
+        counts = torch.bincount(tokens.sample_ids, minlength=len(rows)).tolist()
         states = list(packed.split(counts))
         for (ids, labels), sample in zip(_unpadded(missing), states, strict=True):
             self.store.add(sample_key(ids, labels), sample.numpy())
