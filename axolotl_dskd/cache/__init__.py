@@ -15,7 +15,7 @@ from axolotl_dskd.cache.files import (
     write_json,
 )
 from axolotl_dskd.cache.keys import dataset_keys, sample_key, supervised_positions
-from axolotl_dskd.cache.store import RowReader, RowStore
+from axolotl_dskd.cache.store import RowReader, RowStore, ShardIndex
 from axolotl_dskd.cache.upkeep import Plan, plan_prune, prune, shard_paths, verify_shard
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Plan",
     "RowReader",
     "RowStore",
+    "ShardIndex",
     "dataset_keys",
     "folder_status",
     "hash_file",

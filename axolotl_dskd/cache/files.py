@@ -108,7 +108,13 @@ def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> st
 
 @dataclass(frozen=True)
 class FolderStatus:
-    """Attributes: bytes in the folder and below; free on its disk; abandoned temporary files."""
+    """What a folder takes.
+
+    Attributes:
+        used: bytes in it and below.
+        free: bytes left on its disk.
+        abandoned: temporary files that no living process writes.
+    """
 
     used: int
     free: int

@@ -32,8 +32,8 @@ SHARD_BYTES = 256 << 20
 SHARD_SECONDS = 120.0
 
 
-class RowReader:
-    """Looks samples up in a folder. Picklable, so that data workers can have one each.
+class ShardIndex:
+    """Which samples a folder holds, and where. Does not read their states.
 
     Args:
         folder: where shards are; it need not exist yet.
@@ -45,24 +45,16 @@ class RowReader:
         self, folder: Path, bytes_per_token: int | None = None, *, quiet: bool = False
     ) -> None:
         self.folder = folder
-        self.bytes_per_token = bytes_per_token
         self.quiet = quiet
         self.damage: dict[Path, str] = {}
+        self._width = bytes_per_token
         self._shards: dict[str, Shard] = {}
         self._order: list[Shard] = []
         # Sorted by the first half of the key, newest first where that is the same.
         self._first = self._second = np.zeros(0, np.uint64)
         self._place = np.zeros((0, 2), np.int64)
         self._changed = -1
-        self._files: OrderedDict[Path, int] = OrderedDict()
         self.rescan()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
 
     def rescan(self, *, list_anyway: bool = False) -> bool:
         """Take in what was added to or removed from the folder; whether anything was.
@@ -87,7 +79,7 @@ class RowReader:
             path = self.folder / name
             if (known := self._shards.get(name)) is None:
                 try:
-                    known = open_shard(path, self.bytes_per_token)
+                    known = open_shard(path, self._width)
                 except Damaged as error:
                     self._report(error)
                     # Stands for the file, so that it is not opened again at every look.
@@ -109,6 +101,14 @@ class RowReader:
         self._place = np.concatenate(places)[order] if places else np.zeros((0, 2), np.int64)
         return True
 
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """[n] bool: which of the keys [n, 16] no shard holds."""
+        wanted = _halves(keys)
+        if not len(self._first):
+            return np.ones(len(wanted), bool)
+        at = np.minimum(np.searchsorted(self._first, wanted[:, 0]), len(self._first) - 1)
+        return (self._first[at] != wanted[:, 0]) | (self._second[at] != wanted[:, 1])
+
     def _places(self, key: bytes) -> list[tuple[Shard, int]]:
         first, second = _halves(np.frombuffer(key, np.uint8)[None])[0]
         places = []
@@ -119,6 +119,40 @@ class RowReader:
                 number, row = self._place[at]
                 places.append((self._order[number], int(row)))
         return places
+
+    def _report(self, error: Damaged) -> None:
+        if error.path not in self.damage and not self.quiet:
+            LOG.warning(
+                f"Teacher cache: {error}. What it lacks is computed again. "
+                "`axolotl-dskd cache verify CONFIG` looks for more."
+            )
+        self.damage.setdefault(error.path, str(error))
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The readable ones, newest first."""
+        return [shard for shard in self._order if shard.bytes_per_token]
+
+
+class RowReader(ShardIndex):
+    """Looks samples up in a folder. Picklable, so that data workers can have one each.
+
+    Args:
+        folder, quiet: see `ShardIndex`.
+        bytes_per_token: of their packed states.
+    """
+
+    def __init__(self, folder: Path, bytes_per_token: int, *, quiet: bool = False) -> None:
+        self.bytes_per_token = bytes_per_token
+        self._files: OrderedDict[Path, int] = OrderedDict()
+        super().__init__(folder, bytes_per_token, quiet=quiet)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
 
     def read_into(self, key: bytes, out: np.ndarray) -> bool:
         """Fill `out` [tokens, bytes_per_token] uint8 with a sample's states, if they are there."""
@@ -148,7 +182,6 @@ class RowReader:
         """
         sides = [(i.numpy(), y.numpy()) for i, y in zip(ids, labels, strict=True)]
         counts = [len(supervised_positions(y)) for _, y in sides]
-        assert self.bytes_per_token is not None
         packed = np.zeros((sum(counts), self.bytes_per_token), np.uint8)
         found, at = [], 0
         for (i, y), count in zip(sides, counts, strict=True):
@@ -158,14 +191,6 @@ class RowReader:
             at += count
         return torch.from_numpy(packed), torch.tensor(found, dtype=torch.bool)
 
-    def missing(self, keys: np.ndarray) -> np.ndarray:
-        """[n] bool: which of the keys [n, 16] no shard holds. Does not read their states."""
-        wanted = _halves(keys)
-        if not len(self._first):
-            return np.ones(len(wanted), bool)
-        at = np.minimum(np.searchsorted(self._first, wanted[:, 0]), len(self._first) - 1)
-        return (self._first[at] != wanted[:, 0]) | (self._second[at] != wanted[:, 1])
-
     def _descriptor(self, path: Path) -> int:
         descriptor = self._files.pop(path, None)
         if descriptor is None:
@@ -174,19 +199,6 @@ class RowReader:
         if len(self._files) > _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
         return descriptor
-
-    def _report(self, error: Damaged) -> None:
-        if error.path not in self.damage and not self.quiet:
-            LOG.warning(
-                f"Teacher cache: {error}. What it lacks is computed again. "
-                "`axolotl-dskd cache verify CONFIG` looks for more."
-            )
-        self.damage.setdefault(error.path, str(error))
-
-    @property
-    def shards(self) -> list[Shard]:
-        """The readable ones, newest first."""
-        return [shard for shard in self._order if shard.bytes_per_token]
 
 
 class RowStore(RowReader):

@@ -21,7 +21,7 @@ from axolotl_dskd.cache import (
     TEMPORARY,
     Damaged,
     Plan,
-    RowReader,
+    ShardIndex,
     folder_status,
     plan_prune,
     prune,
@@ -241,9 +241,9 @@ def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
         table.add_row(*_line(path), "this configuration" if path == folder.path else "")
     _console(out).print(table)
     rows = _rows(cfg)
-    reader = RowReader(folder.path)
-    width = reader.shards[0].bytes_per_token if reader.shards else 0
-    missing = np.flatnonzero(reader.missing(rows.keys))
+    index = ShardIndex(folder.path)
+    width = index.shards[0].bytes_per_token if index.shards else 0
+    missing = np.flatnonzero(index.missing(rows.keys))
     print(f"This configuration: {describe(rows, missing, width)}", file=out)
     if (note := _note(folder.path / FIDELITY)) is not None:
         fidelity = [Fidelity(**note[storage]) for storage in STORAGES]
@@ -269,13 +269,13 @@ def _note(path: Path) -> dict[str, Any] | None:
 def _line(folder: Path) -> list[str]:
     note = _note(folder / IDENTITY) or {}
     content = note.get("content", {})
-    reader = RowReader(folder)
+    shards = ShardIndex(folder).shards
     return [
         str(note.get("base_model", "?")),
         " ".join(filter(None, (content.get("dtype", "?"), content.get("quantisation")))),
         folder.name.rpartition("-")[2],
-        f"{sum(len(shard.keys) for shard in reader.shards):,}",
-        f"{sum(int(shard.ends[-1]) for shard in reader.shards):,}",
+        f"{sum(len(shard.keys) for shard in shards):,}",
+        f"{sum(int(shard.ends[-1]) for shard in shards):,}",
         quantity(folder_status(folder).used, "bytes"),
     ]
 

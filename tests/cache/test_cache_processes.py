@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from axolotl_dskd.cache import RowReader, shard_paths, verify_shard
+from axolotl_dskd.cache import ShardIndex, shard_paths, verify_shard
 from tests.support import tiny
 from tests.support.ranks import Result, kill_during, launch, run
 
@@ -158,7 +158,7 @@ def complete(cache: Path) -> bool:
     """Whether every sample is there and whole, and head and embedding."""
     [folder] = cache.glob("*/")
     assert not any(verify_shard(path) for path in shard_paths(folder))
-    reader = RowReader(folder)
+    reader = ShardIndex(folder)
     keys = {bytes(key) for shard in reader.shards for key in shard.keys}
     return len(keys) == ROWS and (folder / "head.safetensors").exists()
 
