@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,14 +19,20 @@ def _data_sets_saved_in_this_process() -> None:
     process.save_datasets_in_this_process()
 
 
-@pytest.fixture(autouse=True)
-def _environment_as_it_was() -> Iterator[None]:
+@contextlib.contextmanager
+def environment_as_it_was() -> Iterator[None]:
     """Axolotl says by environment variables what accelerate should do, such as FSDP."""
     before = dict(os.environ)
     yield
     for name in set(os.environ) - set(before):
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was() -> Iterator[None]:
+    with environment_as_it_was():
+        yield
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def same_vocabulary_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def validated() -> Callable[[dict[str, Any]], Any]:
     """Axolotl's own loading and validation of a config."""
     process.prepare_to_train_here()
@@ -56,7 +63,7 @@ def validated() -> Callable[[dict[str, Any]], Any]:
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(validated: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
     """`axolotl train` without its process start: returns (model, trainer)."""
 
@@ -65,9 +72,10 @@ def train(validated: Callable[[dict[str, Any]], Any]) -> Callable[..., Any]:
         from axolotl.common.datasets import load_datasets
         from axolotl.train import train as axolotl_train
 
-        cfg = validated(config)
-        meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
-        model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=meta)
+        with environment_as_it_was():  # also where a fixture of a module trains
+            cfg = validated(config)
+            meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
+            model, _, trainer = axolotl_train(cfg=cfg, dataset_meta=meta)
         return model, trainer
 
     return run

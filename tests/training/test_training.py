@@ -65,23 +65,30 @@ def test_training_lowers_the_distillation_terms(
         assert last[name] < 0.9 * first[name], name
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["cma", "positions"])
+def ten_steps(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, train: Train
+) -> tuple[Path, Any]:
+    """The pair, and the trainer of ten steps of eight padded rows each."""
+    folder = tmp_path_factory.mktemp("ten-steps")
+    tiny.save_pair(folder, request.param)
+    return folder, train(tiny.base_config(folder, max_steps=10, micro_batch_size=8))[1]
+
+
 @pytest.mark.parametrize(
-    ("base", "other"),
+    "other",
     [
-        ({"micro_batch_size": 8}, {"micro_batch_size": 1, "gradient_accumulation_steps": 8}),
-        ({"micro_batch_size": 8}, {"micro_batch_size": 8, "pad_to_sequence_len": True}),
-        ({"micro_batch_size": 8}, {"gradient_checkpointing": True, "micro_batch_size": 8}),
+        {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"micro_batch_size": 8, "pad_to_sequence_len": True},
+        {"gradient_checkpointing": True, "micro_batch_size": 8},
     ],
     ids=["accumulated", "padded further", "checkpointed"],
 )
-@pytest.mark.parametrize("same_vocabulary", [False, True], ids=["cma", "positions"])
 def test_how_a_batch_is_cut_does_not_change_ten_steps(
-    tmp_path: Path, train: Train, base: dict, other: dict, same_vocabulary: bool
+    ten_steps: tuple[Path, Any], train: Train, other: dict
 ):
-    tiny.save_pair(tmp_path, same_vocabulary)
-    one, two = (
-        train(tiny.base_config(tmp_path, max_steps=10, **variant))[1] for variant in (base, other)
-    )
+    folder, one = ten_steps
+    two = train(tiny.base_config(folder, max_steps=10, **other))[1]
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
     for (name, a), b in zip(
         one.model.state_dict().items(), two.model.state_dict().values(), strict=True
@@ -109,17 +116,25 @@ def test_packed_rows_give_the_loss_of_padded_rows(pair_folder: Path, train: Trai
         assert first[name] == pytest.approx(second[name], rel=1e-5), name
 
 
-def test_kd_ratio_zero_is_axolotls_own_fine_tuning(pair_folder: Path, train: Train):
-    plain = train(tiny.base_config(pair_folder, dskd=None, plugins=None))[1]
-    none = train(tiny.base_config(pair_folder, dskd=dskd(pair_folder, kd_ratio=0.0)))[1]
-    assert losses(none) == pytest.approx(losses(plain), rel=1e-6)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, train: Train) -> tuple[Path, list[float]]:
+    """The pair, and the losses of Axolotl's own fine-tuning of the student."""
+    folder = tmp_path_factory.mktemp("plain")
+    tiny.save_pair(folder)
+    return folder, losses(train(tiny.base_config(folder, dskd=None, plugins=None))[1])
 
 
-def test_the_cross_entropy_is_axolotls_own(pair_folder: Path, train: Train):
+def test_kd_ratio_zero_is_axolotls_own_fine_tuning(plain: tuple[Path, list[float]], train: Train):
+    folder, expected = plain
+    none = train(tiny.base_config(folder, dskd=dskd(folder, kd_ratio=0.0)))[1]
+    assert losses(none) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_cross_entropy_is_axolotls_own(plain: tuple[Path, list[float]], train: Train):
     """With a vanishing kd_ratio, distillation's own path gives plain SFT's losses."""
-    plain = train(tiny.base_config(pair_folder, dskd=None, plugins=None))[1]
-    tiny_ratio = train(tiny.base_config(pair_folder, dskd=dskd(pair_folder, kd_ratio=1e-9)))[1]
-    assert losses(tiny_ratio) == pytest.approx(losses(plain), rel=1e-4)
+    folder, expected = plain
+    tiny_ratio = train(tiny.base_config(folder, dskd=dskd(folder, kd_ratio=1e-9)))[1]
+    assert losses(tiny_ratio) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("space", ["student_space", "teacher_space"])

@@ -90,9 +90,9 @@ def train_counting_loads(config: dict[str, Any]) -> dict[str, Any]:
         loads.append(1)
         return original(*args)
 
-    def run(original: Any, teacher: Any, batch: Any, needs: Any) -> Any:
+    def run(original: Any, teacher: Any, batch: Any) -> Any:
         ran.append(len(batch.teacher_labels))
-        return original(teacher, batch, needs)
+        return original(teacher, batch)
 
     def begin(original: Any, cache_session: Any) -> None:
         kept.append(cache_session.states)
@@ -100,7 +100,7 @@ def train_counting_loads(config: dict[str, Any]) -> dict[str, Any]:
 
     with (
         wrapped(live, "load_teacher", load),
-        wrapped(LiveTeacher, "__call__", run),
+        wrapped(LiveTeacher, "states", run),
         wrapped(session.CacheSession, "begin", begin),
     ):
         outcome = train(config)
