@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_dskd.objectives.dual_space import align_positions, align_with_attention, sample_std
+from axolotl_dskd.objectives.base import equal_ids
+from axolotl_dskd.objectives.dual_space.align import (
+    exchange_by_attention,
+    exchange_pairs,
+    sample_std,
+)
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.types import Side, View
 
@@ -20,8 +25,8 @@ def sample(seed: int, n: int, m: int) -> dict[str, torch.Tensor]:
 
     return {
         "student": randn(n, d),
-        "embedded_x": randn(n, d),
-        "embedded_y": randn(n, d),
+        "student_x": randn(n, d),
+        "student_y": randn(n, d),
         "teacher": randn(m, D),
         "teacher_x": randn(m, D),
         "teacher_y": randn(m, D),
@@ -37,19 +42,14 @@ def aligned(samples: list[dict[str, torch.Tensor]]):
         nothing = torch.zeros(len(sample_ids), dtype=torch.long)
         return Side(nothing, nothing, sample_ids)
 
-    signal = View(
-        side("teacher"),
-        hidden=column("teacher"),
-        embedded=(column("teacher_x"), column("teacher_y")),
-    )
-    out = align_with_attention(
-        column("student"),
-        (column("embedded_x"), column("embedded_y")),
-        side("student"),
-        signal,
-        Projectors(d, D, with_query=True, seed=0),
-    )
-    return out.t2s_hidden, out.s2t_hidden
+    def view(name: str) -> View:
+        embedded = column(f"{name}_x"), column(f"{name}_y")
+        return View(side(name), hidden=column(name), embedded=embedded)
+
+    projectors = Projectors(d, D, with_query=True, seed=0)
+    out = exchange_by_attention(view("student"), view("teacher"), projectors)
+    assert out.student_rows is out.teacher_rows is None  # every token has a state
+    return out.t2s, out.s2t
 
 
 def test_a_sample_aligns_alike_alone_and_among_others():
@@ -63,7 +63,7 @@ def test_a_sample_aligns_alike_alone_and_among_others():
 def test_attention_is_the_plain_formula():
     s = sample(3, 4, 6)
     projectors = Projectors(d, D, with_query=True, seed=0)
-    query = projectors.query(torch.cat([s["embedded_x"], s["embedded_y"]], 1))
+    query = projectors.query(torch.cat([s["student_x"], s["student_y"]], 1))
     key = torch.cat([s["teacher_x"], s["teacher_y"]], 1)
     scores = query @ (key / key.std()).T / (2 * D) ** 0.5
     value = projectors.t2s(
@@ -81,27 +81,45 @@ def test_sample_std_is_torchs_per_sample():
     torch.testing.assert_close(sample_std(x, ids), expected)
 
 
-def test_positions_refuse_sides_that_supervise_other_tokens():
-    s = sample(5, 3, 3)
-    ids = torch.zeros(3, dtype=torch.long)
-    student, teacher = Side(ids, ids, ids), Side(ids, ids + 1, ids)
-    signal = View(teacher, hidden=s["teacher"], embedded=(s["teacher_x"], s["teacher_y"]))
-    projectors = Projectors(d, D, with_query=False, seed=0)
-    with pytest.raises(ValueError, match=r"same supervised tokens.*alignment: cma"):
-        align_positions(s["student"], student, signal, projectors)
+def side_of(labels: list[int], sample: int = 0) -> Side:
+    ids = torch.tensor(labels)
+    return Side(ids, ids, torch.full_like(ids, sample))
 
 
-def test_a_sample_that_only_one_side_supervises_is_an_invariant_violation():
-    s = sample(6, 2, 2)
-    ids = torch.zeros(2, dtype=torch.long)
-    signal = View(
-        Side(ids, ids, ids), hidden=s["teacher"], embedded=(s["teacher_x"], s["teacher_y"])
+def views(student: Side, teacher: Side) -> tuple[View, View]:
+    s = sample(5, len(student), len(teacher))
+    return tuple(
+        View(side, hidden=s[name], embedded=(s[f"{name}_x"], s[f"{name}_y"]))
+        for name, side in (("student", student), ("teacher", teacher))
     )
-    with pytest.raises(AssertionError, match="one side only"):
-        align_with_attention(
-            s["student"],
-            (s["embedded_x"], s["embedded_y"]),
-            Side(ids, ids, ids + 1),
-            signal,
-            Projectors(d, D, with_query=True, seed=0),
-        )
+
+
+def test_over_one_vocabulary_only_tokens_of_one_id_meet():
+    """The end tokens of two templates stand at one place, but are different tokens."""
+    student, teacher = views(side_of([4, 5, 2]), side_of([4, 5, 3]))
+    pairs = torch.arange(3)[:, None].expand(-1, 2)
+    met = equal_ids(pairs, student.tokens, teacher.tokens)
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    out = exchange_pairs(student, teacher, met, projectors)
+    assert out.student_rows.tolist() == out.teacher_rows.tolist() == [0, 1]
+    torch.testing.assert_close(out.t2s, projectors.t2s(teacher.hidden[:2]))
+    torch.testing.assert_close(out.s2t, projectors.s2t(student.hidden[:2]))
+
+
+def test_paired_states_are_those_of_the_pair_whatever_their_places():
+    student, teacher = views(side_of([4, 5, 2]), side_of([7, 4, 5, 2]))
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    projectors = Projectors(d, D, with_query=False, seed=0)
+    out = exchange_pairs(student, teacher, pairs, projectors)
+    assert out.student_rows.tolist() == [0, 2]
+    assert out.teacher_rows.tolist() == [1, 3]
+    torch.testing.assert_close(out.t2s, projectors.t2s(teacher.hidden[[1, 3]]))
+    torch.testing.assert_close(out.s2t, projectors.s2t(student.hidden[[0, 2]]))
+
+
+@pytest.mark.parametrize("samples", [(0, 1), (1, 0)])
+def test_a_sample_that_only_one_side_supervises_is_an_invariant_violation(samples: tuple[int, int]):
+    student, teacher = views(*(side_of([1, 2], sample) for sample in samples))
+    projectors = Projectors(d, D, with_query=True, seed=0)
+    with pytest.raises(AssertionError, match="one side is not supervised"):
+        exchange_by_attention(student, teacher, projectors)

@@ -6,21 +6,22 @@ import copy
 
 import pytest
 import torch
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, dual_space_loss
 from tokenizers import AddedToken
 
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes, translation
-from axolotl_dskd.losses import make_divergence
-from axolotl_dskd.objectives.dual_space import (
-    align_exact_pairs,
-    align_with_attention,
-    greedy_tokens,
-    teacher_targets,
+from axolotl_dskd.losses import Budget, Stream
+from axolotl_dskd.objectives.dual_space.align import (
+    Exchanged,
+    exchange_by_attention,
+    exchange_pairs,
 )
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
+from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
+from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import IGNORE_INDEX, Side, View
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Side, View
 from tests.support import naive, tiny
+from tests.support.dual_space import settings
 
 d, D, V, U = 6, 10, 17, 23
 PAIRS = [(0, 0), (1, 2), (3, 3), (5, 4), (6, 7)]
@@ -45,11 +46,10 @@ class Case:
             if self.table[self.teacher_labels[j]] != -100:
                 self.labels[i] = self.table[self.teacher_labels[j]]
         nothing = torch.zeros(max(N, M), dtype=torch.long)
-        self.student = Side(nothing[:N], self.labels, nothing[:N])
-        self.teacher = Side(nothing[:M], self.teacher_labels, nothing[:M])
-        self.signal = View(
-            self.teacher, hidden=self.teacher_hidden, embedded=(self.randn(M, D), self.randn(M, D))
-        )
+        student = Side(nothing[:N], self.labels, nothing[:N])
+        teacher = Side(nothing[:M], self.teacher_labels, nothing[:M])
+        self.student = View(student, OutputHead(self.student_head), self.student_hidden)
+        self.teacher = View(teacher, OutputHead(self.teacher_head), self.teacher_hidden)
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator)
@@ -64,28 +64,31 @@ class Case:
             tensor.grad = None
         return out
 
-    def loss(self, settings: LossSettings):
-        pairs, chunk = torch.tensor(PAIRS), settings.chunk_tokens
-        aligned = align_exact_pairs(self.student_hidden, pairs, self.signal, self.projectors)
-        assert aligned.teacher_rows is not None
-        head = OutputHead(self.teacher_head)
-        greedy = greedy_tokens(head, self.teacher_hidden[aligned.teacher_rows], chunk)
-        targets = teacher_targets(
-            greedy, pairs, self.student, self.teacher, torch.tensor(self.table)
+    def loss(self, settings: tuple[Terms, Budget], pairs: list[tuple[int, int]]) -> LossOutput:
+        index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+        exchanged = exchange_pairs(self.student, self.teacher, index, self.projectors)
+        (terms, budget), student, teacher = settings, self.student, self.teacher
+        greedy = greedy_tokens(teacher.head, self.teacher_hidden[index[:, 1]], budget.tokens)
+        table = torch.tensor(self.table)
+        targets = teacher_targets(greedy, index, student.tokens, teacher.tokens, table)
+        out = student_space(
+            Stream(self.student_hidden, student.head, trains_head=True),
+            student.tokens,
+            exchanged.t2s,
+            exchanged.student_rows,
+            targets,
+            terms,
+            budget,
         )
-        return dual_space_loss(
-            student_hidden=self.student_hidden,
-            student_labels=self.labels,
-            student_head=OutputHead(self.student_head),
-            settings=settings,
-            t2s_hidden=aligned.t2s_hidden,
-            s2t_hidden=aligned.s2t_hidden,
-            teacher_hidden=self.teacher_hidden[aligned.teacher_rows],
-            teacher_labels=self.teacher_labels[aligned.teacher_rows],
-            teacher_head=head,
-            projector_labels=targets,
-            student_space_mask=targets != IGNORE_INDEX,
+        loss, values = teacher_space(
+            Stream(self.teacher_hidden, teacher.head),
+            teacher.tokens,
+            exchanged.s2t,
+            exchanged.teacher_rows,
+            terms,
+            budget,
         )
+        return LossOutput(out.loss + loss, out.tokens, out.terms | values)
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -93,14 +96,7 @@ class Case:
 @pytest.mark.parametrize("chunk", [3, 256])
 def test_terms_and_gradients_equal_the_slow_form(mask: bool, name: str, chunk: int) -> None:
     case = Case(seed=1)
-    settings = LossSettings(
-        make_divergence(name),
-        temperature=1.5,
-        kd_ratio=0.3,
-        mask_wrong_projections=mask,
-        chunk_tokens=chunk,
-    )
-    out = case.loss(settings)
+    out = case.loss(settings(name, chunk, temperature=1.5, kd_ratio=0.3, mask_wrong=mask), PAIRS)
     out.loss.backward()
     found = case.gradients()
     terms = naive.exact_token_alignment(
@@ -128,21 +124,7 @@ def test_terms_and_gradients_equal_the_slow_form(mask: bool, name: str, chunk: i
 
 def test_no_pair_leaves_the_cross_entropy_alone() -> None:
     case = Case(seed=2)
-    none = torch.zeros(0, 2, dtype=torch.long)
-    aligned = align_exact_pairs(case.student_hidden, none, case.signal, case.projectors)
-    out = dual_space_loss(
-        student_hidden=case.student_hidden,
-        student_labels=case.labels,
-        student_head=OutputHead(case.student_head),
-        settings=LossSettings(make_divergence("forward_kl"), kd_ratio=0.5),
-        t2s_hidden=aligned.t2s_hidden,
-        s2t_hidden=aligned.s2t_hidden,
-        teacher_hidden=case.teacher_hidden[aligned.teacher_rows],
-        teacher_labels=case.teacher_labels[aligned.teacher_rows],
-        teacher_head=OutputHead(case.teacher_head),
-        projector_labels=torch.full((N,), IGNORE_INDEX),
-        student_space_mask=aligned.student_mask,
-    )
+    out = case.loss(settings("forward_kl", kd_ratio=0.5), [])
     out.loss.backward()
     ce = torch.nn.functional.cross_entropy(
         case.student_hidden @ case.student_head.T, case.labels, reduction="sum"
@@ -234,22 +216,23 @@ TEACHER_SPANS = torch.tensor([[1, 4], [4, 5], [1, 2], [2, 3], [3, 4]])
 SAMPLES = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 1, 1, 1])
 
 
-def attention(states: dict[str, torch.Tensor], causal: bool):
+def attention(states: dict[str, torch.Tensor], causal: bool) -> Exchanged:
     nothing = torch.zeros(5, dtype=torch.long)
-    signal = View(
-        Side(nothing, nothing, SAMPLES[1]),
-        hidden=states["teacher"],
-        embedded=(states["x_t"], states["y_t"]),
+    student, teacher = (
+        View(
+            Side(nothing, nothing, ids),
+            hidden=states[name],
+            embedded=(states[f"x_{name[0]}"], states[f"y_{name[0]}"]),
+        )
+        for name, ids in zip(("student", "teacher"), SAMPLES, strict=True)
     )
-    ones = torch.ones(5, 1)
-    return align_with_attention(
-        states["student"],
-        (states["x_s"], states["y_s"]),
-        Side(nothing, nothing, SAMPLES[0]),
-        signal,
+    spans = Matches(SPANS, TEACHER_SPANS, *(nothing[:0],) * 4)
+    return exchange_by_attention(
+        student,
+        teacher,
         Projectors(d, D, with_query=True, seed=0),
-        (ones, ones, ones),
-        (SPANS, TEACHER_SPANS) if causal else None,
+        causal=spans if causal else None,
+        std=lambda states, _: torch.ones(len(states), 1),
     )
 
 
@@ -266,15 +249,15 @@ def test_causal_attention_sees_no_byte_that_is_not_read_yet() -> None:
         changed = {k: v.clone() for k, v in base.items()}
         for k in ("teacher", "x_t", "y_t"):
             changed[k][j] = other[k][j]
-        moved = (attention(changed, causal=True).t2s_hidden - before.t2s_hidden).abs().sum(1) > 1e-6
-        assert before.student_mask is not None
-        for i in before.student_mask.nonzero().flatten().tolist():
+        moved = (attention(changed, causal=True).t2s - before.t2s).abs().sum(1) > 1e-6
+        assert before.student_rows is not None
+        for row, i in enumerate(before.student_rows.tolist()):
             same = SAMPLES[0][i] == SAMPLES[1][j]
-            assert moved[i] == bool(same and end <= SPANS[i, 1]), (i, j)
+            assert moved[row] == bool(same and end <= SPANS[i, 1]), (i, j)
     for i, (start, _) in enumerate(SPANS.tolist()):
         changed = {k: v.clone() for k, v in base.items()}
         changed["student"][i] = other["student"][i]
-        moved = (attention(changed, causal=True).s2t_hidden - before.s2t_hidden).abs().sum(1) > 1e-6
+        moved = (attention(changed, causal=True).s2t - before.s2t).abs().sum(1) > 1e-6
         assert before.teacher_rows is not None
         for row, j in enumerate(before.teacher_rows.tolist()):
             same = SAMPLES[0][i] == SAMPLES[1][j]
@@ -284,9 +267,10 @@ def test_causal_attention_sees_no_byte_that_is_not_read_yet() -> None:
 def test_a_token_that_may_see_nothing_is_left_out_and_gives_no_nan() -> None:
     out = attention(states(0), causal=True)
     # The first student token ends before the first teacher token does.
-    assert out.student_mask.tolist() == [False, True, True, True, True]
+    assert out.student_rows.tolist() == [1, 2, 3, 4]
     assert out.teacher_rows.tolist() == [0, 1, 2, 3, 4]
-    assert all(torch.isfinite(t).all() for t in (out.t2s_hidden, out.s2t_hidden))
+    assert [len(out.t2s), len(out.s2t)] == [4, 5]
+    assert all(torch.isfinite(t).all() for t in (out.t2s, out.s2t))
 
 
 def test_causal_attention_without_a_future_is_plain_attention() -> None:
@@ -294,5 +278,6 @@ def test_causal_attention_without_a_future_is_plain_attention() -> None:
     plain = attention(base, causal=False)
     causal = attention(base, causal=True)
     # The last token of each sample ends with the sample: nothing is hidden from it.
-    last = [2, 4]
-    torch.testing.assert_close(causal.t2s_hidden[last], plain.t2s_hidden[last])
+    for token in (2, 4):
+        row = causal.student_rows.tolist().index(token)
+        torch.testing.assert_close(causal.t2s[row], plain.t2s[token])

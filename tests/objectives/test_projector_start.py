@@ -13,23 +13,31 @@ import torch.nn.functional as F
 
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.models.heads import captured_head_input, output_head, single
-from axolotl_dskd.objectives.dual_space import align_exact_pairs
+from axolotl_dskd.objectives.dual_space.align import Exchanged, exchange_pairs
+from axolotl_dskd.objectives.dual_space.follow import HeadFollower
 from axolotl_dskd.objectives.dual_space.projectors import Projectors, start_from_shared_tokens
-from axolotl_dskd.objectives.dual_space.start import (
-    HeadFollower,
-    SharedIds,
-    StartReport,
-    shared_rows,
-    start_projectors,
-)
+from axolotl_dskd.objectives.dual_space.report import StartReport
+from axolotl_dskd.objectives.dual_space.start import SharedIds, shared_rows, start_projectors
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Side, View
+from axolotl_dskd.types import View
+from tests.support.dual_space import side
 
 d, D, k = 8, 12, 60
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def exchanged(
+    student: torch.Tensor, teacher: torch.Tensor, pairs: torch.Tensor, projectors: Projectors
+) -> Exchanged:
+    """States met as pairs."""
+    views = (
+        View(side(torch.zeros(len(states), dtype=torch.long)), hidden=states)
+        for states in (student, teacher)
+    )
+    return exchange_pairs(*views, pairs, projectors)
 
 
 def parts():
@@ -115,9 +123,7 @@ def test_a_lora_on_the_head_and_its_scale_are_followed():
 def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
     student, ids = OutputHead(randn(70, d, seed=0)), SharedIds(torch.arange(70), torch.arange(70))
     teacher = OutputHead(student.weight @ randn(d, D, seed=1))
-    nothing = torch.zeros(40, dtype=torch.long)
     hidden, teacher_hidden = randn(40, d, seed=2), randn(40, D, seed=3)
-    signal = View(Side(nothing, nothing, nothing), hidden=teacher_hidden, embedded=(hidden, hidden))
     pairs = torch.arange(40)[:, None].expand(-1, 2)
     for exact in (True, False):
         projectors = Projectors(d, D, with_query=False, seed=0)
@@ -125,8 +131,8 @@ def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
             rows = shared_rows(ids, (student, teacher), (student.weight, teacher.weight))
             start_from_shared_tokens(projectors, rows)
         report = StartReport(ids)
-        aligned = align_exact_pairs(hidden, pairs, signal, projectors)
-        report.add(pairs, aligned, (hidden, teacher_hidden), (student, teacher))
+        met = exchanged(hidden, teacher_hidden, pairs, projectors)
+        report.add(pairs, met, (hidden, teacher_hidden), (student, teacher))
         agreement, divergence = report.means()["t2s"]
         assert (agreement == 1.0) == exact
         assert (divergence < 1e-6) == exact
@@ -138,20 +144,16 @@ def test_the_report_measures_each_pair_by_its_own_states():
     heads = OutputHead(randn(70, d, seed=0)), OutputHead(randn(90, D, seed=1))
     ids = SharedIds(torch.arange(k), torch.arange(k) + 20)
     hidden, teacher_hidden = randn(30, d, seed=2), randn(40, D, seed=3)
-    nothing = torch.zeros(40, dtype=torch.long)
-    signal = View(
-        Side(nothing, nothing, nothing), hidden=teacher_hidden, embedded=(randn(1), randn(1))
-    )
     theirs = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
     pairs = torch.stack([torch.arange(30), theirs], dim=1)
     projectors = Projectors(d, D, with_query=False, seed=0)
-    aligned = align_exact_pairs(hidden, pairs, signal, projectors)
+    met = exchanged(hidden, teacher_hidden, pairs, projectors)
     report = StartReport(ids)
-    report.add(pairs, aligned, (hidden, teacher_hidden), heads)
+    report.add(pairs, met, (hidden, teacher_hidden), heads)
 
-    def log_p(side: int, states: torch.Tensor) -> torch.Tensor:
-        index = (ids.student, ids.teacher)[side]
-        return (states @ heads[side].weight[index].T).log_softmax(-1)
+    def log_p(which: int, states: torch.Tensor) -> torch.Tensor:
+        index = (ids.student, ids.teacher)[which]
+        return (states @ heads[which].weight[index].T).log_softmax(-1)
 
     student, teacher = log_p(0, hidden), log_p(1, teacher_hidden[theirs])
     with torch.no_grad():
@@ -225,15 +227,12 @@ def test_on_the_demo_the_least_squares_start_keeps_ten_times_the_choices_of_a_ra
             pairs = torch.tensor(list(zip(*exact_pairs(*spans), strict=True)))
             pairs = pairs[(pairs > 0).all(1)] - 1  # the states that predict the tokens
             states = []
-            for model, side in zip(models, tokens, strict=True):
+            for model, row in zip(models, tokens, strict=True):
                 with torch.no_grad(), captured_head_input(model) as captured:
-                    model(input_ids=torch.tensor([side]), use_cache=False)
+                    model(input_ids=torch.tensor([row]), use_cache=False)
                 states.append(single(captured, model)[0])
-            nothing = torch.zeros(len(tokens[1]), dtype=torch.long)
-            side = Side(nothing, nothing, nothing)
-            signal = View(side, hidden=states[1], embedded=(states[1], states[1]))
-            aligned = align_exact_pairs(states[0], pairs, signal, projectors)
-            report.add(pairs, aligned, tuple(states), tuple(heads))
+            met = exchanged(*states, pairs, projectors)
+            report.add(pairs, met, tuple(states), tuple(heads))
     means = {init: report.means() for init, report in reports.items()}
     assert reports["lstsq"].pairs > 100
     for way in ("t2s", "s2t"):

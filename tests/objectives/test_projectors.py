@@ -1,4 +1,4 @@
-"""Projectors and their optimizer: schedule, clipping, saving, resuming."""
+"""Projectors, and the sidecar that trains them: schedule, clipping, saving, resuming."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from pathlib import Path
 import pytest
 import torch
 
+from axolotl_dskd.objectives.base import Beside
 from axolotl_dskd.objectives.dual_space.projectors import (
     Projectors,
     SharedTokens,
-    least_squares,
     start_from_shared_tokens,
 )
-from axolotl_dskd.training.sidecar import ProjectorOptimizer
+from axolotl_dskd.training.sidecar import Sidecar
+from tests.support.dual_space import least_squares
 
 
-def optimizer(**overrides) -> ProjectorOptimizer:
-    settings = {"learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.0} | overrides
-    return ProjectorOptimizer(Projectors(4, 6, with_query=True, seed=3), **settings)
+def optimizer(D: int = 6, *, max_grad_norm: float = 1.0, weight_decay: float = 0.1) -> Sidecar:
+    projectors = Projectors(4, D, with_query=True, seed=3)
+    beside = Beside(learning_rate=0.01, weight_decay=weight_decay)
+    return Sidecar("dual_space", projectors, beside, max_grad_norm=max_grad_norm)
 
 
-def step(which: ProjectorOptimizer, seed: int, factor: float = 1.0, scale: float = 1.0) -> None:
+def step(which: Sidecar, seed: int, factor: float = 1.0, scale: float = 1.0) -> None:
     torch.manual_seed(seed)
-    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.projectors.children())
+    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.module.children())
     (loss * scale).backward()
     which.step(factor, scale)
 
 
-def saved(which: ProjectorOptimizer, folder: Path) -> Path:
+def saved(which: Sidecar, folder: Path) -> Path:
     """A checkpoint, as far as projectors are concerned."""
     folder.mkdir(exist_ok=True)
     which.save(folder)
@@ -39,8 +41,8 @@ def saved(which: ProjectorOptimizer, folder: Path) -> Path:
     return folder
 
 
-def weights(which: ProjectorOptimizer) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(which.projectors.state_dict())
+def weights(which: Sidecar) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(which.module.state_dict())
 
 
 def test_the_start_depends_on_the_seed_alone():
@@ -62,7 +64,8 @@ def test_saved_and_loaded_goes_on_exactly(tmp_path):
     for which in (straight, resumed):
         step(which, 9)
     torch.testing.assert_close(weights(straight), weights(resumed), rtol=0, atol=0)
-    assert {p.suffix for p in (tmp_path / "dskd").iterdir()} == {".safetensors"}
+    files = {p.name for p in (tmp_path / "dskd").iterdir()}
+    assert files == {"module.safetensors", "optimizer.safetensors", "objective.json"}
 
 
 def test_a_checkpoint_without_projectors_is_refused(tmp_path):
@@ -72,7 +75,14 @@ def test_a_checkpoint_without_projectors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "missing", ["dskd/projectors.safetensors", "dskd/projector_optimizer.safetensors", "dskd", ""]
+    "missing",
+    [
+        "dskd/module.safetensors",
+        "dskd/optimizer.safetensors",
+        "dskd/objective.json",
+        "dskd",
+        "",
+    ],
 )
 def test_half_a_checkpoint_is_refused_with_what_to_do(tmp_path, missing: str):
     for number in (5, 40, 300):
@@ -90,14 +100,14 @@ def test_half_a_checkpoint_is_refused_with_what_to_do(tmp_path, missing: str):
         optimizer().load(alone)
 
 
-@pytest.mark.parametrize("name", ["projectors.safetensors", "projector_optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["module.safetensors", "optimizer.safetensors", "objective.json"])
 def test_a_damaged_file_is_named(tmp_path, name: str):
     saved(optimizer(), tmp_path / "checkpoint-4")
     damaged = saved(optimizer(), tmp_path / "checkpoint-8")
     path = damaged / "dskd" / name
     path.write_bytes(path.read_bytes()[:-9])
     before = weights(which := optimizer())
-    with pytest.raises(ValueError, match=r"8/dskd are damaged.*Delete it.*checkpoint-4,"):
+    with pytest.raises(ValueError, match=r"8/dskd is damaged.*Delete it.*checkpoint-4,"):
         which.load(damaged)
     torch.testing.assert_close(weights(which), before, rtol=0, atol=0)
 
@@ -105,7 +115,7 @@ def test_a_damaged_file_is_named(tmp_path, name: str):
 def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     """Also where an older one of the same name is overwritten."""
     checkpoint = saved(optimizer(), tmp_path)
-    intact = (checkpoint / "dskd" / "projectors.safetensors").read_bytes()
+    intact = (checkpoint / "dskd" / "module.safetensors").read_bytes()
 
     def interrupted(_tensors, path):
         path.write_bytes(b"half")
@@ -116,19 +126,30 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     step(which, 0)
     with pytest.raises(OSError, match="disk full"):
         which.save(checkpoint)
-    assert (checkpoint / "dskd" / "projectors.safetensors").read_bytes() == intact
+    assert (checkpoint / "dskd" / "module.safetensors").read_bytes() == intact
 
 
 def test_projectors_of_another_pair_are_refused(tmp_path):
     saved(optimizer(), tmp_path)
-    other = ProjectorOptimizer(
-        Projectors(4, 8, with_query=True, seed=3),
-        learning_rate=0.01,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-    )
-    with pytest.raises(ValueError, match="do not fit this run"):
+    with pytest.raises(ValueError, match="does not fit this run"):
+        optimizer(D=8).load(tmp_path)
+
+
+def test_the_module_of_another_objective_is_refused(tmp_path):
+    saved(optimizer(), tmp_path)
+    alike = Projectors(4, 6, with_query=True, seed=3)
+    other = Sidecar("another", alike, Beside(learning_rate=0.01), max_grad_norm=1.0)
+    with pytest.raises(ValueError, match=r"found dual_space .* need another"):
         other.load(tmp_path)
+
+
+def test_without_a_module_a_checkpoint_tells_which_objective_wrote_it(tmp_path):
+    nothing = Sidecar("uld", None, None, max_grad_norm=1.0)
+    nothing.step(1.0)
+    saved(nothing, tmp_path)
+    nothing.load(tmp_path)
+    with pytest.raises(ValueError, match=r"found uld .* need dual_space"):
+        optimizer().load(tmp_path)
 
 
 def test_the_schedule_factor_scales_the_step():
@@ -140,14 +161,14 @@ def test_the_schedule_factor_scales_the_step():
         torch.testing.assert_close(2 * (value - start[name]), weights(whole)[name] - start[name])
 
 
-def scaled_step(which: ProjectorOptimizer, scaler: torch.amp.GradScaler, factor: float) -> None:
+def scaled_step(which: Sidecar, scaler: torch.amp.GradScaler, factor: float) -> None:
     """As the training loop: backward, the projectors, the student, the scaler's update."""
     student = torch.nn.Parameter(torch.ones(3))
     adamw = torch.optim.AdamW([student], lr=0.1)
     torch.manual_seed(0)
-    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.projectors.children())
+    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.module.children())
     scaler.scale(loss + student.sum()).backward()
-    which.projectors.t2s.weight.grad *= factor
+    which.module.t2s.weight.grad *= factor
     which.step(1.0, scaler=scaler)
     scaler.step(adamw)
     scaler.update()
@@ -186,7 +207,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(scale: float):
 
 def test_gradients_that_are_not_finite_stop_the_run():
     which = optimizer()
-    which.projectors.t2s.weight.grad = torch.full((4, 6), float("nan"))
+    which.module.t2s.weight.grad = torch.full((4, 6), float("nan"))
     with pytest.raises(
         ValueError, match=r"\(t2s.weight\) are not finite at step 1 .*learning_rate"
     ):

@@ -9,35 +9,47 @@ import pytest
 import torch
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.losses import Distribution
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, auto_chunk_tokens
-from axolotl_dskd.objectives.dual_space.settings import loss_settings
+from axolotl_dskd.losses import Budget, Distribution, Stream
+from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.objectives.dual_space import DualSpace
+from axolotl_dskd.output_head import OutputHead
+from tests.support import tiny
 
-ARGUMENTS: dict[str, Any] = {
-    "alignment": "cma",
-    "memory": 24 << 30,
-    "vocab_sizes": (32_000, 152_000),
-    "dtype": torch.bfloat16,
-}
+MEMORY = 24 << 30
 
 
-def resolved(block: dict[str, Any] | None = None, **changes: Any) -> LossSettings:
-    config = DSKDConfig.model_validate({"teacher": {"base_model": "x"}, **(block or {})})
-    return loss_settings(config, **(ARGUMENTS | changes))
+def resolved(block: dict[str, Any] | None = None, **objective: Any) -> DualSpace:
+    """Dual space as a run builds it, with keys of the block and of the objective."""
+    keys = {"alignment": "cma", **objective}
+    whole = {"teacher": {"base_model": "x"}, "objective": {"name": "dual_space", **keys}}
+    config = DSKDConfig.model_validate(whole | (block or {}))
+    tokenizers = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()
+    facts = Facts(*tokenizers, (len(tokenizers[0]), len(tokenizers[1])))
+    built = build_objective(config, facts, memory=MEMORY, seed=11)
+    assert isinstance(built, DualSpace)
+    return built
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [
-        ("temperature", 1.5),
-        ("kd_ratio", 0.25),
-        ("student_space_weight", 0.75),
-        ("teacher_space_weight", 0.0),
-        ("chunk_tokens", 48),
-    ],
+    [("temperature", 1.5), ("student_space_weight", 0.75), ("teacher_space_weight", 0.0)],
 )
-def test_a_number_is_taken_as_it_is(key: str, value: float):
-    assert getattr(resolved({key: value}), key) == value
+def test_a_number_of_the_objective_is_taken_as_it_is(key: str, value: float):
+    assert getattr(resolved(**{key: value}).weights, key) == value
+
+
+def test_a_number_of_the_run_is_taken_as_it_is():
+    built = resolved({"kd_ratio": 0.25, "chunk_tokens": 48})
+    assert built.weights.kd_ratio == built.setting.kd_ratio == 0.25
+    assert built.setting.budget == Budget(48, MEMORY)
+    assert built.setting.seed == 11
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("learning_rate", 0.02), ("weight_decay", 0.3), ("warmup_steps", 7)]
+)
+def test_a_number_of_the_projectors_is_taken_as_it_is(key: str, value: float):
+    assert getattr(resolved(projector={key: value}).beside, key) == value
 
 
 @pytest.mark.parametrize(
@@ -51,20 +63,38 @@ def test_a_number_is_taken_as_it_is(key: str, value: float):
 def test_a_divergence_is_the_named_one_with_its_parameter(divergence: str, key: str):
     generator = torch.Generator().manual_seed(0)
     p, q = (Distribution.of(torch.randn(4, 30, generator=generator)) for _ in range(2))
-    settings = [resolved({"divergence": divergence, key: x}) for x in (0.2, 0.4)]
-    values = [s.divergence(p, q)[0] for s in (*settings, resolved())]
+    built = [resolved(**{"divergence": divergence, key: x}) for x in (0.2, 0.4)]
+    values = [b.weights.divergence(p, q)[0] for b in (*built, resolved())]
     assert not any(torch.allclose(a, b) for a, b in itertools.pairwise(values))
 
 
 def test_automatic_values_are_resolved():
-    assert resolved().mask_wrong_projections
-    assert not resolved(alignment="eta").mask_wrong_projections
-    assert resolved({"agreement_mask": True}, alignment="eta").mask_wrong_projections
-    assert not resolved({"agreement_mask": False}).mask_wrong_projections
-    chunks = [resolved(dtype=dtype).chunk_tokens for dtype in (torch.bfloat16, torch.float32)]
-    assert chunks[0] == auto_chunk_tokens(24 << 30, (32_000, 152_000), torch.bfloat16)
-    assert chunks[0] == 2 * chunks[1]
+    assert resolved().weights.mask_wrong
+    assert not resolved(alignment="eta").weights.mask_wrong
+    assert resolved(alignment="eta", agreement_mask=True).weights.mask_wrong
+    assert not resolved(agreement_mask=False).weights.mask_wrong
+    assert resolved().needs.embeddings
+    assert not resolved(alignment="eta").needs.embeddings
+
+
+def test_automatic_chunks_go_by_the_logits_that_both_sides_have():
+    budget = resolved().setting.budget
+    assert budget == Budget(None, MEMORY)
+
+    def size(dtype: torch.dtype) -> int:
+        streams = (
+            Stream(
+                torch.empty((5, 1), device="meta", dtype=dtype),
+                OutputHead(torch.empty((vocabulary, 1), device="meta")),
+            )
+            for vocabulary in (32_000, 152_000)
+        )
+        return budget.size(*streams)
+
+    assert size(torch.bfloat16) == 2 * size(torch.float32)
 
 
 def test_without_a_teacher_the_loss_is_the_cross_entropy():
-    assert resolved(with_teacher=False).kd_ratio == 0
+    config = DSKDConfig.model_validate({"teacher": {"base_model": "x"}, "kd_ratio": 0})
+    assert not config.uses_teacher
+    assert resolved({"kd_ratio": 0}).weights.kd_ratio == 0

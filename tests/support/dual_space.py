@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.losses import Budget, Stream, make_divergence
+from axolotl_dskd.objectives.dual_space.projectors import ROWS_AT_ONCE, Gram
 from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import LossOutput, Side
@@ -16,6 +17,15 @@ from axolotl_dskd.types import LossOutput, Side
 def settings(name: str, chunk_tokens: int = 256, **changes: Any) -> tuple[Terms, Budget]:
     """Weights with a named divergence, and chunks of so many tokens."""
     return Terms(make_divergence(name), **changes), Budget(chunk_tokens)
+
+
+def least_squares(x: Tensor, y: Tensor) -> Tensor:
+    """The W that minimises ‖x W − y‖², by normal equations in float64: [k, a], [k, b] -> [a, b].
+
+    The same as `pinv(x) @ y`, several times faster.
+    """
+    blocks = zip(x.split(ROWS_AT_ONCE), y.split(ROWS_AT_ONCE), strict=True)
+    return Gram(x.split(ROWS_AT_ONCE)).solve(blocks).to(torch.float32)
 
 
 def side(labels: Tensor, sample_ids: Tensor | None = None) -> Side:

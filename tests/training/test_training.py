@@ -94,7 +94,7 @@ def test_how_a_batch_is_cut_does_not_change_ten_steps(
         one.model.state_dict().items(), two.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=name)
-    for a, b in zip(one.projectors.parameters(), two.projectors.parameters(), strict=True):
+    for a, b in zip(*(r.objective.module.parameters() for r in (one, two)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
@@ -203,7 +203,7 @@ def test_resumed_goes_on_as_uninterrupted(pair_folder: Path, train: Train):
     )[1]
     # The log of the first half came with the checkpoint.
     assert losses(resumed) == pytest.approx(losses(straight), rel=1e-6)
-    for a, b in zip(straight.projectors.parameters(), resumed.projectors.parameters(), strict=True):
+    for a, b in zip(*(r.objective.module.parameters() for r in (straight, resumed)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
