@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from axolotl_dskd.losses.elementwise import wide
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.types import Matches, View
 
@@ -63,13 +64,13 @@ def sample_std(states: Tensor, sample_ids: Tensor) -> Tensor:
         states: [M, k], k > 1.
         sample_ids: [M] int64.
     """
-    wide = states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
+    x = states.to(wide(states.dtype))
     samples = int(sample_ids.max()) + 1 if len(sample_ids) else 0
     k = states.shape[1]
-    count = torch.bincount(sample_ids, minlength=samples).to(wide) * k
-    mean = wide.new_zeros(samples).index_add_(0, sample_ids, wide.sum(1)) / count.clamp_min(1)
-    squares = (wide - mean[sample_ids].unsqueeze(1)).square().sum(1)
-    variance = wide.new_zeros(samples).index_add_(0, sample_ids, squares)
+    count = torch.bincount(sample_ids, minlength=samples).to(x) * k
+    mean = x.new_zeros(samples).index_add_(0, sample_ids, x.sum(1)) / count.clamp_min(1)
+    squares = (x - mean[sample_ids].unsqueeze(1)).square().sum(1)
+    variance = x.new_zeros(samples).index_add_(0, sample_ids, squares)
     std = (variance / (count - 1).clamp_min(1)).sqrt()
     return std[sample_ids].unsqueeze(1)
 
@@ -123,13 +124,11 @@ def exchange_by_attention(
         _block(query[n], key[m], value_t[m], value_s[n], _visible(causal, n, m))
         for n, m in _samples(student, teacher)
     ]
-    t2s = torch.cat([value_t[:0], *(b.t2s for b in blocks)])
-    s2t = torch.cat([value_s[:0], *(b.s2t for b in blocks)])
+    t2s, s2t = torch.cat([b.t2s for b in blocks]), torch.cat([b.s2t for b in blocks])
     if causal is None:
         return Exchanged(t2s, None, s2t, None)
-    seeing = torch.cat([torch.ones_like(ids[:0], dtype=torch.bool), *(b.seeing for b in blocks)])
-    seen = torch.cat([torch.ones_like(ids[:0], dtype=torch.bool), *(b.seen for b in blocks)])
-    rows, teacher_rows = (mask.nonzero().squeeze(1) for mask in (seeing, seen))
+    rows = torch.cat([b.seeing for b in blocks]).nonzero().squeeze(1)
+    teacher_rows = torch.cat([b.seen for b in blocks]).nonzero().squeeze(1)
     return Exchanged(t2s[rows], rows, s2t[teacher_rows], teacher_rows)
 
 
@@ -162,7 +161,8 @@ def _block(
         query: [n, 2D]. key: [m, 2D]. value_t: [m, d]. value_s: [n, D].
         visible: [n, m] bool, what the student's tokens and what the teacher's may see; None: all.
     """
-    scores = (query @ key.T).float() / math.sqrt(key.shape[1])
+    scores = query @ key.T
+    scores = scores.to(wide(scores.dtype)) / math.sqrt(key.shape[1])
     to_teacher = to_student = scores
     everything = torch.ones_like(scores, dtype=torch.bool)
     readable, read = visible or (everything, everything)
@@ -190,7 +190,8 @@ def _visible(causal: Matches | None, n: slice, m: slice) -> tuple[Tensor, Tensor
 
 
 def _samples(student: View, teacher: View) -> Iterator[tuple[slice, slice]]:
-    """The rows of both sides of each sample."""
+    """The rows of both sides of each sample, and none at the end: so a batch without tokens has a
+    graph through all projectors, too."""
     counts = [torch.bincount(view.tokens.sample_ids).tolist() for view in (student, teacher)]
     # Preparation drops rows that one side does not supervise.
     assert [k > 0 for k in counts[0]] == [k > 0 for k in counts[1]], "one side is not supervised"
@@ -199,6 +200,7 @@ def _samples(student: View, teacher: View) -> Iterator[tuple[slice, slice]]:
         if ours:
             yield slice(n, n + ours), slice(m, m + theirs)
         n, m = n + ours, m + theirs
+    yield slice(n, n), slice(m, m)
 
 
 def _states(view: View) -> Tensor:
