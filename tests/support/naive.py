@@ -141,3 +141,82 @@ def exact_token_alignment(
         q = (student_head @ student_hidden[i] / temperature).softmax(-1)
         terms["student_space"] = terms["student_space"] + divergence(name, p, q)
     return terms
+
+
+def cross_model_attention(
+    student_hidden: Tensor,
+    student_embedded: tuple[Tensor, Tensor],
+    teacher_hidden: Tensor,
+    teacher_embedded: tuple[Tensor, Tensor],
+    t2s: torch.nn.Module,
+    s2t: torch.nn.Module,
+    query: torch.nn.Module,
+    *,
+    spans: list[tuple[int, int]] | None = None,
+    teacher_spans: list[tuple[int, int]] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sample: projected states [n, d] and [m, D], and which tokens see anything, [n] and [m].
+
+    With spans a student token sees teacher tokens that end by its end, a teacher token student
+    tokens that begin by its begin.
+    """
+    (x, y), (n, m) = teacher_embedded, (len(student_hidden), len(teacher_hidden))
+    key = torch.cat([x, y], -1)
+    scores = query(torch.cat(student_embedded, -1)) @ (key / key.std()).T / key.shape[1] ** 0.5
+    value_t = t2s(teacher_hidden / teacher_hidden.std() + y / y.std())
+    readable, read = torch.ones(n, m, dtype=torch.bool), torch.ones(n, m, dtype=torch.bool)
+    if spans is not None and teacher_spans is not None:
+        for i in range(n):
+            for j in range(m):
+                readable[i, j] = teacher_spans[j][1] <= spans[i][1]
+                read[i, j] = spans[i][0] <= teacher_spans[j][0]
+    seeing, seen = readable.any(1), read.any(0)
+    # Rows that see nothing are left to see everything, and are not counted by the caller.
+    to_teacher = scores.masked_fill(~(readable | ~seeing[:, None]), -torch.inf)
+    to_student = scores.masked_fill(~(read | ~seen), -torch.inf)
+    return (
+        to_teacher.softmax(1) @ value_t,
+        to_student.softmax(0).T @ s2t(student_hidden),
+        seeing,
+        seen,
+    )
+
+
+def token_kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_labels: Tensor,
+    teacher_labels: Tensor,
+    pairs: Tensor,
+    *,
+    name: str,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Sums of both terms: a divergence in every pair [P, 2] whose labels are one id."""
+    i, j = pairs[student_labels[pairs[:, 0]] == teacher_labels[pairs[:, 1]]].unbind(1)
+    p, q = ((x / temperature).softmax(-1) for x in (teacher_logits[j], student_logits[i]))
+    return {
+        "ce": F.cross_entropy(student_logits, student_labels, reduction="sum"),
+        "kd": divergence(name, p, q).sum(),
+    }
+
+
+def uld(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_labels: Tensor,
+    pairs: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+) -> dict[str, Tensor]:
+    """Sums of both terms: what sorted probabilities differ by, the smaller vocabulary padded."""
+    wide = max(student_logits.shape[1], teacher_logits.shape[1])
+    ranked = []
+    for logits, rows in zip((student_logits, teacher_logits), pairs.T, strict=True):
+        probs = (logits[rows] / temperature).softmax(-1).sort(-1, descending=True).values
+        ranked.append(F.pad(probs, (0, wide - probs.shape[1]))[:, :top_k])
+    return {
+        "ce": F.cross_entropy(student_logits, student_labels, reduction="sum"),
+        "uld": (ranked[0] - ranked[1]).abs().sum(),
+    }

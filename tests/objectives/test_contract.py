@@ -1,0 +1,280 @@
+"""One contract over all objectives: what holds whatever is learned (cases in support/contract)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.objectives import Objective
+from axolotl_dskd.types import LossOutput
+from tests.support import toy_objective
+from tests.support.contract import CASES, HEADS, TOY, Case, Inputs
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+
+
+def leaves(inputs: Inputs, objective: Objective[Any]) -> dict[str, Tensor]:
+    """All that a loss may train: the student's states, sample by sample, its head, the module."""
+    found = {f"states {k}": ours for k, (ours, _) in enumerate(inputs.states)}
+    found |= {f"head {name}": tensor for name, tensor in inputs.trained.items()}
+    if objective.module is not None:
+        found |= {f"module {n}": p for n, p in objective.module.named_parameters()}
+    return found
+
+
+def gradients(loss: Tensor, inputs: Inputs, objective: Objective[Any]) -> dict[str, Tensor]:
+    trained = leaves(inputs, objective)
+    found = torch.autograd.grad(
+        loss, list(trained.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(trained, found, strict=True))
+
+
+def assert_equal(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9
+) -> None:
+    """Relative to the whole of each tensor, and to the largest of all where one is nearly 0 (a
+    bias of the query moves all scores of a row alike)."""
+    assert found.keys() == expected.keys()
+    largest = max(float(x.norm()) for x in expected.values())
+    assert largest > 0
+    for name, x in expected.items():
+        allowed = tolerance * max(float(x.norm()), 1e-3 * largest)
+        assert float((found[name] - x).norm()) <= allowed, name
+
+
+def outcome(
+    objective: Objective[Any], inputs: Inputs, samples: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Loss, sums of terms and gradients of a batch."""
+    out = objective(*inputs.batch(samples))
+    sums = {f"sum of {name}": total for name, total in out.sums().items()}
+    return {"loss": out.loss.detach()} | sums | gradients(out.loss, inputs, objective)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@cases
+def test_loss_and_gradients_equal_the_plain_form(case: Case, head: str):
+    inputs = Inputs(case.one_vocabulary, head)
+    objective, batch = case.objective(inputs, kd_ratio=0.4), inputs.batch()
+    out = objective(*batch)
+    terms = case.plain(objective, inputs, batch)
+    expected = case.weighted(terms, 0.4)
+    sums = out.sums()
+    for name, total in terms.items():
+        torch.testing.assert_close(sums[name], total.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-9)
+    assert_equal(*(gradients(loss, inputs, objective) for loss in (out.loss, expected)))
+
+
+@cases
+def test_the_chunk_size_does_not_change_loss_or_gradients(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    whole = outcome(case.objective(inputs, chunk_tokens=4096), inputs)
+    for chunk in (1, 3, 16):
+        assert_equal(outcome(case.objective(inputs, chunk_tokens=chunk), inputs), whole)
+
+
+@cases
+def test_the_order_of_the_samples_does_not_change_loss_or_gradients(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective = case.objective(inputs)
+    expected = outcome(objective, inputs)
+    assert_equal(outcome(objective, inputs, [5, 2, 7, 0, 3, 6, 1, 4]), expected)
+
+
+@cases
+def test_a_batch_of_eight_is_the_sum_of_eight_batches_of_one(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective = case.objective(inputs)
+    assert len(inputs.pairs) == 8
+    alone = [outcome(objective, inputs, [k]) for k in range(8)]
+    expected = {name: sum(found[name] for found in alone) for name in alone[0]}
+    assert_equal(outcome(objective, inputs), expected)
+
+
+@cases
+def test_no_supervised_token_gives_a_loss_of_zero_with_a_gradient_for_all_that_trains(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective, batch = case.objective(inputs), inputs.batch([])
+    out = objective(*batch)
+    assert float(out.loss.detach()) == out.tokens == 0
+    assert all(len(term.values) == 0 for term in out.terms.values())
+    named = leaves(inputs, objective)
+    trained = [t for name, t in named.items() if not name.startswith("states")]
+    for gradient in torch.autograd.grad(out.loss, [batch.student.hidden, *trained]):
+        assert not gradient.any()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that an operation's result had."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.numbers = max(self.numbers, leaf.numel())
+        return result
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@cases
+def test_no_tensor_holds_logits_of_all_tokens(case: Case, training: bool):
+    inputs = Inputs(case.one_vocabulary, dtype=torch.float32, copies=5)
+    objective, batch = case.objective(inputs, chunk_tokens=8), inputs.batch()
+    sizes = zip((batch.student, batch.teacher), inputs.facts.vocab_sizes, strict=True)
+    logits = min(len(view) * vocabulary for view, vocabulary in sizes)
+    with torch.set_grad_enabled(training), Largest() as seen:
+        out = objective(*batch)
+        if training:
+            out.loss.backward()
+    assert inputs.facts.vocab_sizes[0] <= seen.numbers < logits / 8
+
+
+def bfloat16_errors(case: Case, seed: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What the objective and its plain form in bfloat16 are off by, relative to float64 over the
+    same numbers."""
+    narrow = Inputs(case.one_vocabulary, "trained", torch.bfloat16, seed=seed)
+    wide = Inputs(case.one_vocabulary, "trained", rounded=torch.bfloat16, seed=seed)
+    objective, exact = case.objective(narrow), case.objective(wide)
+    if objective.module is not None:  # solved from heads of two dtypes
+        exact.module.load_state_dict(objective.module.state_dict())
+
+    def numbers(loss: Tensor, inputs: Inputs, which: Objective[Any]) -> dict[str, Tensor]:
+        found = {n: g.double() for n, g in gradients(loss, inputs, which).items()}
+        states = [found.pop(n) for n in list(found) if n.startswith("states")]
+        return {"loss": loss.detach().double(), "states": torch.cat(states)} | found
+
+    def plain(inputs: Inputs, which: Objective[Any]) -> dict[str, Tensor]:
+        loss = case.weighted(case.plain(which, inputs, inputs.batch()), 0.4)
+        return numbers(loss, inputs, which)
+
+    truth = plain(wide, exact)
+    largest = max(float(x.norm()) for name, x in truth.items() if name != "loss")
+
+    def errors(found: dict[str, Tensor]) -> dict[str, float]:
+        return {
+            name: float((found[name] - x).norm()) / max(float(x.norm()), 1e-3 * largest)
+            for name, x in truth.items()
+        }
+
+    ours = numbers(objective(*narrow.batch()).loss, narrow, objective)
+    return errors(ours), errors(plain(narrow, objective))
+
+
+@cases
+def test_bfloat16_errs_no_more_than_the_plain_form_in_bfloat16(case: Case):
+    """In the root mean square over some seeds."""
+    rounds = [bfloat16_errors(case, seed) for seed in (1, 2, 3)]
+    for name in rounds[0][0]:
+        ours, plain = (sum(r[k][name] ** 2 for r in rounds) ** 0.5 for k in (0, 1))
+        # Gradients come out in bfloat16, which alone is off by up to 2^-9.
+        assert ours <= max(plain, 2**-8 * len(rounds) ** 0.5) * (1.5 if case.jumps else 1.1), name
+
+
+@cases
+def test_without_gradients_nothing_is_differentiated(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective, batch = case.objective(inputs), inputs.batch()
+    with FlopCounterMode(display=False) as with_gradients:
+        expected = objective(*batch)
+    with torch.no_grad(), FlopCounterMode(display=False) as without:
+        out = objective(*batch)
+    assert not out.loss.requires_grad
+    # Two products of three are for gradients, one of two for a stream that learns nothing.
+    assert without.get_total_flops() < 0.75 * with_gradients.get_total_flops()
+    assert float(out.loss) == pytest.approx(float(expected.loss.detach()), rel=1e-12)
+    torch.testing.assert_close(dict(out.sums()), dict(expected.sums()), rtol=1e-12, atol=1e-12)
+    assert all(tensor.grad is None for tensor in leaves(inputs, objective).values())
+
+
+@cases
+def test_every_term_is_declared_and_knows_its_samples(case: Case):
+    inputs = Inputs(case.one_vocabulary, dtype=torch.float32)
+    objective = case.objective(inputs)
+    out = objective(*inputs.batch())
+    assert out.terms.keys() == objective.terms.keys()
+    assert set(objective.terms.values()) <= {"student_token", "value"}
+    assert out.tokens == len(inputs.batch().student)
+    for name, term in out.terms.items():
+        assert term.values.shape == term.sample_ids.shape, name
+        assert not term.values.requires_grad, name
+        assert term.values.dtype in (torch.float32, torch.float64), name
+        assert set(term.sample_ids.tolist()) <= set(range(8)), name
+        assert len(set(term.sample_ids.tolist())) > 4, name
+
+
+def whole_terms(case: Case, out: LossOutput) -> dict[str, Tensor]:
+    """Sums of those terms that the loss is made of."""
+    inputs = Inputs(case.one_vocabulary)
+    learned = case.plain(case.objective(inputs), inputs, inputs.batch())
+    return {name: total for name, total in out.sums().items() if name in learned}
+
+
+@pytest.mark.parametrize("kd_ratio", [0.25, 1.0])
+@cases
+def test_the_loss_is_the_weighted_sum_of_its_terms(case: Case, kd_ratio: float):
+    inputs = Inputs(case.one_vocabulary)
+    out = case.objective(inputs, kd_ratio)(*inputs.batch())
+    expected = case.weighted(whole_terms(case, out), kd_ratio)
+    assert float(out.loss.detach()) == pytest.approx(float(expected), rel=1e-12)
+
+
+@cases
+def test_a_kd_ratio_of_zero_is_the_cross_entropy(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective, batch = case.objective(inputs, kd_ratio=0.0), inputs.batch()
+    out = objective(*batch)
+    logits = inputs.logits(batch.student.hidden, 0)
+    expected = torch.nn.functional.cross_entropy(
+        logits, batch.student.tokens.labels, reduction="sum"
+    )
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+    assert_equal(*(gradients(loss, inputs, objective) for loss in (out.loss, expected)))
+
+
+# ---- the inputs and the toy -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one_vocabulary", [False, True])
+def test_the_samples_hold_every_kind_of_match(one_vocabulary: bool):
+    """Else the contract would pass for what never happens."""
+    batch = Inputs(one_vocabulary).batch()
+    student, teacher, matches = batch
+    N, M, P, Q = len(student), len(teacher), len(matches.exact), len(matches.starts)
+    labels = student.tokens.labels[matches.exact[:, 0]], teacher.tokens.labels[matches.exact[:, 1]]
+    if one_vocabulary:
+        assert N == M == P == Q
+        assert 0 < int((labels[0] != labels[1]).sum()) < 4
+    else:
+        assert 0.1 * N < P < Q < 0.95 * N
+        groups = torch.stack([g.bincount() for g in (matches.groups, matches.teacher_groups)])
+        assert (groups > 1).all(0).any()
+        assert (groups[0] > 1).any()
+        assert (groups[1] > 1).any()
+    for pairs in (matches.exact, matches.starts):
+        assert (pairs.diff(dim=0) > 0).all()
+    assert {tuple(p) for p in matches.exact.tolist()} <= {tuple(p) for p in matches.starts.tolist()}
+
+
+def test_an_objective_of_ones_own_is_one_short_file():
+    """Configuration, method and docstring; named in a config by its dotted path."""
+    path = Path(toy_objective.__file__)
+    assert len(path.read_text().splitlines()) < 60
+    block = {"teacher": {"base_model": "x"}, "objective": {"name": TOY, "weight": 0.25}}
+    config = DSKDConfig.model_validate(block).objective
+    assert isinstance(config, toy_objective.ToyConfig)
+    assert config.weight == 0.25
+    with pytest.raises(ValueError, match="wieght"):
+        DSKDConfig.model_validate(block | {"objective": {"name": TOY, "wieght": 1}})
