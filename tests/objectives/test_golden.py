@@ -21,7 +21,7 @@ from axolotl_dskd.types import Side, View
 from tests.support.dual_space import dual_space_loss, settings
 
 FOLDER = Path(os.environ.get("DSKD_GOLDEN_DIR") or Path(__file__).parents[1] / "data" / "golden")
-# ULD is no method of this package.
+# ULD is another objective: see test_golden_methods.
 FILES = sorted(p for p in FOLDER.glob("*.npz") if not p.name.startswith("uld-"))
 
 
