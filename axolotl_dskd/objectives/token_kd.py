@@ -14,7 +14,9 @@ from typing import ClassVar
 from axolotl_dskd.config import TokenKDConfig
 from axolotl_dskd.losses import Learn, TermSpec, Weights, make_divergence, over
 from axolotl_dskd.objectives.base import (
+    Facts,
     Objective,
+    Setting,
     equal_ids,
     pair_chunks,
     participation,
@@ -35,6 +37,15 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
         "aligned": "student_token",
     }
 
+    def __init__(self, config: TokenKDConfig, facts: Facts, setting: Setting) -> None:
+        super().__init__(config, facts, setting)
+        self.weights = Weights(
+            ce=1.0 - setting.kd_ratio,
+            source_ce=0.0,
+            divergence=setting.kd_ratio,
+            temperature=config.temperature,
+        )
+
     def describe(self) -> str:
         """Which divergence, over which tokens."""
         return f"token_kd: {self.config.divergence}, token by token over one vocabulary"
@@ -44,12 +55,7 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
         config, tokens = self.config, student.tokens
         pairs = equal_ids(matches.exact, tokens, teacher.tokens)
         streams = {"student": student_stream(student), "teacher": teacher_stream(teacher)}
-        weights = Weights(
-            ce=1.0 - self.setting.kd_ratio,
-            source_ce=0.0,
-            divergence=self.setting.kd_ratio,
-            temperature=config.temperature,
-        )
+        weights = self.weights
         learn = Learn(
             "student",
             "teacher",

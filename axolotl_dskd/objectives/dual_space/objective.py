@@ -147,7 +147,17 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
 
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """See the class."""
-        exchanged, targets = self._exchange(student, teacher, matches)
+        return self.losses(student, teacher, matches, *self.exchange(student, teacher, matches))
+
+    def losses(
+        self,
+        student: View,
+        teacher: View,
+        matches: Matches,
+        exchanged: Exchanged,
+        targets: Tensor | None,
+    ) -> LossOutput:
+        """Sums over a batch, given what `exchange` returned."""
         terms, budget = self.weights, self.setting.budget
         stream = student_stream(student)
         out = student_space(
@@ -185,7 +195,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
                 self._report = None
         return out
 
-    def _exchange(
+    def exchange(
         self, student: View, teacher: View, matches: Matches
     ) -> tuple[Exchanged, Tensor | None]:
         """The projected states, and the targets of the projected teacher where these are not the

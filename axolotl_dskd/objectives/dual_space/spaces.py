@@ -40,14 +40,15 @@ from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Side, Term
 class Terms:
     """How the terms are weighted, for one run.
 
-    The loss is `(1-kd_ratio) * ce + kd_ratio * (student_space_weight * (student_space +
-    projector_ce) + teacher_space_weight * teacher_space)`, as sums over tokens.
+    The loss is `(1-kd_ratio) * ce + kd_ratio * (student_space_weight * (divergence_weight
+    * student_space + projector_ce) + teacher_space_weight * teacher_space)`, as sums over tokens.
 
     Attributes:
         divergence: student-space divergence D(projected teacher ‖ student).
         temperature: of both spaces' divergences.
         mask_wrong: count the student-space divergence only where the projected teacher's most
             likely token is its target (arXiv 2406.17328, cross-model attention).
+        divergence_weight: of the student-space divergence beside the projector's cross-entropy.
     """
 
     divergence: Divergence
@@ -56,6 +57,7 @@ class Terms:
     student_space_weight: float = 1.0
     teacher_space_weight: float = 1.0
     mask_wrong: bool = False
+    divergence_weight: float = 1.0
 
 
 def student_space(
@@ -82,7 +84,7 @@ def student_space(
     weights = Weights(
         ce=1.0 - terms.kd_ratio,
         source_ce=terms.kd_ratio * terms.student_space_weight,
-        divergence=terms.kd_ratio * terms.student_space_weight,
+        divergence=terms.kd_ratio * terms.student_space_weight * terms.divergence_weight,
         temperature=terms.temperature,
         mask_wrong=terms.mask_wrong,
     )
