@@ -11,6 +11,7 @@ from axolotl_dskd.config.objectives import (
     DualSpaceConfig,
     ObjectiveConfig,
     ProjectorConfig,
+    SinkhornConfig,
     TokenKDConfig,
     ULDConfig,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "ObjectiveConfig",
     "ProjectorConfig",
     "SamplesConfig",
+    "SinkhornConfig",
     "TeacherConfig",
     "TokenKDConfig",
     "ULDConfig",

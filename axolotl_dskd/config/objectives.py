@@ -152,6 +152,47 @@ class ULDConfig(ObjectiveConfig):
     temperature: float = Field(1.0, gt=0, le=100, description="Of both distributions.")
 
 
+class SinkhornConfig(ObjectiveConfig):
+    """Sinkhorn distance between the tokens of a sample (SinKD, arXiv 2402.17110)."""
+
+    name: Literal["sinkhorn"] = "sinkhorn"
+    weight: float = Field(
+        0.02,
+        ge=0,
+        le=100,
+        description="Of the Sinkhorn distance, times kd_ratio. Beside a KL divergence about the "
+        "published one; 1 where kl_weight is 0.",
+    )
+    kl_weight: float = Field(
+        1.0, ge=0, le=100, description="Of KL(teacher ‖ student) token by token, times kd_ratio."
+    )
+    temperature: float = Field(2.0, gt=0, le=100, description="Of all distributions.")
+    epsilon: float = Field(
+        0.1, gt=0, le=10, description="Of the entropy: smaller, nearer to the optimal transport."
+    )
+    iterations: int = Field(
+        20, ge=1, le=1000, description="Sinkhorn's, each over rows and columns."
+    )
+    max_tokens: int = Field(
+        1024,
+        ge=1,
+        description="Supervised tokens of a sample at most; time and memory grow with the square.",
+    )
+    alignment: Literal["auto", "eta", "cma"] = Field(
+        "auto",
+        description="How tokens meet where the vocabularies differ: as in dual_space, whose "
+        "projected teacher is then what is compared. With one vocabulary they meet one by one.",
+    )
+    projector: ProjectorConfig = Field(
+        default_factory=ProjectorConfig,
+        description="The projectors, where the vocabularies differ.",
+    )
+
+    def nothing_to_learn(self) -> str | None:
+        """Both weights are 0."""
+        return None if self.weight or self.kl_weight else "weight and kl_weight are both 0"
+
+
 def objective_config(value: Any) -> Any:
     """The typed keys of an objective, from its name alone or from a block with its name.
 
