@@ -11,12 +11,14 @@ The rows that are kept carry which bytes of that text each supervised token stan
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from axolotl.utils.logging import get_logger
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from axolotl_dskd import __version__
 from axolotl_dskd.data.byte_spans import IntArray, give_textless_tokens_room
@@ -49,8 +51,72 @@ SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"
 
 
 @dataclass(frozen=True)
+class Half:
+    """One side of a row: what of it is supervised, and which of that is compared by its text.
+
+    Attributes:
+        ids, labels: of the tokens of the side.
+        table: bytes of each id.
+        runs: all runs of supervised tokens.
+        matched: those that are matched with the other side's, or one that joins them.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    table: list[bytes]
+    runs: list[Run]
+    matched: list[Run]
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[int], labels: Sequence[int], table: list[bytes], dummy_spaces: bool
+    ) -> Half:
+        """A side with the runs that have text to be matched (all, where none has any)."""
+        runs = supervised_runs(ids, labels, table, dummy_spaces)
+        return cls(ids, labels, table, runs, [run for run in runs if run.text] or runs)
+
+    def as_one_run(self) -> Half:
+        """The side with one run to be matched: the texts of all turns as one."""
+        return replace(self, matched=[joined(self.matched)])
+
+    def matches_whole(self, parts: list[Part]) -> bool:
+        """Whether `parts` are all tokens of the matched runs."""
+        return sum(map(len, parts)) == sum(len(run.positions) for run in self.matched)
+
+    def apart(self, before: int | None) -> IntArray:
+        """Positions of the runs without text that no text was matched with: end tokens.
+
+        Args:
+            before: only those before this position; None for all.
+        """
+        supervised, matched = (
+            np.concatenate([run.positions for run in runs]) for runs in (self.runs, self.matched)
+        )
+        positions = supervised[~np.isin(supervised, matched, assume_unique=True)]
+        return positions if before is None else positions[positions < before]
+
+    def keeps_all(self, part: Part) -> bool:
+        """Whether `part` is everything that the side supervises."""
+        return len(part) == sum(len(run.positions) for run in self.runs)
+
+    def textless(self, part: Part) -> NDArray[np.bool_]:
+        """[n] which tokens of a part stand for no text."""
+        return np.array([not self.table[self.labels[i]] for i in part.positions.tolist()], bool)
+
+    def labels_of(self, part: Part) -> list[int]:
+        """The side's labels, with all but the part's unsupervised."""
+        kept = [IGNORE_INDEX] * len(self.labels)
+        for i in part.positions.tolist():
+            kept[i] = self.labels[i]
+        return kept
+
+
+@dataclass(frozen=True)
 class Reconcile:
     """Maps a two-sided row to one whose sides supervise the same text, with its status.
+
+    A row may come from anywhere: from a prepared data set, or from an answer that a model has just
+    written, with the ids that it wrote.
 
     Attributes:
         student_bytes, teacher_bytes: bytes of each id (`token_bytes`).
@@ -69,20 +135,35 @@ class Reconcile:
         f"{__version__}/{ROW_FORMAT}"  # part of the fingerprint under which rows are cached
     )
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its labels cut to the shared text, its spans, and a status."""
-        labels, teacher_labels = list(row["labels"]), list(row["teacher_labels"])
-        teacher_ids = list(row["teacher_input_ids"])
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What changes in one row: labels cut to the shared text, a shorter teacher's side, spans.
+
+        Args:
+            row: `input_ids`, `labels`, `teacher_input_ids` and `teacher_labels`, sequences of
+                integers; labels are the ids themselves or -100. What else it has is not read.
+
+        Returns:
+            `labels`, `teacher_input_ids`, `teacher_labels`, the columns of both sides' spans, and
+            the status, which says whether the row can be used (`KEPT`, `CUT`). Updated with these,
+            a usable row is one that `DualCollator` takes.
+        """
+        ids, labels, teacher_ids, teacher_labels = (
+            list(row[column])
+            for column in ("input_ids", "labels", "teacher_input_ids", "teacher_labels")
+        )
         too_long = len(teacher_ids) > self.teacher_limit
-        if too_long:
-            teacher_ids = teacher_ids[: self.teacher_limit]
-            teacher_labels = teacher_labels[: self.teacher_limit]
-        status, sides = TOO_LONG, (NO_TOKENS, NO_TOKENS)
+        teacher_ids = teacher_ids[: self.teacher_limit]
+        teacher_labels = teacher_labels[: self.teacher_limit]
+        status, shared, teacher_shared = TOO_LONG, NO_TOKENS, NO_TOKENS
         if not too_long or self.truncate_teacher:
-            status, sides = self._share(row["input_ids"], labels, teacher_ids, teacher_labels)
-        if status in (KEPT, CUT):
-            labels = _only(labels, sides[0].positions)
-            teacher_labels = _only(teacher_labels, sides[1].positions)
+            student = Half.of(ids, labels, self.student_bytes, self.student_dummy_spaces)
+            teacher = Half.of(
+                teacher_ids, teacher_labels, self.teacher_bytes, self.teacher_dummy_spaces
+            )
+            status, shared, teacher_shared = _share(student, teacher)
+            if status in (KEPT, CUT):
+                labels = student.labels_of(shared)
+                teacher_labels = teacher.labels_of(teacher_shared)
         # A causal teacher need not read on after its last supervised token.
         last = len(teacher_labels)
         while last > 1 and teacher_labels[last - 1] == IGNORE_INDEX:
@@ -91,75 +172,54 @@ class Reconcile:
             "labels": labels,
             "teacher_input_ids": teacher_ids[:last],
             "teacher_labels": teacher_labels[:last],
-            SPANS: sides[0].spans.to_bytes(),
-            TEACHER_SPANS: sides[1].spans.to_bytes(),
+            SPANS: shared.spans.to_bytes(),
+            TEACHER_SPANS: teacher_shared.spans.to_bytes(),
             STATUS: status,
         }
 
-    def _share(
-        self, ids: list[int], labels: list[int], teacher_ids: list[int], teacher_labels: list[int]
-    ) -> tuple[str, tuple[Part, Part]]:
-        """Status of the row, and the tokens of both sides that stay supervised."""
-        our_runs = supervised_runs(ids, labels, self.student_bytes, self.student_dummy_spaces)
-        their_runs = supervised_runs(
-            teacher_ids, teacher_labels, self.teacher_bytes, self.teacher_dummy_spaces
-        )
-        ours = [run for run in our_runs if run.text] or our_runs
-        theirs = [run for run in their_runs if run.text] or their_runs
-        nothing = NO_TOKENS, NO_TOKENS
-        if not ours or not theirs:
-            return EMPTY, nothing
-        if len(ours) != len(theirs):
-            ours, theirs = [joined(ours)], [joined(theirs)]
-        parts = []
-        for a, b in zip(ours, theirs, strict=True):
-            common = common_text(a, b)
-            if common is None:
-                return DIFFERENT, nothing
-            parts.append(common if all(map(len, common)) else nothing)
-        kept = [sum(len(common[side]) for common in parts) for side in (0, 1)]
-        if not any(kept):
-            return EMPTY, nothing
-        whole = kept == [_count(ours), _count(theirs)]
-        # End tokens that stand apart from any text: all of them, or those before a cut.
-        apart = [
-            _apart(runs, matched, [common[side] for common in parts], whole)
-            for side, (runs, matched) in enumerate(((our_runs, ours), (their_runs, theirs)))
-        ]
-        sides = lay_out(parts, (ours, theirs), (apart[0], apart[1]))
-        before = _count(our_runs), _count(their_runs)
-        status = KEPT if before == (len(sides[0]), len(sides[1])) else CUT
-        found, expected = (
-            [side_labels[i] for i in side.positions]
-            for side, side_labels in zip(sides, (labels, teacher_labels), strict=True)
-        )
-        spans = give_textless_tokens_room(
-            sides[0].spans,
-            np.array([not self.student_bytes[y] for y in found], bool),
-            sides[1].spans,
-            np.array([not self.teacher_bytes[y] for y in expected], bool),
-        )
-        return status, (replace(sides[0], spans=spans[0]), replace(sides[1], spans=spans[1]))
+
+def _share(student: Half, teacher: Half) -> tuple[str, Part, Part]:
+    """Status of the row, and the tokens of student and teacher that stay supervised."""
+    if not student.matched or not teacher.matched:
+        return EMPTY, NO_TOKENS, NO_TOKENS
+    if len(student.matched) != len(teacher.matched):
+        student, teacher = student.as_one_run(), teacher.as_one_run()
+    ours: list[Part] = []
+    theirs: list[Part] = []
+    for run, teacher_run in zip(student.matched, teacher.matched, strict=True):
+        common = common_text(run, teacher_run)
+        if common is None:
+            return DIFFERENT, NO_TOKENS, NO_TOKENS
+        # Tokens that only one side has left are none that both share.
+        part, teacher_part = common if all(map(len, common)) else (NO_TOKENS, NO_TOKENS)
+        ours.append(part)
+        theirs.append(teacher_part)
+    if not any(map(len, ours)):
+        return EMPTY, NO_TOKENS, NO_TOKENS
+    # End tokens that stand apart from any text: all of them, or those before a cut.
+    whole = student.matches_whole(ours) and teacher.matches_whole(theirs)
+    apart, teacher_apart = (
+        half.apart(before=None if whole else _last_position(parts))
+        for half, parts in ((student, ours), (teacher, theirs))
+    )
+    shared = lay_out(ours, student.matched, apart)
+    teacher_shared = lay_out(theirs, teacher.matched, teacher_apart)
+    keeps_all = student.keeps_all(shared) and teacher.keeps_all(teacher_shared)
+    spans, teacher_spans = give_textless_tokens_room(
+        shared.spans,
+        student.textless(shared),
+        teacher_shared.spans,
+        teacher.textless(teacher_shared),
+    )
+    return (
+        KEPT if keeps_all else CUT,
+        replace(shared, spans=spans),
+        replace(teacher_shared, spans=teacher_spans),
+    )
 
 
-def _count(runs: list[Run]) -> int:
-    return sum(len(run.positions) for run in runs)
-
-
-def _apart(runs: list[Run], matched: list[Run], parts: list[Part], whole: bool) -> IntArray:
-    """Positions of the runs without text that no text was matched with."""
-    places = np.concatenate([run.positions for run in runs])
-    taken = np.concatenate([run.positions for run in matched])
-    places = places[~np.isin(places, taken, assume_unique=True)]
-    last = max(int(part.positions[-1]) for part in parts if len(part))
-    return places if whole else places[places < last]
-
-
-def _only(labels: list[int], positions: IntArray) -> list[int]:
-    kept = [IGNORE_INDEX] * len(labels)
-    for i in positions.tolist():
-        kept[i] = labels[i]
-    return kept
+def _last_position(parts: list[Part]) -> int:
+    return max(int(part.positions[-1]) for part in parts if len(part))
 
 
 def reconcile_dataset(

@@ -5,8 +5,9 @@ Knows token positions and bytes; nothing of rows, models or datasets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ NO_TOKENS = Part(np.zeros(0, np.int64), Spans.joined([]), 0)
 
 
 def supervised_runs(
-    ids: list[int], labels: list[int], table: list[bytes], dummy_spaces: bool = False
+    ids: Sequence[int], labels: Sequence[int], table: list[bytes], dummy_spaces: bool = False
 ) -> list[Run]:
     """Runs of supervised tokens; the first token of a row is predicted by nothing."""
     supervised = np.flatnonzero(np.asarray(labels[1:], dtype=np.int64) != IGNORE_INDEX) + 1
@@ -136,6 +137,48 @@ def _offset(text: bytes, other: bytes) -> int | None:
     return None
 
 
+class _Reading:
+    """A run read byte by byte, and the places of the spaces that were left out."""
+
+    def __init__(self, run: Run, at: int) -> None:
+        self.run = run
+        self.at = at
+        self.left_out: list[int] = []
+        self._token_starts = {0, *run.ends.tolist()}
+
+    @property
+    def ended(self) -> bool:
+        return self.at >= len(self.run.text)
+
+    @property
+    def byte(self) -> int:
+        return self.run.text[self.at]
+
+    def at_added_space(self) -> bool:
+        """Whether the byte is a space, behind nothing but spaces in a token that the tokenizer may
+        have begun with one of its own."""
+        if not self.run.dummy_spaces:
+            return False
+        place = self.at
+        while place >= 0 and self.run.text[place : place + 1] == b" ":
+            if place in self._token_starts:
+                return True
+            place -= 1
+        return False
+
+    def leave_out(self) -> None:
+        self.left_out.append(self.at)
+        self.at += 1
+
+    def remaining(self) -> Run:
+        """The run without what was left out."""
+        text = bytearray(self.run.text)
+        for place in reversed(self.left_out):
+            del text[place]
+        before = np.searchsorted(np.asarray(self.left_out, np.int64), self.run.ends, "left")
+        return replace(self.run, ends=self.run.ends - before, text=bytes(text))
+
+
 def _without_spaces_of_one_side(
     a: Run, b: Run, at_a: int = 0, at_b: int = 0
 ) -> tuple[Run, Run] | None:
@@ -147,77 +190,110 @@ def _without_spaces_of_one_side(
     input_output, turns), a sentencepiece tokenizer writes a space before each. None if the texts
     differ otherwise.
     """
-    runs, at = (a, b), [at_a, at_b]
-    begins = [{0, *run.ends.tolist()} for run in runs]
-    dropped: tuple[list[int], list[int]] = ([], [])
-
-    def droppable(which: int) -> bool:
-        if not runs[which].dummy_spaces:
-            return False
-        text, i = runs[which].text, at[which]
-        while text[i : i + 1] == b" ":
-            if i in begins[which]:
-                return True
-            i -= 1
-            if i < 0:
-                break
-        return False
-
-    while at[0] < len(a.text) and at[1] < len(b.text):
-        if a.text[at[0]] != b.text[at[1]]:
-            which = 0 if droppable(0) else 1
-            if not droppable(which):
-                return None
-            dropped[which].append(at[which])
-            at[which] += 1
+    ours, theirs = _Reading(a, at_a), _Reading(b, at_b)
+    while not ours.ended and not theirs.ended:
+        if ours.byte == theirs.byte:
+            ours.at, theirs.at = ours.at + 1, theirs.at + 1
+        elif ours.at_added_space():
+            ours.leave_out()
+        elif theirs.at_added_space():
+            theirs.leave_out()
         else:
-            at = [at[0] + 1, at[1] + 1]
+            return None
+    return ours.remaining(), theirs.remaining()
 
-    def without(run: Run, places: list[int]) -> Run:
-        text = bytearray(run.text)
-        for place in reversed(places):
-            del text[place]
-        ends = run.ends - np.searchsorted(np.asarray(places, np.int64), run.ends, "left")
-        return Run(run.positions, ends, bytes(text), run.dummy_spaces)
 
-    return without(a, dropped[0]), without(b, dropped[1])
+@dataclass(frozen=True)
+class _TwoRuns:
+    """Runs of two sides that should spell the same, and how their texts may be read."""
+
+    a: Run
+    b: Run
+
+    @cached_property
+    def variants(self) -> list[tuple[Run, Run]]:
+        """Each with and without one leading space."""
+        return [(x, y) for x in self.a.variants() for y in self.b.variants()]
+
+    @cached_property
+    def spaceless(self) -> list[tuple[Run, Run]]:
+        """Without the spaces of one side alone; empty where the texts differ otherwise."""
+        both = _without_spaces_of_one_side(self.a, self.b)
+        return [] if both is None else [both]
 
 
 def common_text(a: Run, b: Run) -> tuple[Part, Part] | None:
     """The tokens on both sides that spell one and the same text, or None if the texts differ."""
-    variants = [(x, y) for x in a.variants() for y in b.variants()]
-    for x, y in variants:
+    runs = _TwoRuns(a, b)
+    # A prefix, which truncation leaves, is looked for before other places: a text that repeats
+    # itself also fits elsewhere.
+    for match in (_equal, _equal_without_spaces, _prefix, _inside, _late_start):
+        parts = match(runs)
+        if parts is not None:
+            return parts
+    return None
+
+
+def _equal(runs: _TwoRuns) -> tuple[Part, Part] | None:
+    """Both texts whole."""
+    return _whole(runs.variants)
+
+
+def _equal_without_spaces(runs: _TwoRuns) -> tuple[Part, Part] | None:
+    """Both texts whole, but for spaces that one tokenizer adds."""
+    return _whole(runs.spaceless)
+
+
+def _whole(readings: list[tuple[Run, Run]]) -> tuple[Part, Part] | None:
+    for x, y in readings:
         if x.text == y.text:
             return x.whole(), y.whole()
-    if spaceless := _without_spaces_of_one_side(a, b):
-        variants.append(spaceless)
-        if spaceless[0].text == spaceless[1].text:
-            return spaceless[0].whole(), spaceless[1].whole()
-    # Truncation leaves a prefix. Looked for first: a text that repeats itself also fits elsewhere.
-    for x, y in variants:
+    return None
+
+
+def _prefix(runs: _TwoRuns) -> tuple[Part, Part] | None:
+    """One text begins with the other: that one was cut."""
+    for x, y in runs.variants + runs.spaceless:
         if x.text and y.text and (x.text.startswith(y.text) or y.text.startswith(x.text)):
             return _between_shared_edges(x, 0, y, 0)
-    for x, y in variants:
+    return None
+
+
+def _inside(runs: _TwoRuns) -> tuple[Part, Part] | None:
+    """One text begins later in the other one, and they agree from there on."""
+    for x, y in runs.variants + runs.spaceless:
         at_x, at_y = _offset(x.text, y.text), _offset(y.text, x.text)
         if at_x is not None:
             return _between_shared_edges(x, at_x, y, 0)
         if at_y is not None:
             return _between_shared_edges(x, 0, y, at_y)
-    # One side lacks its first token, which nothing predicts, and has other spaces.
-    for at_a, at_b in _late_starts(a, b):
-        if spaceless := _without_spaces_of_one_side(a, b, at_a, at_b):
+    return None
+
+
+def _late_start(runs: _TwoRuns) -> tuple[Part, Part] | None:
+    """One side lacks its first token, which nothing predicts, and has other spaces."""
+    for at_a, at_b in _late_starts(runs.a, runs.b):
+        spaceless = _without_spaces_of_one_side(runs.a, runs.b, at_a, at_b)
+        if spaceless is not None:
             return _between_shared_edges(spaceless[0], at_a, spaceless[1], at_b)
     return None
 
 
 def _late_starts(a: Run, b: Run) -> Iterator[tuple[int, int]]:
     """Places near the front of one text where the other one's first word stands."""
-    for first, other, order in ((a, b, 1), (b, a, -1)):
-        word = first.text.lstrip(b" ").split(b" ")[0]
-        start = first.text.find(word)
-        for at in range(1, min(_LONGEST_TOKEN, len(other.text) // 2 + 1) if word else 0):
-            if other.text.startswith(word, at):
-                yield (start, at) if order == 1 else (at, start)
+    yield from _places_of_first_word(a, b)
+    for at_b, at_a in _places_of_first_word(b, a):
+        yield at_a, at_b
+
+
+def _places_of_first_word(run: Run, other: Run) -> Iterator[tuple[int, int]]:
+    """Where the first word of a run stands in it, and in the other one behind its front."""
+    word = run.text.lstrip(b" ").split(b" ")[0]
+    if not word:
+        return
+    for place in range(1, min(_LONGEST_TOKEN, len(other.text) // 2 + 1)):
+        if other.text.startswith(word, place):
+            yield run.text.find(word), place
 
 
 def _between_shared_edges(x: Run, at_x: int, y: Run, at_y: int) -> tuple[Part, Part]:
@@ -232,37 +308,46 @@ def _between_shared_edges(x: Run, at_x: int, y: Run, at_y: int) -> tuple[Part, P
     return x.within(at_x, low, high), y.within(at_y, low, high)
 
 
-def lay_out(
-    parts: list[tuple[Part, Part]],
-    runs: tuple[list[Run], list[Run]],
-    apart: tuple[IntArray, IntArray],
-) -> tuple[Part, Part]:
-    """All tokens of a row that both sides share, with their spans in the row's shared text.
+def lay_out(parts: list[Part], runs: list[Run], apart: IntArray) -> Part:
+    """All tokens of one side of a row that the other side shares, with spans in the row's text.
 
-    The texts of the runs stand one behind the other with a gap between, so that spans of different
-    runs never touch.
+    The texts of the runs stand one behind the other with a gap of two bytes between, so that spans
+    of different runs never touch. They are as long on the other side, so that both sides' spans
+    are places in one text.
 
     Args:
-        parts: of each pair of matched runs what they share.
-        runs: the matched runs of student and teacher.
-        apart: positions of kept tokens of both sides that belong to no matched run and stand for
-            no text; they take their place in the gaps.
+        parts: of each matched run what is shared.
+        runs: the matched runs.
+        apart: positions of kept tokens that belong to no matched run and stand for no text; they
+            take their place in the gap before the next run.
     """
-    bases = (1 + np.cumsum([0, *(part.length + 2 for part, _ in parts)])).tolist()
-    sides = []
-    for side, (own_runs, alone) in enumerate(zip(runs, apart, strict=True)):
-        own = [common[side] for common in parts]
-        first = [int(run.positions[0]) for run in own_runs]
-        gaps = np.array(bases, np.int64)[np.searchsorted(first, alone)] - 1
-        positions = np.concatenate([*(part.positions for part in own), alone])
-        spans = Spans.joined(
-            [part.spans.shifted(at) for part, at in zip(own, bases, strict=False)]
-            + [Spans(gaps, gaps)]
-        )
-        order = np.argsort(positions, kind="stable")
-        # A token apart inside a run (of turns joined to one) stands where the next one starts.
-        starts = np.minimum.accumulate(spans.starts[order][::-1])[::-1]
-        ends = np.minimum.accumulate(spans.ends[order][::-1])[::-1]
-        ends = np.where(np.isin(positions[order], alone), starts, ends)
-        sides.append(Part(positions[order], Spans(starts, ends), bases[-1]))
-    return sides[0], sides[1]
+    bases = (1 + np.cumsum([0, *(part.length + 2 for part in parts)])).tolist()
+    inside = [part.spans.shifted(base) for part, base in zip(parts, bases, strict=False)]
+    positions, spans = np.concatenate([part.positions for part in parts]), Spans.joined(inside)
+    next_run = np.searchsorted([int(run.positions[0]) for run in runs], apart)
+    gaps = np.array(bases, np.int64)[next_run] - 1
+    places = np.minimum(gaps, _next_start(apart, positions, spans))
+    order = np.argsort(np.concatenate([positions, apart]), kind="stable")
+    everything = Spans.joined([spans, Spans(places, places)])
+    return Part(
+        np.concatenate([positions, apart])[order],
+        Spans(everything.starts[order], everything.ends[order]),
+        bases[-1],
+    )
+
+
+def _next_start(apart: IntArray, positions: IntArray, spans: Spans) -> IntArray:
+    """Where the next token with a span begins, for each token apart; endless behind the last one.
+
+    Matters where turns were joined to one run, so that tokens apart lie inside of it:
+
+        position    3    4    5      6    7      8
+        span      1-4  4-6    apart  6-9  9-11   apart
+        place                 6                  endless
+
+    Args:
+        apart: [k] positions without a span.
+        positions, spans: [n] of the tokens that have one.
+    """
+    starts = np.append(spans.starts, np.iinfo(np.int64).max)
+    return starts[np.searchsorted(positions, apart)]
