@@ -22,15 +22,8 @@ from numpy.typing import NDArray
 
 from axolotl_dskd import __version__
 from axolotl_dskd.data.byte_spans import IntArray, give_textless_tokens_room
-from axolotl_dskd.data.shared_text import (
-    NO_TOKENS,
-    Part,
-    Run,
-    common_text,
-    joined,
-    lay_out,
-    supervised_runs,
-)
+from axolotl_dskd.data.runs import NO_TOKENS, Part, Run, joined, lay_out, supervised_runs
+from axolotl_dskd.data.shared_text import common_text
 from axolotl_dskd.types import IGNORE_INDEX
 
 LOG = get_logger(__name__)
