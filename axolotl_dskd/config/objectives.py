@@ -152,6 +152,30 @@ class ULDConfig(ObjectiveConfig):
     temperature: float = Field(1.0, gt=0, le=100, description="Of both distributions.")
 
 
+class MinEditConfig(ObjectiveConfig):
+    """Distillation through a map of the vocabularies (MinED, arXiv 2401.10491)."""
+
+    name: Literal["min_edit"] = "min_edit"
+    map: Literal["edit_distance", "first_token"] = Field(
+        "edit_distance",
+        description="Where a teacher's token goes that the student has not. edit_distance: to the "
+        "student's token at the least edit distance, as published. first_token: to the first of "
+        "those that the student would write it with.",
+    )
+    pairs: Literal["starts", "dtw"] = Field(
+        "starts",
+        description="Which tokens are compared. starts: those that begin at the same byte, unless "
+        "the student's label is longer. dtw: those that dynamic time warping over the input tokens "
+        "pairs one to one, as published.",
+    )
+    one_hot: bool = Field(
+        False,
+        description="Tokens without partner learn their label at the temperature too, as "
+        "published; else they have their cross-entropy alone.",
+    )
+    temperature: float = Field(2.0, gt=0, le=100, description="Of both distributions.")
+
+
 class SinkhornConfig(ObjectiveConfig):
     """Sinkhorn distance between the tokens of a sample (SinKD, arXiv 2402.17110)."""
 
