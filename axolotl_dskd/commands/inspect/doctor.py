@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from axolotl.loaders import load_tokenizer
 
+from axolotl_dskd.commands.inspect import skeleton
 from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.fit import Setup, memory_report
 from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
@@ -19,17 +20,11 @@ from axolotl_dskd.commands.inspect.report import Report, SideFacts
 from axolotl_dskd.commands.inspect.rows import (
     AlignedRow,
     Coverage,
-    Example,
     Vocabulary,
     pick_examples,
     supervised,
 )
 from axolotl_dskd.commands.inspect.sample import OUTCOMES, REMEDIES, DatasetSample, sample_rows
-from axolotl_dskd.commands.inspect.skeleton import (
-    student_skeleton,
-    teacher_skeleton,
-    trained_tensors,
-)
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.reconcile import CUT, DIFFERENT, KEPT, MAX_DIFFERING_SHARE
 from axolotl_dskd.data.token_bytes import normalisations, shared_tokens, token_bytes
@@ -37,8 +32,6 @@ from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
 from axolotl_dskd.types import IGNORE_INDEX
-
-Progress = Callable[[str], None]
 
 
 def inspect_run(
@@ -49,7 +42,7 @@ def inspect_run(
     card: Card,
     rows: int,
     probe_count: int | None = None,
-    progress: Progress = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """The report of one configuration.
 
@@ -69,30 +62,45 @@ def inspect_run(
         check_quantised(config.teacher)
     progress("tokenizers")
     vocabularies = _vocabularies(cfg, config)
+    tokenizers = vocabularies[0].tokenizer, vocabularies[1].tokenizer
     progress("rows")
-    data = _sampled(cfg, config, vocabularies, rows)
+    samples = sample_rows(cfg, config, tokenizers[0], count=rows)
+    kept = [row for sample in samples for row in sample.rows]
+    aligned = [(sample, [AlignedRow.of(row) for row in sample.rows]) for sample in samples]
+    datasets = [Coverage.of(*dataset, *vocabularies) for dataset in aligned]
+    coverage = sum(datasets, Coverage("all"))
+    if not kept:
+        raise ValueError(_nothing_kept(coverage, samples))
     progress("models")
-    student, teacher = _models(cfg, config, card, vocabularies, data)
-    tokenizers = student.vocabulary.tokenizer, teacher.vocabulary.tokenizer
-    sizes = vocabulary_size(tokenizers[0]), vocabulary_size(tokenizers[1])
-    facts = Facts(*tokenizers, sizes, data.coverage.share)
+    student = _Model(skeleton.student_skeleton(cfg, tokenizers[0]), tokenizers[0])
+    teacher = _Model(skeleton.teacher_skeleton(config.teacher, card.device), tokenizers[1])
+    ours = student.facts(cfg.base_model, kept, "", coverage.rates[0])
+    theirs = teacher.facts(config.teacher.base_model, kept, "teacher_", coverage.rates[1])
+    facts = Facts(*tokenizers, (ours.vocabulary, theirs.vocabulary), coverage.share)
     objective = build_objective(config, facts, memory=card.memory, seed=0)
+    remarks = [*_differing(coverage, samples), *student.remarks(ours, "student")]
+    remarks += [*teacher.remarks(theirs, "teacher"), *_remarks(ours, theirs, coverage)]
     progress("memory")
-    setup = Setup(cfg, config, card, data.samples, facts, teacher.facts.hidden_size)
+    setup = Setup(cfg, config, card, samples, facts, theirs.hidden_size)
     memory = memory_report(setup, student.skeleton, teacher.skeleton)
-    fidelity = _probe(config, teacher, data, probe_count, card, progress) if probe_count else None
+    fidelity = None
+    if probe_count:
+        device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
+        probed = probe_rows(kept, probe_count)
+        result = probe(config.teacher, probed, theirs.vocabulary, device, progress)
+        fidelity = result.words("4 bits" if config.teacher.load_in_4bit else "8 bits")
     return Report(
         config=path,
-        student=student.facts,
-        teacher=teacher.facts,
+        student=ours,
+        teacher=theirs,
         shared_tokens=len(shared_tokens(*tokenizers)[0]),
         objective=objective.describe(),
         advice=objective.advice(),
-        coverage=data.coverage,
-        datasets=data.datasets,
-        examples=data.examples,
+        coverage=coverage,
+        datasets=datasets,
+        examples=pick_examples(aligned, *vocabularies),
         memory=memory,
-        remarks=list(_remarks(student, teacher, data)),
+        remarks=remarks,
         probe=fidelity,
     )
 
@@ -109,143 +117,68 @@ def _vocabularies(cfg: Any, config: DSKDConfig) -> tuple[Vocabulary, Vocabulary]
     return Vocabulary(student, token_bytes(student)), Vocabulary(teacher, token_bytes(teacher))
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The sampled rows of all datasets, and how the two sides meet in them."""
-
-    samples: Sequence[DatasetSample]
-    datasets: list[Coverage]
-    coverage: Coverage
-    examples: list[Example]
-
-    @property
-    def rows(self) -> list[dict[str, list[int]]]:
-        """Those that would be trained on."""
-        return [row for sample in self.samples for row in sample.rows]
-
-    @property
-    def differing(self) -> list[str]:
-        """Both texts of some rows whose sides differ."""
-        return [line for sample in self.samples for line in sample.differing]
-
-
-def _sampled(
-    cfg: Any, config: DSKDConfig, vocabularies: tuple[Vocabulary, Vocabulary], count: int
-) -> _Data:
-    samples = sample_rows(cfg, config, vocabularies[0].tokenizer, count=count)
-    aligned = [(sample.name, list(map(AlignedRow.of, sample.rows))) for sample in samples]
-    datasets = [
-        Coverage(s.name, s.total, s.sampled, s.kept, dict(s.outcomes)).with_rows(
-            rows, *vocabularies
-        )
-        for s, (_, rows) in zip(samples, aligned, strict=True)
+def _nothing_kept(coverage: Coverage, samples: Sequence[DatasetSample]) -> str:
+    outcomes = [
+        f"{count} {OUTCOMES[outcome]}; {REMEDIES[outcome]}."
+        for outcome, count in coverage.outcomes.items()
+        if count
     ]
-    coverage = sum(datasets, Coverage("all"))
-    data = _Data(samples, datasets, coverage, pick_examples(aligned, *vocabularies))
-    if not coverage.kept:
-        outcomes = [
-            f"{count} {OUTCOMES[outcome]}; {REMEDIES[outcome]}."
-            for outcome, count in coverage.outcomes.items()
-            if count
-        ]
-        first = f"none of the {coverage.sampled} sampled rows would be trained on."
-        raise ValueError("\n".join([first, *outcomes, *data.differing]))
-    return data
+    first = f"none of the {coverage.sampled} sampled rows would be trained on."
+    return "\n".join([first, *outcomes, *(line for s in samples for line in s.differing)])
 
 
 @dataclass(frozen=True)
 class _Model:
     """One of the two models, as far as it is known without its weights."""
 
-    vocabulary: Vocabulary
     skeleton: Any
-    facts: SideFacts
+    tokenizer: Any
 
+    def facts(
+        self, name: str, rows: Sequence[dict[str, list[int]]], prefix: str, rate: float
+    ) -> SideFacts:
+        """What is said of it.
 
-def _models(
-    cfg: Any,
-    config: DSKDConfig,
-    card: Card,
-    vocabularies: tuple[Vocabulary, Vocabulary],
-    data: _Data,
-) -> tuple[_Model, _Model]:
-    student, teacher = vocabularies
-    coverage = data.coverage
-    ours = [(row["input_ids"], row["labels"]) for row in data.rows]
-    theirs = [(row["teacher_input_ids"], row["teacher_labels"]) for row in data.rows]
-    rate = coverage.student_tokens / max(1, coverage.text_bytes)
-    teacher_rate = coverage.teacher_tokens / max(1, coverage.teacher_bytes)
-    skeleton = student_skeleton(cfg, student.tokenizer)
-    facts = _facts(cfg.base_model, skeleton, student.tokenizer, ours, rate)
-    teacher_model = teacher_skeleton(config.teacher, card.device)
-    teacher_facts = _facts(
-        config.teacher.base_model, teacher_model, teacher.tokenizer, theirs, teacher_rate
-    )
-    return _Model(student, skeleton, facts), _Model(teacher, teacher_model, teacher_facts)
-
-
-def _facts(
-    name: str, model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], list[int]]], rate: float
-) -> SideFacts:
-    """What is said of a model, from its skeleton and the (ids, labels) of its side of the rows."""
-    head = output_head(model)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    lora = {id(p) for n, p in model.named_parameters() if "lora_" in n}
-    bos = tokenizer.bos_token_id
-    ends = {tokens[-1] for _, labels in rows if (tokens := supervised(labels))}
-    ids, labels = rows[0]
-    prompt = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    return SideFacts(
-        name=str(name),
-        architecture=type(base).__name__,
-        tokenizer=tokenizer.name_or_path or type(tokenizer).__name__,
-        vocabulary=vocabulary_size(tokenizer),
-        head_rows=head.weight.shape[0],
-        hidden_size=head.hidden_size,
-        parameters=sum(p.numel() for p in model.parameters() if id(p) not in lora),
-        trained=sum(p.numel() for p in trained_tensors(model)),
-        tied=getattr(embedding, "weight", None) is getattr(output, "weight", embedding),
-        softcap=head.softcap,
-        scale=head.scale,
-        bias=head.bias is not None,
-        bos=tokenizer.bos_token,
-        eos=tokenizer.eos_token,
-        begins_with_bos=bos is not None and all(ids[0] == bos for ids, _ in rows),
-        turn_end=str(tokenizer.convert_ids_to_tokens(ends.pop())) if len(ends) == 1 else None,
-        tokens_per_byte=rate,
-        prompt=tokenizer.decode(ids[:prompt]),
-    )
-
-
-def _probe(
-    config: DSKDConfig, teacher: _Model, data: _Data, count: int, card: Card, progress: Progress
-) -> str:
-    """What quantising the teacher changes, in words."""
-    device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
-    rows = probe_rows(data.rows, count)
-    result = probe(config.teacher, rows, teacher.facts.vocabulary, device, progress)
-    return result.words("4 bits" if config.teacher.load_in_4bit else "8 bits")
-
-
-def _remarks(student: _Model, teacher: _Model, data: _Data) -> Iterator[str]:
-    """What deserves attention, in words."""
-    models = {"student": student, "teacher": teacher}
-    outcomes = data.coverage.outcomes
-    seen, differing = sum(outcomes.values()), outcomes.get(DIFFERENT, 0)
-    if differing > MAX_DIFFERING_SHARE * seen:
-        yield (
-            f"Training will stop: {differing} of {seen} sampled rows do not have the same "
-            f"supervised text for student and teacher, more than {MAX_DIFFERING_SHARE:.0%}; "
-            f"{REMEDIES[DIFFERENT]}.\n" + "\n".join(data.differing[:3])
+        Args:
+            rows: prepared ones, whose columns of this side begin with `prefix`.
+            rate: its supervised tokens per byte.
+        """
+        model, tokenizer, head = self.skeleton, self.tokenizer, output_head(self.skeleton)
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        lora = {id(p) for n, p in model.named_parameters() if "lora_" in n}
+        ids, labels = ([row[prefix + c] for row in rows] for c in ("input_ids", "labels"))
+        bos = tokenizer.bos_token_id
+        ends = {tokens[-1] for row in labels if (tokens := supervised(row))}
+        prompt = next(i for i, label in enumerate(labels[0]) if label != IGNORE_INDEX)
+        return SideFacts(
+            name=str(name),
+            architecture=type(base).__name__,
+            tokenizer=tokenizer.name_or_path or type(tokenizer).__name__,
+            vocabulary=vocabulary_size(tokenizer),
+            head_rows=head.weight.shape[0],
+            hidden_size=head.hidden_size,
+            parameters=sum(p.numel() for p in model.parameters() if id(p) not in lora),
+            trained=sum(p.numel() for p in skeleton.trained_tensors(model)),
+            tied=getattr(embedding, "weight", None) is getattr(output, "weight", embedding),
+            softcap=head.softcap,
+            scale=head.scale,
+            bias=head.bias is not None,
+            bos=tokenizer.bos_token,
+            eos=tokenizer.eos_token,
+            begins_with_bos=bos is not None and all(row[0] == bos for row in ids),
+            turn_end=str(tokenizer.convert_ids_to_tokens(ends.pop())) if len(ends) == 1 else None,
+            tokens_per_byte=rate,
+            prompt=tokenizer.decode(ids[0][:prompt]),
         )
-    for name, model in models.items():
-        if changes := normalisations(model.vocabulary.tokenizer):
+
+    def remarks(self, facts: SideFacts, name: str) -> Iterator[str]:
+        """What deserves attention, in words."""
+        if changes := normalisations(self.tokenizer):
             yield (
                 f"The {name}'s tokenizer changes text before it splits it ({', '.join(changes)}): "
                 "rows that this changes are dropped."
             )
-    for name, facts in ((name, model.facts) for name, model in models.items()):
         if facts.padding_rows:
             yield (
                 f"The {name}'s output head has {facts.padding_rows:,} rows more than its "
@@ -256,11 +189,30 @@ def _remarks(student: _Model, teacher: _Model, data: _Data) -> Iterator[str]:
                 f"The {name}'s tokenizer has ids up to {facts.vocabulary - 1}, but its output "
                 f"head only {facts.head_rows} rows: training will refuse this pair."
             )
-    if student.facts.begins_with_bos != teacher.facts.begins_with_bos:
-        with_bos, without = models if student.facts.begins_with_bos else reversed(models)
+
+
+def _differing(coverage: Coverage, samples: Sequence[DatasetSample]) -> Iterator[str]:
+    """What training will say of rows whose two sides spell different texts."""
+    count, seen = coverage.outcomes.get(DIFFERENT, 0), sum(coverage.outcomes.values())
+    if count > MAX_DIFFERING_SHARE * seen:
+        examples = [line for sample in samples for line in sample.differing][:3]
         yield (
-            f"The {with_bos}'s rows begin with BOS, the {without}'s do not: no harm, not "
-            "supervised."
+            f"Training will stop: {count} of {seen} sampled rows do not have the same supervised "
+            f"text for student and teacher, more than {MAX_DIFFERING_SHARE:.0%}; "
+            f"{REMEDIES[DIFFERENT]}.\n" + "\n".join(examples)
         )
-    if dropped := seen - outcomes.get(KEPT, 0) - outcomes.get(CUT, 0):
+
+
+def _remarks(student: SideFacts, teacher: SideFacts, coverage: Coverage) -> Iterator[str]:
+    """What deserves attention in how the two meet, in words."""
+    if student.begins_with_bos != teacher.begins_with_bos:
+        names = ("student", "teacher") if student.begins_with_bos else ("teacher", "student")
+        yield "The {}'s rows begin with BOS, the {}'s do not: no harm, not supervised.".format(
+            *names
+        )
+    seen, dropped = (
+        sum(n for outcome, n in coverage.outcomes.items() if outcome not in left_out)
+        for left_out in ((), (KEPT, CUT))
+    )
+    if dropped:
         yield f"{dropped} of {seen} sampled rows would not be trained on; see the datasets."

@@ -34,11 +34,11 @@ class Setup:
     teacher_hidden_size: int
 
     def with_cfg(self, **changes: Any) -> Setup:
-        """The run with other top-level values."""
+        """The same with other top-level values."""
         return replace(self, cfg=DictDefault({**self.cfg, **changes}))
 
     def with_teacher(self, **changes: Any) -> Setup:
-        """The run with other values under dskd.teacher."""
+        """The same with other values under dskd.teacher."""
         teacher = self.config.teacher.model_copy(update=changes)
         return replace(self, config=self.config.model_copy(update={"teacher": teacher}))
 

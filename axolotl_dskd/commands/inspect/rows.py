@@ -1,6 +1,6 @@
 """How two tokenizers divide the sampled rows: how much is aligned, and examples to look at.
 
-Knows prepared rows and what tokens spell; nothing of models, or of how rows were sampled.
+Knows sampled rows and what tokens spell; nothing of models.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, zip_longest
 from typing import Any
 
+from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.data.byte_spans import Group, Spans, aligned_groups
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.types import IGNORE_INDEX
@@ -101,12 +102,27 @@ class Coverage:
         """Of the student's supervised tokens, those with an exact partner."""
         return self.exact / self.student_tokens if self.student_tokens else 0.0
 
-    def with_rows(
-        self, rows: Sequence[AlignedRow], student: Vocabulary, teacher: Vocabulary
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Supervised tokens per byte of supervised text, the student's and the teacher's."""
+        student = self.student_tokens / max(1, self.text_bytes)
+        return student, self.teacher_tokens / max(1, self.teacher_bytes)
+
+    @classmethod
+    def of(
+        cls,
+        sample: DatasetSample,
+        rows: Sequence[AlignedRow],
+        student: Vocabulary,
+        teacher: Vocabulary,
     ) -> Coverage:
-        """The same dataset, with what its kept rows hold."""
-        return replace(
-            self,
+        """That of a dataset, from its sample and the rows that were kept."""
+        return cls(
+            sample.name,
+            sample.total,
+            sample.sampled,
+            sample.kept,
+            dict(sample.outcomes),
             student_tokens=sum(len(row.student) for row in rows),
             teacher_tokens=sum(len(row.teacher) for row in rows),
             exact=sum(row.exact for row in rows),
@@ -163,17 +179,19 @@ def _example(name: str, row: AlignedRow, student: Vocabulary, teacher: Vocabular
 
 
 def pick_examples(
-    datasets: Sequence[tuple[str, Sequence[AlignedRow]]], student: Vocabulary, teacher: Vocabulary
+    datasets: Sequence[tuple[DatasetSample, Sequence[AlignedRow]]],
+    student: Vocabulary,
+    teacher: Vocabulary,
 ) -> list[Example]:
     """A few rows: of every dataset in turn, first those that the tokenizers divide least alike,
     so that what is special (code, other scripts) is seen."""
     ranked = []
-    for name, rows in datasets:
+    for sample, rows in datasets:
         alike = [row for row in rows if row.groups]
         alike.sort(key=lambda row: row.exact / len(row.groups))
         last = len(alike) - 1
         # The least alike, a middle one, the most alike, and so on.
         order = [0, len(alike) // 2, last, len(alike) // 4, 3 * len(alike) // 4]
-        ranked.append([(name, alike[i]) for i in dict.fromkeys(order) if 0 <= i <= last])
+        ranked.append([(sample.name, alike[i]) for i in dict.fromkeys(order) if 0 <= i <= last])
     in_turn = filter(None, chain.from_iterable(zip_longest(*ranked)))
     return [_example(name, row, student, teacher) for name, row in list(in_turn)[:EXAMPLES]]
