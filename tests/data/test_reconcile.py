@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
+from axolotl.utils.collators import DataCollatorForSeq2Seq
 from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from axolotl_dskd.data import DualCollator
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs
 from axolotl_dskd.data.reconcile import (
     CUT,
@@ -20,6 +23,7 @@ from axolotl_dskd.data.reconcile import (
     EMPTY,
     KEPT,
     SPANS,
+    STATUS,
     TEACHER_SPANS,
     TOO_LONG,
     Reconcile,
@@ -27,6 +31,7 @@ from axolotl_dskd.data.reconcile import (
 )
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.types import DualBatch
 from tests.support import tiny
 
 BYTE_LEVEL, SENTENCEPIECE = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()
@@ -373,6 +378,30 @@ def test_sides_of_one_vocabulary_are_cut_to_the_same_tokens() -> None:
         )
         if out["dskd_status"] in (KEPT, CUT):
             assert labelled(out["labels"]) == labelled(out["teacher_labels"])
+
+
+def test_a_row_made_elsewhere_is_reconciled_and_collated() -> None:
+    """As when the student has written the answer: its own ids, the teacher's template around."""
+    answer, theirs = in_single_letters("The quick"), side(SENTENCEPIECE, [("Well", "The quick")])
+    made = {
+        "input_ids": np.array(answer.ids),
+        "labels": np.array(answer.labels),
+        "teacher_input_ids": np.array(theirs.ids),
+        "teacher_labels": np.array(theirs.labels),
+    }
+    made |= reconcile_for()(made)
+    assert made.pop(STATUS) == KEPT
+    inner = DataCollatorForSeq2Seq(BYTE_LEVEL)
+    collate = DualCollator(inner, padding_side="right", teacher_pad_id=0)
+    one = made | {"input_ids": answer.ids, "attention_mask": [1] * len(answer.ids)}
+    batch = DualBatch.pop_from(collate([one, one]))
+    student, (_, teacher) = batch.student_side(batch.student_mask()), batch.teacher_side()
+    assert len(student) == len(batch.matches.spans) == 2 * len("The quick.")
+    assert len(teacher) == len(batch.matches.teacher_spans)
+    ours, theirs_too = batch.matches.exact.unbind(1)
+    ends = student.labels[ours] == BYTE_LEVEL.eos_token_id
+    assert int(ends.sum()) == 2
+    assert (teacher.labels[theirs_too[ends]] == SENTENCEPIECE.eos_token_id).all()
 
 
 # ---- random rows ---------------------------------------------------------------------------
