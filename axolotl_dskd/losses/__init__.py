@@ -11,9 +11,9 @@ from axolotl_dskd.losses.divergences import (
     make_divergence,
 )
 from axolotl_dskd.losses.elementwise import Weights
-from axolotl_dskd.losses.functions import by_autograd, by_rows, with_ce
+from axolotl_dskd.losses.functions import by_autograd, by_rows, plain_with_ce, with_ce
 from axolotl_dskd.losses.learn import Learn
-from axolotl_dskd.losses.logprobs import token_logprobs
+from axolotl_dskd.losses.logprobs import over_logprobs, set_logprobs, token_logprobs
 from axolotl_dskd.losses.parts import even_parts, grouped_parts, paired_parts
 
 __all__ = [
@@ -34,7 +34,10 @@ __all__ = [
     "grouped_parts",
     "make_divergence",
     "over",
+    "over_logprobs",
     "paired_parts",
+    "plain_with_ce",
+    "set_logprobs",
     "token_logprobs",
     "with_ce",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_dskd.losses.chunks import Chunk, ChunkFunction, Part, Rows, Values
@@ -112,5 +113,26 @@ def with_ce(
         total = gradients.get(stream)
         gradients[stream] = gradient if total is None else total.add_(gradient)
         return values | {"ce": ce}, gradients
+
+    return both
+
+
+def plain_with_ce(
+    function: PlainFunction, labels: Tensor, weight: float, stream: str = "student"
+) -> PlainFunction:
+    """A plain function that adds a stream's cross-entropy at temperature 1 as the term `ce`.
+
+    The streams of a part may have unequally many rows, as `grouped_parts` gives them.
+
+    Args:
+        function: of all streams' rows.
+        labels: [n] int64 of all rows of the stream; -100 counts nowhere.
+        weight: of the cross-entropy in the loss.
+    """
+
+    def both(rows: Part, logits: dict[str, Tensor]) -> tuple[Tensor, Values]:
+        ce = F.cross_entropy(logits[stream], labels[rows[stream]], reduction="none")
+        loss, values = function(rows, logits)
+        return loss + weight * ce.sum(), values | {"ce": ce}
 
     return both

@@ -1,18 +1,20 @@
 """Log-probabilities of given tokens, for losses over whole sequences or chunks of text.
 
-Such a loss knows each token's gradient only once it has seen them all. So the forward keeps one
-number a token, and the backward computes each chunk's logits again: three products, four where the
-head trains, and never [N, V].
+Such a loss knows each token's gradient only once it has seen them all. So a first pass keeps one
+number a token, and a second one computes each chunk's logits again: three products, four where the
+head trains, and never [N, V]. `token_logprobs` makes the second pass in its backward;
+`over_logprobs` makes both in the forward, for a loss that is a function of these numbers alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axolotl_dskd.losses.chunks import Budget, Stream, TermSpec, Values, over
+from axolotl_dskd.losses.chunks import Budget, Stream, Sums, TermSpec, Values, over
 from axolotl_dskd.losses.functions import by_rows
 from axolotl_dskd.losses.parts import even_parts
 
@@ -35,9 +37,61 @@ def token_logprobs(
     return _LogProbs.apply(stream, labels, budget, temperature, stream.hidden, *head)
 
 
+def set_logprobs(
+    stream: Stream, labels: Tensor, budget: Budget, members: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """log softmax(logits)[labels] and log Σ_{v in members} softmax(logits)_v, without gradient.
+
+    Args:
+        stream, labels, budget: as for `token_logprobs`.
+        members: [V] bool, not all of them False; None: the second is 0.
+
+    Returns:
+        [n] each, float32 or wider.
+    """
+    with torch.no_grad():
+        values = _pass(stream, labels, budget, 1.0, None, members).values
+    return values["logprob"], values["within"]
+
+
+def over_logprobs(
+    stream: Stream,
+    labels: Tensor,
+    budget: Budget,
+    members: Tensor | None,
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """A scalar that is a plain function of what `set_logprobs` returns, differentiable.
+
+    Equals `function(log_q.gather(labels), log_q[:, members].logsumexp(-1))` with log_q the
+    log_softmax of all logits. Both passes are made at once; `backward()` needs neither the head nor
+    another product. Without gradients one pass is enough.
+
+    Args:
+        stream, labels, budget, members: as for `set_logprobs`.
+        function: of two tensors [n].
+    """
+    leaves = [x.requires_grad_() for x in set_logprobs(stream, labels, budget, members)]
+    with torch.enable_grad():
+        loss = function(*leaves)
+    wanted = (stream.hidden, *(stream.head.tensors() if stream.trains_head else ()))
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in wanted):
+        return loss.detach()
+    slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    linear = _pass(stream, labels, budget, 1.0, slopes[0], members, slopes[1]).loss
+    # Its gradient is the loss's; its value is not.
+    return linear + (loss - linear).detach()
+
+
 def _pass(
-    stream: Stream, labels: Tensor, budget: Budget, temperature: float, slope: Tensor | None
-) -> Any:
+    stream: Stream,
+    labels: Tensor,
+    budget: Budget,
+    temperature: float,
+    slope: Tensor | None,
+    members: Tensor | None = None,
+    slope_within: Tensor | None = None,
+) -> Sums:
     """One pass over the chunks: the values, and gradients of Σ slope · value where it is given."""
 
     def function(rows: Any, logits: dict[str, Tensor]) -> tuple[Values, dict[str, Tensor]]:
@@ -45,14 +99,26 @@ def _pass(
         at = labels[index].unsqueeze(-1)
         log_q = (logits["student"] / temperature).log_softmax(-1)
         value = log_q.gather(-1, at).squeeze(-1)
+        within = torch.zeros_like(value)
+        if members is not None:
+            within = log_q.masked_fill(~members, -torch.inf).logsumexp(-1)
         if slope is None:
-            return {"logprob": value}, {}
+            return {"logprob": value, "within": within}, {}
+        values = {"logprob": value * slope[index]}
         share = (slope[index] / temperature).unsqueeze(-1)
-        gradient = log_q.exp_().mul_(-share).scatter_add_(-1, at, share)
-        return {"logprob": value * slope[index]}, {"student": gradient}
+        if members is not None and slope_within is not None:
+            values["within"] = within * slope_within[index]
+            more = (slope_within[index] / temperature).unsqueeze(-1)
+            # d/dz of log Σ_members q: q / Σ_members q in the members, less q everywhere.
+            inside = (log_q - within.unsqueeze(-1)).exp_().mul_(members).mul_(more)
+            gradient = log_q.exp_().mul_(-(share + more)).add_(inside)
+        else:
+            gradient = log_q.exp_().mul_(-share)
+        return values, {"student": gradient.scatter_add_(-1, at, share)}
 
     parts = even_parts({"student": len(stream)}, budget.size(stream))
-    return over({"student": stream}, parts, by_rows(function), {"logprob": TermSpec("student", 1)})
+    terms = {"logprob": TermSpec("student", 1), "within": TermSpec("student", 1)}
+    return over({"student": stream}, parts, by_rows(function), terms)
 
 
 class _LogProbs(torch.autograd.Function):
