@@ -6,6 +6,7 @@ The only place where defaults are stated. Imports nothing else of the package.
 from axolotl_dskd.config.block import PLUGIN_NAME, DSKDArgs, DSKDConfig
 from axolotl_dskd.config.cache import CacheConfig
 from axolotl_dskd.config.objectives import (
+    ChunkLikelihoodConfig,
     DivergenceKeys,
     DivergenceName,
     DualSpaceConfig,
@@ -22,6 +23,7 @@ from axolotl_dskd.config.teacher import TeacherConfig
 __all__ = [
     "PLUGIN_NAME",
     "CacheConfig",
+    "ChunkLikelihoodConfig",
     "DSKDArgs",
     "DSKDConfig",
     "DivergenceKeys",

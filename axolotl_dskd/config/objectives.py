@@ -217,6 +217,39 @@ class SinkhornConfig(ObjectiveConfig):
         return None if self.weight or self.kl_weight else "weight and kl_weight are both 0"
 
 
+class ChunkLikelihoodConfig(ObjectiveConfig):
+    """Approximate likelihood matching (arXiv 2503.20083)."""
+
+    name: Literal["chunk_likelihood"] = "chunk_likelihood"
+    divergence: Literal["binary_ce", "reverse_binary_kl", "abs_exp", "abs", "renyi"] = Field(
+        "binary_ce",
+        description="Of the student's likelihood of a chunk from the teacher's. binary_ce: "
+        "cross-entropy of chunk or not chunk. reverse_binary_kl: the same from the student's side. "
+        "abs_exp: distance of the probabilities. abs: distance of the log-likelihoods, without "
+        "temperature. renyi: Rényi's divergence of chunk or not chunk.",
+    )
+    temperature: float = Field(
+        100.0,
+        gt=0,
+        le=10_000,
+        description="What log-likelihoods are divided by. Gradients keep the size of "
+        "cross-entropy's, whatever it is.",
+    )
+    renyi_order: float = Field(0.5, gt=0, lt=1, description="Order of renyi.")
+    merge: bool = Field(
+        True,
+        description="Join chunks until the teacher sees a word's boundary behind them.",
+    )
+    merge_threshold: float = Field(
+        0.1, ge=0, lt=1, description="The teacher's probability of a boundary that ends a chunk."
+    )
+    debias: bool = Field(
+        True,
+        description="Multiply a chunk's likelihood by that of a word's boundary behind it, which "
+        "tells the chunk from the beginning of a longer word.",
+    )
+
+
 def objective_config(value: Any) -> Any:
     """The typed keys of an objective, from its name alone or from a block with its name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,7 @@ class Problem:
         assert heads[0] is not None and heads[1] is not None
         facts = Facts(*self.tokenizers, (heads[0].vocab_size, heads[1].vocab_size))
         setting = Setting(kd_ratio, Budget(chunk))
+        importlib.import_module(f"axolotl_dskd.objectives.{config.name}")
         objective = Objective.known[type(config)](config, facts, setting)
         nothing = torch.zeros(0)
         objective.begin(Pair(heads, (nothing, nothing), torch.device("cpu")))

@@ -1,0 +1,304 @@
+"""Approximate likelihood matching: against published numbers, a plain form, and its properties."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from axolotl_dskd.config import ChunkLikelihoodConfig, DSKDConfig
+from axolotl_dskd.objectives.chunk_likelihood import log1mexp
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.types import Side
+from tests.support import golden_methods
+from tests.support.groups import Problem, equals_plain_form, problem, row_groups
+
+UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
+DIVERGENCES = ("binary_ce", "reverse_binary_kl", "abs_exp", "abs", "renyi")
+
+
+def boundaries(made: Problem, side: int) -> tuple[Tensor, set[int]]:
+    """Ids that begin with a space or newline or are special, and the special ones, by decoding."""
+    tokenizer = made.tokenizers[side]
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    strings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    first = ("Ġ", "▁", "Ċ", "\n", "<0x0A>", "<0x20>")
+    begins = [s.startswith(first) or i in special for i, s in enumerate(strings)]
+    return torch.tensor(begins), special
+
+
+def behind(tokens: Side, within: Tensor, special: set[int]) -> list[Tensor]:
+    """[n] log-probability of a boundary behind each token, NaN where no row has read it."""
+    found = []
+    for i in range(len(tokens)):
+        label = int(tokens.labels[i])
+        known = (
+            i + 1 < len(tokens)
+            and tokens.sample_ids[i + 1] == tokens.sample_ids[i]
+            and tokens.input_ids[i + 1] == label
+            and label not in special
+        )
+        found.append(within[i + 1] if known else UNKNOWN)
+    return found
+
+
+def plain_chunks(
+    made: Problem,
+    logprobs: tuple[Tensor, Tensor],
+    behind: tuple[list[Tensor], list[Tensor]],
+    config: ChunkLikelihoodConfig,
+) -> tuple[Tensor, Tensor]:
+    """[C] log-likelihoods of chunks of both sides, one group after the other."""
+    groups = row_groups(made.matches)
+    chunks: list[list[Tensor]] = []
+    total: list[Any] = [0.0, 0.0]
+    for k, rows in enumerate(groups):
+        total = [t + x[r].sum() for t, x, r in zip(total, logprobs, rows, strict=True)]
+        s = [x[r[-1]] for x, r in zip(behind, rows, strict=True)]
+        known = not any(bool(torch.isnan(x)) for x in s)
+        following = groups[k + 1] if k + 1 < len(groups) else None
+        apart = following is None or any(
+            b[0] != a[-1] + 1 for a, b in zip(rows, following, strict=True)
+        )
+        other = apart or (
+            following is not None
+            and made.student.tokens.sample_ids[following[0][0]]
+            != made.student.tokens.sample_ids[rows[0][0]]
+        )
+        ends = not known or bool(s[1].exp() > config.merge_threshold)
+        if config.merge and not ends and not other:
+            continue
+        if config.debias and known:
+            total = [t + x for t, x in zip(total, s, strict=True)]
+        chunks.append(total)
+        total = [0.0, 0.0]
+    ours, theirs = (torch.stack(x) for x in zip(*chunks, strict=True))
+    return ours, theirs
+
+
+def plain_divergence(ours: Tensor, theirs: Tensor, config: ChunkLikelihoodConfig) -> Tensor:
+    """From probabilities; the factor τ included."""
+    if config.divergence == "abs":
+        return (theirs - ours).abs()
+    T = config.temperature
+    p, q = (torch.exp(x / T - 1e-6) for x in (theirs, ours))
+    match config.divergence:
+        case "binary_ce":
+            value = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        case "reverse_binary_kl":
+            value = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+        case "abs_exp":
+            value = (p - q).abs()
+        case _:
+            r = config.renyi_order
+            value = (p**r * q ** (1 - r) + (1 - p) ** r * (1 - q) ** (1 - r)).log() / (r - 1)
+    return T * value
+
+
+def plain_loss(made: Problem, config: ChunkLikelihoodConfig) -> Tensor:
+    """Half cross-entropy, half divergence of chunks, all logits at once."""
+    logprobs, read = [], []
+    for side, (view, logits) in enumerate(
+        zip((made.student, made.teacher), made.logits(), strict=True)
+    ):
+        log_q = logits.log_softmax(-1)
+        logprobs.append(log_q.gather(-1, view.tokens.labels[:, None])[:, 0])
+        begins, special = boundaries(made, side)
+        read.append(behind(view.tokens, log_q[:, begins].logsumexp(-1), special))
+    both, after = (logprobs[0], logprobs[1]), (read[0], read[1])
+    ours, theirs = plain_chunks(made, both, after, config)
+    return -0.5 * logprobs[0].sum() + 0.5 * plain_divergence(ours, theirs, config).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 1000])
+@pytest.mark.parametrize("head", ["plain", "full"])
+def test_loss_and_gradients_equal_the_plain_form(head: str, chunk: int):
+    config = ChunkLikelihoodConfig()
+    equals_plain_form(problem(head=head), config, lambda made: plain_loss(made, config), chunk)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("changes", [{}, {"merge": False}, {"debias": False}], ids=str)
+def test_every_setting_equals_the_plain_form(divergence: Any, changes: dict[str, Any]):
+    for temperature in (2.0, 100.0):
+        config = ChunkLikelihoodConfig(divergence=divergence, temperature=temperature, **changes)
+        made = problem(seed=3)
+        equals_plain_form(made, config, lambda made, c=config: plain_loss(made, c), 64, 1e-6)
+
+
+@pytest.mark.parametrize("path", golden_methods.files("alm"), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("naive_ce_T100", {"merge": False, "debias": False}),
+        ("debiased_ce_T100", {"merge": False}),
+        ("merged_ce_T100", {}),
+        ("merged_ce_T1", {"temperature": 1.0}),
+        ("merged_rkl_T1", {"temperature": 1.0, "divergence": "reverse_binary_kl"}),
+        ("debiased_tv_T1", {"merge": False, "temperature": 1.0, "divergence": "abs_exp"}),
+        ("naive_abs", {"merge": False, "debias": False, "divergence": "abs"}),
+    ],
+)
+def test_published_numbers_but_for_their_faults(path: Path, name: str, keys: dict[str, Any]):
+    """Published: a mean, over too few chunks where they are merged, with s behind end tokens."""
+    config = ChunkLikelihoodConfig(**keys)
+    golden = golden_methods.load(path)
+    made, z = golden.problem, golden.numbers
+    leaf = z["student_logits"].double().requires_grad_()
+    logprobs, published_read, read = [], [], []
+    for side, (label, logits) in enumerate(
+        zip(("student", "teacher"), (leaf, z["teacher_logits"].double()), strict=True)
+    ):
+        view = (made.student, made.teacher)[side]
+        begins = z[f"{label}_space"]
+        assert torch.equal(boundaries(made, side)[0], begins)
+        log_q = logits.log_softmax(-1).flatten(0, 1)
+        places = golden.places[side]
+        logprobs.append(log_q[places].gather(-1, view.tokens.labels[:, None])[:, 0])
+        within = log_q[:, begins].logsumexp(-1)
+        published_read.append([within[i + 1] for i in places.tolist()])
+        read.append(behind(view.tokens, within[places], boundaries(made, side)[1]))
+    both = (logprobs[0], logprobs[1])
+    ours, theirs = plain_chunks(made, both, (published_read[0], published_read[1]), config)
+    assert len(ours) == int(z["merged_chunks" if config.merge else "chunks"])
+    divisor = int(z["merged_divisor_published"]) if config.merge else len(ours)
+    scale = divisor * (1.0 if config.divergence == "abs" else config.temperature)
+    published = plain_divergence(ours, theirs, config).sum() / scale
+    entropy = torch.zeros(())
+    if config.divergence == "binary_ce":
+        p = torch.exp(theirs / config.temperature - 1e-6)
+        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).sum() / divisor
+    torch.testing.assert_close(published + entropy, z[f"out_{name}"].double(), rtol=2e-6, atol=1e-7)
+    (gradient,) = torch.autograd.grad(published, leaf, retain_graph=True)
+    expected = z[f"grad_{name}"].double()
+    assert float((gradient - expected).norm() / expected.norm()) < 5e-6
+
+    # Ours: no s behind the end; a sum.
+    ours, theirs = plain_chunks(made, both, (read[0], read[1]), config)
+    corrected = plain_divergence(ours, theirs, config).sum()
+    out = made.run(config, kd_ratio=1.0)
+    torch.testing.assert_close(out.loss, corrected)
+    (expected,) = torch.autograd.grad(corrected, leaf)
+    (found,) = torch.autograd.grad(out.loss, made.leaves())
+    torch.testing.assert_close(found, expected.flatten(0, 1)[golden.places[0]])
+    faulty = config.debias or config.merge
+    same = torch.allclose(out.loss.detach() / scale, published.detach(), rtol=1e-4)
+    assert same == (not faulty)
+
+
+def test_the_golden_files_are_there():
+    assert len(golden_methods.files("alm")) >= 3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_student_equal_to_its_teacher_learns_nothing(divergence: Any):
+    made = problem(one_vocabulary=True, end_tokens=(1, 1))
+    same = replace(made.student, hidden=made.student.hidden.detach(), head=made.student.head)
+    made = replace(made, teacher=same)
+    out = made.run(ChunkLikelihoodConfig(divergence=divergence), kd_ratio=1.0)
+    assert float(out.loss.detach().abs()) < 1e-9
+    for gradient in torch.autograd.grad(out.loss, made.leaves()):
+        assert float(gradient.abs().max()) < 1e-7
+
+
+def test_a_large_temperature_gives_gradients_of_cross_entropys_size():
+    """−τ ∂/∂ℓ is 1 − ℓ_teacher / ℓ_student: here, for a sure teacher, nearly 1 a token."""
+    made = problem(one_vocabulary=True, end_tokens=(1, 1), head="frozen", sharpness=0.3)
+    sure = torch.nn.functional.one_hot(made.student.tokens.labels, 400).double() * 30
+    head = OutputHead(torch.eye(400, dtype=torch.float64))
+    made = replace(made, teacher=replace(made.student, hidden=sure, head=head))
+    config = ChunkLikelihoodConfig(merge=False, debias=False)
+    (chunk,) = torch.autograd.grad(made.run(config, kd_ratio=1.0).loss, made.leaves())
+    (ce,) = torch.autograd.grad(made.run(config, kd_ratio=0.0).loss, made.leaves())
+    assert float((chunk - ce).norm() / ce.norm()) < 0.05
+
+
+def test_chunks_of_one_token_are_binary_divergences_of_its_probability():
+    made = problem(one_vocabulary=True, end_tokens=(1, 1))
+    config = ChunkLikelihoodConfig(temperature=1.0, merge=False, debias=False)
+    out = made.run(config)
+    p, q = (
+        (x.log_softmax(-1).gather(-1, made.student.tokens.labels[:, None])[:, 0] - 1e-6).exp()
+        for x in made.logits()[::-1]
+    )
+    expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(out.terms["chunk"].values, expected.detach())
+    assert out.terms["tokens_per_chunk"].values.unique().tolist() == [1.0]
+
+
+def test_reports_count_chunks_and_their_tokens():
+    made = problem(end_tokens=(2, 1))  # a second end token of the student's meets nothing
+    single = made.run(ChunkLikelihoodConfig(merge=False))
+    merged = made.run(ChunkLikelihoodConfig())
+    groups = len(row_groups(made.matches))
+    assert float(single.terms["chunks"].values.sum()) == groups
+    assert single.terms["chunks"].sample_ids.tolist() == list(range(8))
+    assert 8 < float(merged.terms["chunks"].values.sum()) < groups
+    for out in (single, merged):
+        in_groups = float(out.terms["aligned"].values.sum())
+        assert in_groups == len(made.student) - 8
+        assert float(out.terms["tokens_per_chunk"].values.sum()) == in_groups
+        chunks = out.terms["chunk"].sample_ids.bincount(minlength=8)
+        assert chunks.tolist() == out.terms["chunks"].values.tolist()
+
+
+def test_a_threshold_of_zero_merges_nothing():
+    made = problem()
+    merged = made.run(ChunkLikelihoodConfig(merge_threshold=0.0))
+    torch.testing.assert_close(merged.loss, made.run(ChunkLikelihoodConfig(merge=False)).loss)
+
+
+def test_no_tokens_give_a_loss_of_zero_that_can_be_differentiated():
+    made = problem(head="full").without_tokens()
+    out = made.run(ChunkLikelihoodConfig())
+    assert float(out.loss.detach()) == 0.0
+    out.loss.backward()
+    assert set(out.terms) == set(made.objective(ChunkLikelihoodConfig()).terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_errs_no_more_than_its_own_products(dtype: torch.dtype):
+    made = problem(dtype=torch.float32)
+    low = made.to(dtype)
+    out, truth = low.run(ChunkLikelihoodConfig()), low.to(torch.float64)
+    expected = plain_loss(truth, ChunkLikelihoodConfig())
+    torch.testing.assert_close(out.loss.double(), expected, rtol=2e-2, atol=0.0)
+    for a, b in zip(
+        torch.autograd.grad(out.loss, low.leaves()),
+        torch.autograd.grad(expected, truth.leaves()),
+        strict=True,
+    ):
+        assert a.dtype == dtype and float((a.double() - b).norm() / b.norm()) < 2e-2
+
+
+def test_log1mexp_keeps_its_digits_at_both_ends():
+    x = torch.tensor([-1e-6, -0.1, -math.log(2), -1.0, -20.0, -80.0])
+    expected = torch.log(-torch.expm1(x.double()))
+    torch.testing.assert_close(log1mexp(x).double()[:-1], expected[:-1], rtol=1e-5, atol=0.0)
+    assert float(log1mexp(x)[-1]) == pytest.approx(-math.exp(-80.0), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"temperature": 0}, "greater than 0"),
+        ({"merge_threshold": 1.0}, "less than 1"),
+        ({"divergence": "kl"}, "binary_ce"),
+        ({"beta": 0.5}, "beta"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(keys: dict[str, Any], words: str):
+    block = {"teacher": {"base_model": "t"}, "objective": {"name": "chunk_likelihood", **keys}}
+    with pytest.raises(ValidationError, match=words):
+        DSKDConfig.model_validate(block)
+
+
+def test_the_description_says_what_is_compared():
+    said = problem().objective(ChunkLikelihoodConfig()).describe()
+    assert "merged" in said and "0.1" in said
