@@ -23,6 +23,7 @@ DivergenceName = Literal[
     "adaptive_kl",
     "tvd",
 ]
+Weight = Annotated[float, Field(ge=0, le=100)]
 
 
 class ObjectiveConfig(Block):
@@ -248,6 +249,44 @@ class ChunkLikelihoodConfig(ObjectiveConfig):
         description="Multiply a chunk's likelihood by that of a word's boundary behind it, which "
         "tells the chunk from the beginning of a longer word.",
     )
+
+
+class GOLDConfig(ObjectiveConfig):
+    """General on-policy logit distillation's loss across tokenizers."""
+
+    name: Literal["gold"] = "gold"
+    hybrid: bool = Field(
+        True,
+        description="Compare tokens that both vocabularies have one by one, and only the others by "
+        "rank. false: all by rank.",
+    )
+    beta: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Of the Jensen-Shannon divergence of shared tokens. 0: forward KL, 1: reverse.",
+    )
+    weights: Literal["share"] | tuple[Weight, Weight] = Field(
+        "share",
+        description="Of shared and of other tokens. share: a and 1 - a, with a the share of the "
+        "teacher's vocabulary that is shared, as published; or two numbers.",
+    )
+    temperature: float = Field(1.0, gt=0, le=100, description="Of both distributions.")
+
+    def nothing_to_learn(self) -> str | None:
+        """Neither shared nor other tokens have a weight."""
+        if self.weights == "share" or any(self.weights):
+            return None
+        return "weights are both 0"
+
+    @model_validator(mode="after")
+    def _weights_of_one_term(self) -> GOLDConfig:
+        if not self.hybrid and "weights" in self.model_fields_set:
+            raise ValueError(
+                "dskd.objective.weights is for hybrid: true; without it all tokens are compared by "
+                "rank, and kd_ratio is the weight. Remove weights, or set hybrid: true."
+            )
+        return self
 
 
 def objective_config(value: Any) -> Any:
