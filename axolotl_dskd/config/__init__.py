@@ -15,6 +15,7 @@ from axolotl_dskd.config.objectives import (
     ObjectiveConfig,
     ProjectorConfig,
     SinkhornConfig,
+    SpanSupportConfig,
     TokenKDConfig,
     ULDConfig,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "ProjectorConfig",
     "SamplesConfig",
     "SinkhornConfig",
+    "SpanSupportConfig",
     "TeacherConfig",
     "TokenKDConfig",
     "ULDConfig",

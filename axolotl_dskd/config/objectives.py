@@ -289,6 +289,12 @@ class GOLDConfig(ObjectiveConfig):
         return self
 
 
+class SpanSupportConfig(ObjectiveConfig):
+    """Reverse KL over the shared tokens and each aligned span (arXiv 2605.07711)."""
+
+    name: Literal["span_support"] = "span_support"
+
+
 def objective_config(value: Any) -> Any:
     """The typed keys of an objective, from its name alone or from a block with its name.
 
