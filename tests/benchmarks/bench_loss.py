@@ -1,11 +1,12 @@
-"""Time and memory of the dual-space loss, as ratios measured in one run.
+"""Time and memory of every objective's loss, as ratios measured in one run.
 
-Per divergence: forward and backward of our chunked loss, over the seven bare matrix products that
-any implementation must do (student vocabulary: student logits, projected logits, two hidden
-gradients; teacher vocabulary: teacher logits, projected logits, one hidden gradient), and over the
-plain full-logits form of the tests. Peak memory is what is held above inputs and heads.
+Per objective: forward and backward of its chunked loss, over the bare matrix products that any
+implementation of it must do with frozen heads (`Row.products`), and over its plain full-logits
+form of the tests. Peak memory is what is held above inputs and heads. Every token has a partner;
+dual space is measured from projected states on.
 
     python tests/benchmarks/bench_loss.py                       # the CPU sizes
+    python tests/benchmarks/bench_loss.py --objectives uld --sizes demo
     python tests/benchmarks/bench_loss.py --sizes large --device cuda --dtype bfloat16
 """
 
@@ -22,25 +23,37 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from axolotl_dskd.config import DivergenceName
-from axolotl_dskd.losses import make_divergence
-from axolotl_dskd.objectives.dual_space.loss import LossSettings, auto_chunk_tokens, dual_space_loss
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config.objectives import DivergenceName
+from axolotl_dskd.losses import Budget, Stream
+from axolotl_dskd.objectives import Facts, build_objective
 from axolotl_dskd.output_head import OutputHead
-from tests.support import naive
+from axolotl_dskd.types import Matches, Side, View
+from tests.support import naive, tiny
+from tests.support.dual_space import dual_space_loss, settings
 
-#: name -> (tokens, d, D, V, U)
+#: name -> (tokens, d, D, V, U); over one vocabulary the student has the teacher's.
 SIZES = {
     "demo": (256, 576, 576, 3_000, 49_152),
     "middle": (512, 576, 896, 49_152, 151_936),
     "large": (4096, 2048, 3584, 128_256, 151_936),
 }
 DIVERGENCES = get_args(DivergenceName)
+
+
+class Products(NamedTuple):
+    """Matrix products that cannot be saved: logits, and gradients of states, with each head."""
+
+    student_logits: int
+    student_gradients: int
+    teacher_logits: int
+    teacher_gradients: int
 
 
 @dataclass
@@ -57,9 +70,18 @@ class Inputs:
     teacher_labels: torch.Tensor
 
     @classmethod
-    def make(cls, size: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> Inputs:
+    def make(
+        cls,
+        size: tuple[int, ...],
+        device: str,
+        dtype: torch.dtype,
+        seed: int,
+        one_vocabulary: bool,
+    ) -> Inputs:
         """Logits of ordinary size: standard deviation about 2."""
         N, d, D, V, U = size
+        if one_vocabulary:
+            V = U
         generator = torch.Generator(device).manual_seed(seed)
 
         def randn(rows: int, columns: int, scale: float = 1.0) -> torch.Tensor:
@@ -69,6 +91,7 @@ class Inputs:
         def labels(vocabulary: int) -> torch.Tensor:
             return torch.randint(vocabulary, (N,), generator=generator, device=device)
 
+        ours, theirs = labels(V), labels(U)
         return cls(
             randn(N, d).requires_grad_(),
             randn(N, d).requires_grad_(),
@@ -76,53 +99,152 @@ class Inputs:
             randn(N, D),
             randn(V, d, 2 * d**-0.5),
             randn(U, D, 2 * D**-0.5),
-            labels(V),
-            labels(U),
+            ours,
+            ours if one_vocabulary else theirs,
+        )
+
+    def views(self) -> tuple[View, View, Matches]:
+        """As an objective is given them: token i is about the same text on both sides."""
+
+        def view(labels: torch.Tensor, weight: torch.Tensor, hidden: torch.Tensor) -> View:
+            nothing = torch.zeros_like(labels)
+            return View(Side(nothing, labels, nothing), OutputHead(weight), hidden)
+
+        row = torch.arange(len(self.student), device=self.student.device)
+        pairs, spans = row[:, None].expand(-1, 2), torch.stack([row, row + 1], 1)
+        return (
+            view(self.student_labels, self.student_head, self.student),
+            view(self.teacher_labels, self.teacher_head, self.teacher),
+            Matches(spans, spans, pairs, pairs, row, row),
+        )
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All of both models at once."""
+        return (
+            naive.head_logits(self.student, self.student_head),
+            naive.head_logits(self.teacher, self.teacher_head),
         )
 
 
-def ours(x: Inputs, name: str, chunk: int) -> None:
-    """Forward and backward of the package's loss."""
-    out = dual_space_loss(
-        student_hidden=x.student,
-        student_labels=x.student_labels,
-        student_head=OutputHead(x.student_head),
-        settings=LossSettings(make_divergence(name), chunk_tokens=chunk),
-        t2s_hidden=x.t2s,
-        s2t_hidden=x.s2t,
-        teacher_hidden=x.teacher,
-        teacher_labels=x.teacher_labels,
-        teacher_head=OutputHead(x.teacher_head),
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        name: objective and variant.
+        products: its floor.
+        ours: forward and backward of the package's loss, in chunks of so many tokens.
+        plain: the same with all logits at once and autograd.
+    """
+
+    name: str
+    products: Products
+    ours: Callable[[Inputs, int], None]
+    plain: Callable[[Inputs], None]
+    one_vocabulary: bool = False
+
+
+def dual_space(divergence: str) -> Row:
+    """Student vocabulary: both logits and both gradients; teacher's: both logits, one gradient."""
+
+    def ours(x: Inputs, chunk: int) -> None:
+        out = dual_space_loss(
+            student_hidden=x.student,
+            student_labels=x.student_labels,
+            student_head=OutputHead(x.student_head),
+            settings=settings(divergence, chunk),
+            t2s_hidden=x.t2s,
+            s2t_hidden=x.s2t,
+            teacher_hidden=x.teacher,
+            teacher_labels=x.teacher_labels,
+            teacher_head=OutputHead(x.teacher_head),
+        )
+        out.loss.backward()
+
+    def plain(x: Inputs) -> None:
+        student, teacher = x.logits()
+        terms = naive.dual_space(
+            student,
+            naive.head_logits(x.t2s, x.student_head),
+            x.student_labels,
+            teacher,
+            naive.head_logits(x.s2t, x.teacher_head),
+            name=divergence,
+            temperature=2.0,
+            mask_wrong=False,
+        )
+        (0.5 * sum(terms.values())).backward()
+
+    return Row(f"dual_space {divergence}", Products(2, 2, 2, 1), ours, plain)
+
+
+def built(
+    name: str,
+    config: dict[str, Any],
+    plain: Callable[[Inputs], dict[str, torch.Tensor]],
+    products: Products,
+    one_vocabulary: bool = False,
+) -> Row:
+    """An objective as a run builds it, over its plain form."""
+
+    def ours(x: Inputs, chunk: int) -> None:
+        block = {"teacher": {"base_model": "x"}, "objective": config, "chunk_tokens": chunk}
+        student = tiny.byte_level_tokenizer()
+        teacher = student if one_vocabulary else tiny.sentencepiece_tokenizer()
+        facts = Facts(student, teacher, (len(x.student_head), len(x.teacher_head)))
+        objective = build_objective(DSKDConfig.model_validate(block), facts, memory=0, seed=0)
+        objective(*x.views()).loss.backward()
+
+    def whole(x: Inputs) -> None:
+        (0.5 * sum(plain(x).values())).backward()
+
+    return Row(name, products, ours, whole, one_vocabulary)
+
+
+def token_kd(divergence: str) -> Row:
+    """Both logits, the student's gradient."""
+
+    def plain(x: Inputs) -> dict[str, torch.Tensor]:
+        labels, pairs = (x.student_labels, x.teacher_labels), x.views()[2].exact
+        return naive.token_kd(*x.logits(), *labels, pairs, name=divergence, temperature=2.0)
+
+    config = {"name": "token_kd", "divergence": divergence}
+    products = Products(1, 1, 1, 0)
+    return built(f"token_kd {divergence}", config, plain, products, one_vocabulary=True)
+
+
+def uld(top_k: int | None) -> Row:
+    """Both logits, the student's gradient."""
+
+    def plain(x: Inputs) -> dict[str, torch.Tensor]:
+        pairs = x.views()[2].starts
+        return naive.uld(*x.logits(), x.student_labels, pairs, temperature=1.0, top_k=top_k)
+
+    config = {"name": "uld", "top_k": top_k or "all"}
+    return built(f"uld top {top_k or 'all'}", config, plain, Products(1, 1, 1, 0))
+
+
+ROWS = [
+    *(dual_space(name) for name in DIVERGENCES),
+    *(token_kd(name) for name in DIVERGENCES),
+    uld(4096),
+    uld(None),
+]
+
+
+def floor(x: Inputs, products: Products, chunk: int) -> None:
+    """The bare matrix products, chunk by chunk, and nothing else."""
+    sides = (
+        (x.student, x.student_head, products.student_logits, products.student_gradients),
+        (x.teacher, x.teacher_head, products.teacher_logits, products.teacher_gradients),
     )
-    out.loss.backward()
-
-
-def plain(x: Inputs, name: str) -> None:
-    """The same with all logits at once and autograd."""
-    terms = naive.dual_space(
-        naive.head_logits(x.student, x.student_head),
-        naive.head_logits(x.t2s, x.student_head),
-        x.student_labels,
-        naive.head_logits(x.teacher, x.teacher_head),
-        naive.head_logits(x.s2t, x.teacher_head),
-        name=name,
-        temperature=2.0,
-        mask_wrong=False,
-    )
-    (0.5 * sum(terms.values())).backward()
-
-
-def floor(x: Inputs, chunk: int) -> None:
-    """The seven matrix products, chunk by chunk, and nothing else."""
     with torch.no_grad():
         for start in range(0, len(x.student), chunk):
-            rows = slice(start, start + chunk)
-            for states in (x.student, x.t2s):
-                logits = states[rows] @ x.student_head.T
-                logits @ x.student_head
-            x.teacher[rows] @ x.teacher_head.T
-            logits = x.s2t[rows] @ x.teacher_head.T
-            logits @ x.teacher_head
+            for states, head, forward, backward in sides:
+                for _ in range(forward):
+                    logits = states[start : start + chunk] @ head.T
+                for _ in range(backward):
+                    logits @ head
 
 
 def clear(x: Inputs) -> None:
@@ -182,49 +304,84 @@ def total_memory(device: str) -> int:
     return psutil.virtual_memory().total
 
 
+def chunk_tokens(x: Inputs, device: str) -> int:
+    """Of the package's own choice."""
+    student, teacher, _ = x.views()
+    assert student.head is not None and teacher.head is not None
+    streams = Stream(x.student, student.head), Stream(x.teacher, teacher.head)
+    return Budget(memory=total_memory(device)).size(*streams)
+
+
 def print_table(size: str, args: argparse.Namespace) -> None:
     """Measure one size and print its Markdown table."""
     N, d, D, V, U = SIZES[size]
-    x = Inputs.make(SIZES[size], args.device, getattr(torch, args.dtype), args.seed)
-    chunk = auto_chunk_tokens(total_memory(args.device), (V, U), x.student.dtype)
-    print(f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,}, chunk {chunk}\n")
-    print("| divergence | s | / seven products | / plain form | peak MiB | / plain form |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,} (both {U:,} for token_kd)\n")
+    print(
+        "| objective | chunk | products | s | / products | / plain form | peak MiB | / plain form |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    inputs: dict[bool, Inputs] = {}
+    for row in args.rows:
+        if row.one_vocabulary not in inputs:
+            inputs = {}  # one set at a time
+            dtype = getattr(torch, args.dtype)
+            made = Inputs.make(SIZES[size], args.device, dtype, args.seed, row.one_vocabulary)
+            inputs[row.one_vocabulary] = made
+        print_row(row, inputs[row.one_vocabulary], args)
+
+
+def print_row(row: Row, x: Inputs, args: argparse.Namespace) -> None:
+    """Measure one objective and print its line."""
+    chunk, N = chunk_tokens(x, args.device), len(x.student)
+    bare = partial(floor, x, row.products)
     # The floor may use the whole batch as one chunk where that suits the machine better.
-    bare = min((chunk, N), key=lambda c: min(seconds(partial(floor, x, c), x) for _ in range(2)))
-    for name in args.divergences:
-        runs = {"ours": partial(ours, x, name, chunk), "floor": partial(floor, x, bare)}
-        if not args.no_naive:
-            runs["plain"] = partial(plain, x, name)
-        memory = {n: peak_bytes(run, x, args.device) for n, run in runs.items() if n != "floor"}
-        # In turn, and ratios within each round: what else the machine does hits all alike.
-        rounds = [{n: seconds(run, x) for n, run in runs.items()} for _ in range(args.repeats)]
+    best = min((chunk, N), key=lambda c: min(seconds(partial(bare, c), x) for _ in range(2)))
+    runs = {"ours": partial(row.ours, x, chunk), "floor": partial(bare, best)}
+    if not args.no_naive:
+        runs["plain"] = partial(row.plain, x)
+    memory = {n: peak_bytes(run, x, args.device) for n, run in runs.items() if n != "floor"}
+    # In turn, and ratios within each round: what else the machine does hits all alike.
+    rounds = [{n: seconds(run, x) for n, run in runs.items()} for _ in range(args.repeats)]
 
-        def ratio(to: str, rounds: list[dict[str, float]] = rounds) -> float:
-            return statistics.median(r["ours"] / r[to] for r in rounds)
+    def ratio(to: str) -> float:
+        return statistics.median(r["ours"] / r[to] for r in rounds)
 
-        took = statistics.median(r["ours"] for r in rounds)
-        cells = ("", "")
-        if "plain" in runs:
-            cells = (f"{ratio('plain'):.2f}", f"{memory['ours'] / memory['plain']:.3f}")
-        print(
-            f"| {name} | {took:.3f} | {ratio('floor'):.2f} | {cells[0]} "
-            f"| {memory['ours'] / 2**20:.0f} | {cells[1]} |",
-            flush=True,
-        )
+    took = statistics.median(r["ours"] for r in rounds)
+    cells = ("", "")
+    if "plain" in runs:
+        cells = (f"{ratio('plain'):.2f}", f"{memory['ours'] / max(memory['plain'], 1):.3f}")
+    print(
+        f"| {row.name} | {chunk} | {sum(row.products)} | {took:.3f} | {ratio('floor'):.2f} "
+        f"| {cells[0]} | {memory['ours'] / 2**20:.0f} | {cells[1]} |",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Print where it ran, then one table per size."""
+    names = sorted({row.name.split()[0] for row in ROWS})
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["demo", "middle"])
-    parser.add_argument("--divergences", nargs="+", choices=DIVERGENCES, default=DIVERGENCES)
+    parser.add_argument("--objectives", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--divergences",
+        nargs="+",
+        choices=DIVERGENCES,
+        default=DIVERGENCES,
+        help="of the objectives that have a choice",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-naive", action="store_true", help="skip the full-logits form")
     args = parser.parse_args()
+    left_out = set(DIVERGENCES) - set(args.divergences)
+    args.rows = [
+        row
+        for row in ROWS
+        if row.name.split()[0] in args.objectives and row.name.split()[-1] not in left_out
+    ]
     machine = (
         torch.cuda.get_device_name(0)
         if args.device == "cuda"
