@@ -281,7 +281,7 @@ class GOLDConfig(ObjectiveConfig):
 
     @model_validator(mode="after")
     def _weights_of_one_term(self) -> GOLDConfig:
-        if not self.hybrid and "weights" in self.model_fields_set:
+        if not self.hybrid and self.weights != "share":
             raise ValueError(
                 "dskd.objective.weights is for hybrid: true; without it all tokens are compared by "
                 "rank, and kd_ratio is the weight. Remove weights, or set hybrid: true."
