@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"ranks"},
     "data": {"config"},
     "samples": {"config"},
-    "objectives": {"config", "data", "losses", "ranks"},
+    "objectives": {"cache", "config", "data", "losses", "ranks"},
     "teacher": {"cache", "config", "losses", "models", "progress", "ranks"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {

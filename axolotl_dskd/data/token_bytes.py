@@ -129,3 +129,41 @@ def translation(source: Any, target: Any, untranslatable: int = -100) -> list[in
     if source.eos_token_id is not None and target.eos_token_id is not None:
         table[source.eos_token_id] = target.eos_token_id
     return table
+
+
+def first_tokens(tokenizer: Any, spelled: list[bytes], untranslatable: int = -100) -> list[int]:
+    """For some bytes each the id of the token that the tokenizer would begin to write them with.
+
+    The tokenizer's model alone splits them, without normalizer and pre-tokenizer: these are pieces
+    of a text, not one. Bytes that it has no token for get `untranslatable`, and so does no byte.
+
+    Args:
+        tokenizer: one of those that `token_bytes` supports.
+    """
+    backend = tokenizer.backend_tokenizer
+    spec = json.loads(backend.to_str())
+    byte_level = "ByteLevel" in _components(spec["decoder"]) | _components(spec["pre_tokenizer"])
+    letters = {byte: letter for letter, byte in _byte_level_alphabet().items()}
+    own = token_bytes(tokenizer)
+    ids = []
+    for piece in spelled:
+        if byte_level:
+            text = "".join(letters[byte] for byte in piece)
+        else:
+            text = _decodable(piece).replace(" ", "▁") or "".join(f"<0x{b:02X}>" for b in piece[:1])
+        if text.startswith("<0x") and not byte_level:
+            index = backend.token_to_id(text)
+        else:
+            index = next((token.id for token in backend.model.tokenize(text)), None)
+        # An unknown token stands for no bytes.
+        known = index is not None and index < len(own) and own[index]
+        ids.append(index if known and piece.startswith(own[index]) else untranslatable)
+    return ids
+
+
+def _decodable(piece: bytes) -> str:
+    """The text up to the first byte that is not whole UTF-8."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError as error:
+        return piece[: error.start].decode()
