@@ -17,7 +17,8 @@ from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.types import LossOutput
 from tests.support import toy_objective
-from tests.support.contract import CASES, HEADS, TOY, Case, Inputs
+from tests.support.contract import CASES, TOY, Case
+from tests.support.inputs import HEADS, Inputs
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
