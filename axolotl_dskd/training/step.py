@@ -59,6 +59,7 @@ class Step:
         self.distillation = distillation
         self.budget = budget
         self.follow = follow
+        self._refusal: str | None = None
 
     def at_head(self, hidden_BLd: Tensor) -> LossOutput:
         """The sums over the batch, from what the head was given."""
@@ -69,17 +70,22 @@ class Step:
         self.follow(view.head)
         if self.distillation is None:
             return cross_entropy(view, self.budget)
-        return self.distillation(self.batch, view)
+        try:
+            return self.distillation(self.batch, view)
+        except ValueError as error:  # said later, by all ranks: none may wait for this one
+            self._refusal = str(error)
+            return cross_entropy(view, self.budget)
 
     def problem(self, out: LossOutput, step: int, decode: Callable[[Tensor], str]) -> str | None:
-        """The term, the step and the rows of a loss that is NaN or infinite, in words.
+        """Why this batch cannot be learned from, in words, or None: the objective's or the teacher's
+        own, or the term, the step and the rows of a loss that is NaN or infinite.
 
         Args:
             step: its number, from 1.
             decode: ids of a row to text.
         """
-        if out.loss.isfinite():
-            return None
+        if self._refusal is not None or out.loss.isfinite():
+            return self._refusal
         places = []
         for name, count, samples in out.not_finite():
             ids, segments = self.batch.input_ids, self.batch.segment_ids

@@ -51,10 +51,18 @@ from axolotl_dskd.data.collator import find_matches
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import translation
-from axolotl_dskd.objectives.dual_space import align_exact_pairs, teacher_targets
+from axolotl_dskd.objectives.dual_space.align import exchange_pairs
+from axolotl_dskd.objectives.dual_space.targets import teacher_targets
+<<<<<<< HEAD
 from axolotl_dskd.objectives.dual_space.projectors import least_squares
 from axolotl_dskd.types import Matches, Side, View
 from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, byte_table, end_token, one_side
+=======
+from axolotl_dskd.types import DualBatch, Side, TeacherSignal
+from tests.data.test_byte_spans import FRAGMENTS, end_token, one_side
+from tests.data.test_token_bytes import TOKENIZERS, _table
+from tests.support.dual_space import least_squares
+>>>>>>> c9d4cff (bench_alignment: least_squares from the tests' support)
 
 PAIRS = [
     ("Mistral v1", "DeepSeek"),
@@ -203,7 +211,7 @@ def use(compact: Any, matches: Matches, table: Tensor) -> tuple[Tensor, Any]:
     student, signal, hidden, choices = compact
     pairs = matches.exact
     targets = teacher_targets(choices[pairs[:, 1]], pairs, student, signal.tokens, table)
-    return targets, align_exact_pairs(hidden, pairs, signal, PROJECTED)
+    return targets, exchange_pairs(View(student, hidden=hidden), signal, pairs, PROJECTED)
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from axolotl_dskd.objectives.edit_distance import nearest, warp
-from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +20,9 @@ from axolotl_dskd.data.token_bytes import first_tokens, token_bytes, translation
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives import vocabulary_map as maps
 from axolotl_dskd.objectives.base import Facts, Pair, Setting
+from axolotl_dskd.objectives.edit_distance import nearest, warp
 from axolotl_dskd.objectives.min_edit import MinEdit
+from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import Matches, Side, View
 from tests.support import tiny
