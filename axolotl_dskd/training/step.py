@@ -77,7 +77,7 @@ class Step:
             return cross_entropy(view, self.budget)
 
     def problem(self, out: LossOutput, step: int, decode: Callable[[Tensor], str]) -> str | None:
-        """Why this batch cannot be learned from, in words, or None: the objective's or the teacher's
+        """Why this batch cannot be learned from, in words, or None: the objective's or teacher's
         own, or the term, the step and the rows of a loss that is NaN or infinite.
 
         Args:

@@ -53,16 +53,9 @@ from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.objectives.dual_space.align import exchange_pairs
 from axolotl_dskd.objectives.dual_space.targets import teacher_targets
-<<<<<<< HEAD
-from axolotl_dskd.objectives.dual_space.projectors import least_squares
 from axolotl_dskd.types import Matches, Side, View
-from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, byte_table, end_token, one_side
-=======
-from axolotl_dskd.types import DualBatch, Side, TeacherSignal
-from tests.data.test_byte_spans import FRAGMENTS, end_token, one_side
-from tests.data.test_token_bytes import TOKENIZERS, _table
 from tests.support.dual_space import least_squares
->>>>>>> c9d4cff (bench_alignment: least_squares from the tests' support)
+from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, byte_table, end_token, one_side
 
 PAIRS = [
     ("Mistral v1", "DeepSeek"),

@@ -15,8 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_dskd.data import DualCollator
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs
+from axolotl_dskd.data.collator import DualCollator
 from axolotl_dskd.data.reconcile import (
     CUT,
     DIFFERENT,
