@@ -132,6 +132,14 @@ def test_every_setting_equals_the_plain_form(divergence: Any, changes: dict[str,
         equals_plain_form(made, config, lambda made, c=config: plain_loss(made, c), 64, 1e-6)
 
 
+@pytest.mark.parametrize("end_tokens", [(2, 2), (0, 1), (1, 0)], ids=str)
+def test_a_boundary_counts_only_behind_text_and_where_both_sides_read_on(end_tokens: Any):
+    for merge in (True, False):
+        config = ChunkLikelihoodConfig(merge=merge)
+        made = problem(end_tokens=end_tokens)
+        equals_plain_form(made, config, lambda made, c=config: plain_loss(made, c), 64)
+
+
 @pytest.mark.parametrize("path", golden_methods.files("alm"), ids=lambda p: p.stem)
 @pytest.mark.parametrize(
     ("name", "keys"),
