@@ -30,6 +30,7 @@ ALLOWED = {
     "samples": {"config"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "teacher": {"cache", "config", "losses", "models", "progress", "ranks"},
+    "planning": {"config", "losses", "models", "objectives", "teacher"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
         *("config", "data", "losses", "machine", "models", "objectives"),
@@ -37,7 +38,7 @@ ALLOWED = {
     },
     "commands": {
         *("cache", "config", "data", "losses", "machine", "models", "objectives"),
-        *("progress", "teacher"),
+        *("planning", "progress", "teacher"),
     },
 }
 LONGEST_MODULE = 350

@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from axolotl_dskd.commands.inspect.optimizers import optimizer_bytes, step_bytes
-from axolotl_dskd.commands.inspect.simulate import LiveBytes, attention, backward, simulation
-from axolotl_dskd.commands.inspect.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, head_module, output_head, single
 from axolotl_dskd.objectives import Objective, Pair
+from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
+from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
+from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Matches, Side, View
 

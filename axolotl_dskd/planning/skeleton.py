@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_dskd.commands.inspect.simulate import PLAN_ATTENTION, register_plan_attention
 from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.planning.simulate import PLAN_ATTENTION, register_plan_attention
 from axolotl_dskd.teacher.load import quantization_of, resolve_dtype
 
 #: bitsandbytes' 4-bit blocks: one absmax per 64 weights; double quantisation keeps that in one

@@ -26,11 +26,11 @@ from axolotl_dskd.commands.inspect.doctor import inspect_run
 from axolotl_dskd.commands.inspect.page import html_page, marked
 from axolotl_dskd.commands.inspect.report import MemoryReport, Report
 from axolotl_dskd.commands.inspect.rows import AlignedRow
-from axolotl_dskd.commands.inspect.skeleton import model_bytes, student_skeleton, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.byte_spans import tile
 from axolotl_dskd.data.reconcile import CUT, KEPT, SPANS, STATUS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.planning.skeleton import model_bytes, student_skeleton, teacher_skeleton
 from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from axolotl.loaders import load_tokenizer
 
-from axolotl_dskd.commands.inspect import skeleton
 from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.fit import Setup, memory_report
 from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
@@ -31,6 +30,7 @@ from axolotl_dskd.data.token_bytes import normalisations, shared_tokens, token_b
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.planning import skeleton
 from axolotl_dskd.types import IGNORE_INDEX
 
 

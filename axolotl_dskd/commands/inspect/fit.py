@@ -13,13 +13,13 @@ import torch
 from axolotl.utils.dict import DictDefault
 
 from axolotl_dskd.commands.inspect.card import Card
-from axolotl_dskd.commands.inspect.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
 from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import DatasetSample
-from axolotl_dskd.commands.inspect.skeleton import model_bytes, teacher_skeleton
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.planning.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
+from axolotl_dskd.planning.skeleton import model_bytes, teacher_skeleton
 
 
 @dataclass(frozen=True)
