@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axolotl_dskd.losses.agreement import agreement
 from axolotl_dskd.objectives.dual_space.align import Exchanged
 from axolotl_dskd.objectives.dual_space.start import SharedIds
 from axolotl_dskd.output_head import OutputHead
@@ -88,9 +89,8 @@ class StartReport:
             (teacher, student),
         )
         for k, (p, q) in enumerate(compared):
-            same = (p.argmax(-1) == q.argmax(-1)).sum()
-            divergence = (p.exp() * (p - q)).sum()
-            self.sums[k] += torch.stack([same.double(), divergence.double()]).cpu()
+            kl, same_choice = agreement(p, q)
+            self.sums[k] += torch.stack([same_choice.double().sum(), kl.double().sum()]).cpu()
 
     def means(self) -> dict[str, tuple[float, float]]:
         """`{"t2s", "s2t", "as it is": (agreement, KL)}`."""
