@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -37,8 +38,15 @@ class ObjectiveConfig(Block):
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         name = cls.model_fields["name"].default
-        if isinstance(name, str):
-            ObjectiveConfig.known[name] = cls
+        if not isinstance(name, str):
+            return
+        known = ObjectiveConfig.known.get(name)
+        if known is not None and known.__module__ != cls.__module__:
+            raise TypeError(
+                f"{cls.__module__} defines an objective named {name!r}, but {known.__module__} has "
+                "one of that name. Give `name` another default."
+            )
+        ObjectiveConfig.known[name] = cls
 
     def nothing_to_learn(self) -> str | None:
         """Why no term of the objective has a weight, in words; None where one has."""
@@ -310,7 +318,9 @@ def objective_config(value: Any) -> Any:
             "a `name:`."
         )
     name = block.get("name", "dual_space")
-    kind = ObjectiveConfig.known.get(name) or (_from_module(name) if "." in name else None)
+    kind = ObjectiveConfig.known.get(name)
+    if kind is None and ("." in name or importlib.util.find_spec(name) is not None):
+        kind = _from_module(name)
     if kind is None:
         names = ", ".join(sorted(ObjectiveConfig.known))
         close = difflib.get_close_matches(name, ObjectiveConfig.known, n=1)

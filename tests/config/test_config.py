@@ -251,3 +251,25 @@ def test_a_size_that_is_none_is_refused(written: str | int):
 def test_max_memory_without_a_device_map_is_refused():
     with pytest.raises(ValueError, match="does nothing without a device_map"):
         TeacherConfig.model_validate({"base_model": "x", "max_memory": {0: "10GiB"}})
+
+
+def test_two_objectives_of_one_name_are_refused():
+    with pytest.raises(TypeError, match=r"config\.objectives has one of that name"):
+        type(
+            "Gold",
+            (ObjectiveConfig,),
+            {"__module__": "elsewhere", "__annotations__": {"name": str}, "name": "gold"},
+        )
+    assert ObjectiveConfig.known["gold"].__module__ == "axolotl_dskd.config.objectives"
+
+
+def test_a_module_without_a_dot_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lonely_objective.py").write_text(
+        "from axolotl_dskd.config import ObjectiveConfig\n"
+        "class Lonely(ObjectiveConfig):\n"
+        "    name: str = 'lonely'\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    block = {"teacher": {"base_model": "x"}, "objective": "lonely_objective"}
+    assert DSKDConfig.model_validate(block).objective.name == "lonely_objective"
+    del ObjectiveConfig.known["lonely"]
