@@ -95,14 +95,14 @@ def cache_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every teacher that is loaded."""
+    """Grows with every teacher that is loaded because its cache lacks something."""
     counted: list[int] = []
     from axolotl_dskd.teacher.cached import open as open_module
-    from axolotl_dskd.teacher.load import load_teacher
+    from axolotl_dskd.teacher.live import load_live
 
     def load(*args: Any) -> Any:
         counted.append(1)
-        return load_teacher(*args)
+        return load_live(*args)
 
-    monkeypatch.setattr(open_module, "load_teacher", load)
+    monkeypatch.setattr(open_module, "load_live", load)
     return counted

@@ -106,7 +106,7 @@ class Objective(ABC, Generic[C]):
         terms: every value that it reports, and what each is counted by. Stated ahead, so that all
             ranks log the same, whatever each of them has seen.
         module: what is trained beside the student, or None. Its parameters are float32; ranks
-            start with rank 0's.
+            start with rank 0's, and with its buffers.
         beside: how, where there is a module.
     """
 

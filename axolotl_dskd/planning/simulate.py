@@ -193,7 +193,9 @@ class _Autocast(TorchFunctionMode):
             dtype = self.dtype if func in _LOW else torch.float32
 
             def cast(tensor: Tensor) -> Tensor:
-                return tensor.to(dtype) if tensor.is_floating_point() else tensor
+                # As torch.autocast, which leaves float64 alone.
+                narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
+                return tensor.to(dtype) if narrow else tensor
 
             args = tree_map_only(Tensor, cast, args)
             kwargs = tree_map_only(Tensor, cast, kwargs)

@@ -34,7 +34,7 @@ class Sidecar:
 
     Args:
         objective: its name.
-        module: its parameters start alike on every rank: rank 0's are taken.
+        module: its parameters and buffers start alike on every rank: rank 0's are taken.
         beside: how it is optimised.
         max_grad_norm: the student's.
     """
@@ -59,7 +59,7 @@ class Sidecar:
                 lr=self.beside.learning_rate,
                 weight_decay=self.beside.weight_decay,
             )
-        share_first(parameter.data for parameter in self._parameters.values())
+        share_first(tensor.data for tensor in self.module.state_dict(keep_vars=True).values())
 
     def is_alone(self, step: int) -> bool:
         """Whether the module trains alone at this step."""

@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from axolotl_dskd.config import ObjectiveConfig
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import token_bytes
@@ -494,9 +495,10 @@ def test_the_cache_key_knows_what_decides_the_teachers_side(
 @pytest.mark.parametrize(
     "block",
     [
-        *({"alignment": alignment} for alignment in ("positions", "eta", "cma", "auto")),
-        {"alignment": "cma", "causal": True},
-        {"kd_ratio": 0.25, "divergence": "reverse_kl"},
+        *({"objective": name} for name in sorted(ObjectiveConfig.known) if "." not in name),
+        *({"objective": {"alignment": alignment}} for alignment in ("positions", "eta", "cma")),
+        {"objective": {"alignment": "cma", "causal": True}},
+        {"kd_ratio": 0.25, "objective": {"divergence": "reverse_kl"}},
     ],
 )
 def test_all_objectives_share_one_prepared_data_set(

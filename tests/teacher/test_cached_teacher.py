@@ -19,7 +19,6 @@ from axolotl_dskd.cache import Codec, Damaged, RowStore
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, live, open_teacher
-from axolotl_dskd.teacher.cached import open as open_module
 from axolotl_dskd.teacher.cached.fill import CacheableRows, fill, missing_rows
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.teacher.cached.open import open_cache
@@ -271,19 +270,6 @@ def block(folder: Path, cache: dict[str, Any] | None, **teacher: Any) -> dict[st
     if cache is not None:
         teacher["cache"] = {"path": str(folder / "cache"), **cache}
     return {"teacher": teacher}
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows with every teacher that is loaded because its cache lacks something."""
-    counted: list[int] = []
-
-    def load(spec: TeacherSpec) -> LiveTeacher:
-        counted.append(1)
-        return live.load_live(spec)
-
-    monkeypatch.setattr(open_module, "load_live", load)
-    return counted
 
 
 PACKED = {
