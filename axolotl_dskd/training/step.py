@@ -29,10 +29,18 @@ class Distillation:
 
     def __call__(self, batch: DualBatch, student: View) -> LossOutput:
         """The sums over a batch."""
-        if len(student) == 0:
+        if len(student):
+            teacher = self.teacher(batch, self.objective.needs)
+        else:
             self.teacher.idle(batch)
-        teacher = self.teacher(batch, self.objective.needs)
+            teacher = self._nothing(student)
         return self.objective(student, teacher, batch.matches)
+
+    def _nothing(self, student: View) -> View:
+        """What a teacher says where there is no token; student: without token either."""
+        head = self.teacher.head
+        states = head.weight.new_empty((0, head.hidden_size))
+        return View(student.tokens, head, states, (states, states))
 
 
 class Step:
