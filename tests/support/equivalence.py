@@ -1,0 +1,177 @@
+"""Trainings that should be one and the same: what every objective promises, by name.
+
+`train_variants` runs a `dskd:` block through Axolotl's own trainer in every way that is asked for,
+and `assert_same_training` compares two of them step by step. Every optimizer step sees all
+`ROWS` rows, so neither packs nor ranks nor the order of rows decide which rows a step has. Knows
+no objective: a block is handed on as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import tiny
+from tests.support.ranks import Job, Result, run
+
+ROWS = 8
+STEPS = 4
+#: Optimizer step whose checkpoint "resumed" goes on from.
+SAVED = 2
+
+#: What all others are compared with: one process, its eight rows in one padded batch (8x1).
+BASE = "padded"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train. `overrides` are keys of Axolotl's."""
+
+    overrides: dict[str, Any] = field(default_factory=dict)
+    world_size: int = 1
+
+
+VARIANTS = {
+    BASE: Variant({"save_strategy": "steps", "save_steps": SAVED}),
+    "padded further": Variant({"pad_to_sequence_len": True}),
+    "1x8": Variant({"micro_batch_size": 1, "gradient_accumulation_steps": ROWS}),
+    "packed": Variant({"micro_batch_size": 1, "sample_packing": True, "sequence_len": 1024}),
+    "reversed": Variant(),
+    "two ranks": Variant({"micro_batch_size": ROWS // 2}, world_size=2),
+    # From the base's checkpoint; its log has the steps before, too.
+    "resumed": Variant(),
+    # All states from a cache in float32 that another training has filled.
+    "cached": Variant(),
+}
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training leaves.
+
+    Attributes:
+        losses: of each optimizer step.
+        metrics: of each optimizer step, `dskd/…` by name.
+        student: its parameters and buffers by name.
+        sidecar: those of what is trained beside the student.
+    """
+
+    losses: list[float]
+    metrics: list[dict[str, float]]
+    student: dict[str, Tensor]
+    sidecar: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, result: Result) -> Training:
+        """From what the job `train` returns."""
+        metrics = [
+            {name: value for name, value in log.items() if name.startswith("dskd/")}
+            for log in result["logs"]
+        ]
+        return cls(result["losses"], metrics, result["student"], result["projectors"])
+
+
+def save_pair(folder: Path, *, one_vocabulary: bool = False) -> Path:
+    """Student, teacher and rows in `folder`; one tokenizer for both sides, or one for each."""
+    tiny.save_pair(folder, same_vocabulary=one_vocabulary)
+    rows = tiny.chat_rows(ROWS)
+    tiny.write_rows(folder / "rows.jsonl", rows)
+    tiny.write_rows(folder / "reversed.jsonl", rows[::-1])
+    return folder
+
+
+def train_variants(
+    folder: Path, block: dict[str, Any], names: Iterable[str], **overrides: Any
+) -> dict[str, Training]:
+    """Train by the same `dskd:` block in several ways.
+
+    Args:
+        folder: from `save_pair`; a block at a time has its outputs there.
+        block: without its teacher's model and cache, which are added.
+        names: keys of `VARIANTS`.
+        overrides: keys of Axolotl's that hold for all.
+
+    Returns:
+        By name, `BASE` among them.
+    """
+    wanted = [BASE, *(name for name in names if name != BASE)]
+    jobs: dict[int, dict[str, Job]] = {}
+    for name in wanted:
+        variant = VARIANTS[name]
+        made = _config(folder, block, name, {**overrides, **variant.overrides})
+        if name == "cached":
+            filling = {**made, "output_dir": str(folder / "filling")}
+            jobs.setdefault(1, {})["filling"] = {"do": "train", "config": filling}
+        do = "train_counting_loads" if name == "cached" else "train"
+        jobs.setdefault(variant.world_size, {})[name] = {"do": do, "config": made}
+    results: dict[str, Result] = {}
+    for world_size, named in jobs.items():
+        results |= zip(named, run(world_size, *named.values()), strict=True)
+    if "cached" in results:
+        assert results["cached"]["loads"] == 0, "the teacher was loaded beside a full cache"
+    return {name: Training.of(results[name]) for name in wanted}
+
+
+def assert_same_training(
+    one: Training, other: Training, *, rel: float = 1e-5, atol: float = 1e-5
+) -> None:
+    """Losses and metrics of every step, and all parameters at the end.
+
+    Args:
+        rel: of losses and metrics, relative to the loss: a divergence may be near 0.
+        atol: of parameters.
+    """
+    assert len(one.losses) == len(other.losses) == STEPS
+    for step, (a, b) in enumerate(zip(one.losses, other.losses, strict=True), 1):
+        assert b == pytest.approx(a, rel=rel), f"loss of step {step}"
+    for step, (ours, theirs) in enumerate(zip(one.metrics, other.metrics, strict=True), 1):
+        assert ours
+        assert ours.keys() == theirs.keys(), f"metrics of step {step}"
+        for name, a in ours.items():
+            near = pytest.approx(a, abs=rel * one.losses[step - 1])
+            assert theirs[name] == near, f"{name} of step {step}"
+    for part in ("student", "sidecar"):
+        ours, theirs = getattr(one, part), getattr(other, part)
+        assert ours.keys() == theirs.keys(), part
+        for name, tensor in ours.items():
+            torch.testing.assert_close(
+                theirs[name],
+                tensor,
+                rtol=0,
+                atol=atol,
+                msg=lambda text, where=f"{part}: {name}": f"{where}: {text}",
+            )
+
+
+def _config(
+    folder: Path, block: dict[str, Any], name: str, overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Clipping, decay and a schedule take part."""
+    teacher = {"base_model": str(folder / "teacher"), **block.get("teacher", {})}
+    rows = folder / ("reversed.jsonl" if name == "reversed" else "rows.jsonl")
+    settings: dict[str, Any] = {
+        "max_steps": STEPS,
+        "num_epochs": 100,
+        "micro_batch_size": ROWS,
+        "learning_rate": 2e-3,
+        "lr_scheduler": "cosine",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        # Where a gradient is nearly 0, Adam otherwise turns rounding into whole steps.
+        "adam_epsilon": 1e-6,
+        "dataloader_num_workers": 0,
+        "output_dir": str(folder / name),
+        "datasets": [{"path": str(rows), "ds_type": "json", "type": "chat_template"}],
+    }
+    if name == "resumed":
+        settings["resume_from_checkpoint"] = str(folder / BASE / f"checkpoint-{SAVED}")
+    if name == "cached":
+        teacher["cache"] = {"path": str(folder / "cache"), "dtype": "float32"}
+    settings["dskd"] = {**block, "teacher": teacher}
+    return tiny.base_config(folder, **{**settings, **overrides})
