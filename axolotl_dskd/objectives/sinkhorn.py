@@ -111,7 +111,7 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
             exchanged, targets = self._tokens.exchange(student, teacher, matches)
             out = self._tokens.losses(student, teacher, matches, exchanged, targets)
             names, projected = {"student_space": "kl"}, exchanged.t2s.detach()
-            every = torch.arange(len(ours), device=projected.device)
+            every = torch.arange(len(ours), device=student.tokens.labels.device)
             rows = every if exchanged.student_rows is None else exchanged.student_rows
             if targets is not None:  # where there is none, the projected teacher is not taught
                 taught = targets != IGNORE_INDEX
