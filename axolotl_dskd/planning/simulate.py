@@ -36,8 +36,30 @@ def _joining_meta(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape, device="meta") if real else tensor
 
 
+def _everywhere(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """Indices where masks choose as if they were True everywhere."""
+    chosen: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype == torch.bool:
+            rows = index.new_empty((index.numel(),), dtype=torch.long)
+            chosen += [rows] * index.dim()
+        else:
+            chosen.append(index)
+    return chosen
+
+
+#: Whose second argument is a list of indices, masks among them.
+_INDEXING = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+}
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of meta storages that are alive, and the most that ever were.
+
+    Where numbers decide shapes, none is zero: masks choose all, and a single number is 1 or True.
 
     Args:
         static: tensors that count nothing (weights: they are counted elsewhere).
@@ -52,9 +74,13 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(_is_meta(leaf) for leaf in tree_leaves((args, kwargs))):
             args, kwargs = tree_map_only(Tensor, _joining_meta, (args, kwargs))
-            if func is torch.ops.aten.nonzero.default:  # as if nothing were zero
+            if func is torch.ops.aten.nonzero.default:
                 mask = args[0]
                 return mask.new_empty((mask.numel(), mask.dim()), dtype=torch.long)
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return torch.ones((), dtype=args[0].dtype).item()
+            if func in _INDEXING:
+                args = (args[0], _everywhere(args[1]), *args[2:])
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if _is_meta(leaf):
