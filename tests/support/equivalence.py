@@ -104,7 +104,7 @@ def train_variants(
     jobs: dict[int, dict[str, Job]] = {}
     for name in wanted:
         variant = VARIANTS[name]
-        made = _config(folder, block, name, {**overrides, **variant.overrides})
+        made = training_config(folder, block, name, {**overrides, **variant.overrides})
         if name == "cached":
             filling = {**made, "output_dir": str(folder / "filling")}
             jobs.setdefault(1, {})["filling"] = {"do": "train", "config": filling}
@@ -149,10 +149,16 @@ def assert_same_training(
             )
 
 
-def _config(
-    folder: Path, block: dict[str, Any], name: str, overrides: dict[str, Any]
+def training_config(
+    folder: Path, block: dict[str, Any], name: str, overrides: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Clipping, decay and a schedule take part."""
+    """Axolotl's config of one way to train. Clipping, decay and a schedule take part.
+
+    Args:
+        folder, block: as `train_variants` takes them.
+        name: of the way, whose outputs lie in a folder of that name.
+        overrides: keys of Axolotl's.
+    """
     teacher = {"base_model": str(folder / "teacher"), **block.get("teacher", {})}
     rows = folder / ("reversed.jsonl" if name == "reversed" else "rows.jsonl")
     settings: dict[str, Any] = {
@@ -174,4 +180,4 @@ def _config(
     if name == "cached":
         teacher["cache"] = {"path": str(folder / "cache"), "dtype": "float32"}
     settings["dskd"] = {**block, "teacher": teacher}
-    return tiny.base_config(folder, **{**settings, **overrides})
+    return tiny.base_config(folder, **{**settings, **(overrides or {})})
