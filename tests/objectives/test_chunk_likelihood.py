@@ -15,105 +15,21 @@ from torch import Tensor
 from axolotl_dskd.config import ChunkLikelihoodConfig, DSKDConfig
 from axolotl_dskd.objectives.chunk_likelihood import log1mexp
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Side
-from tests.support import golden_methods
+from tests.support import golden_methods, plain_forms
 from tests.support.groups import Problem, equals_plain_form, problem, row_groups
+from tests.support.plain_forms import (
+    boundaries,
+    boundary_behind,
+    chunk_divergence,
+    likelihoods_of_chunks,
+)
 
-UNKNOWN = torch.tensor(torch.nan, dtype=torch.float64)
 DIVERGENCES = ("binary_ce", "reverse_binary_kl", "abs_exp", "abs", "renyi")
-
-
-def boundaries(made: Problem, side: int) -> tuple[Tensor, set[int]]:
-    """Ids that begin with a space or newline or are special, and the special ones, by decoding."""
-    tokenizer = made.tokenizers[side]
-    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    strings = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    first = ("Ġ", "▁", "Ċ", "\n", "<0x0A>", "<0x20>")
-    begins = [s.startswith(first) or i in special for i, s in enumerate(strings)]
-    return torch.tensor(begins), special
-
-
-def behind(tokens: Side, within: Tensor, special: set[int]) -> list[Tensor]:
-    """[n] log-probability of a boundary behind each token, NaN where no row has read it."""
-    found = []
-    for i in range(len(tokens)):
-        label = int(tokens.labels[i])
-        known = (
-            i + 1 < len(tokens)
-            and tokens.sample_ids[i + 1] == tokens.sample_ids[i]
-            and tokens.input_ids[i + 1] == label
-            and label not in special
-        )
-        found.append(within[i + 1] if known else UNKNOWN)
-    return found
-
-
-def plain_chunks(
-    made: Problem,
-    logprobs: tuple[Tensor, Tensor],
-    behind: tuple[list[Tensor], list[Tensor]],
-    config: ChunkLikelihoodConfig,
-) -> tuple[Tensor, Tensor]:
-    """[C] log-likelihoods of chunks of both sides, one group after the other."""
-    groups = row_groups(made.matches)
-    chunks: list[list[Tensor]] = []
-    total: list[Any] = [0.0, 0.0]
-    for k, rows in enumerate(groups):
-        total = [t + x[r].sum() for t, x, r in zip(total, logprobs, rows, strict=True)]
-        s = [x[r[-1]] for x, r in zip(behind, rows, strict=True)]
-        known = not any(bool(torch.isnan(x)) for x in s)
-        following = groups[k + 1] if k + 1 < len(groups) else None
-        apart = following is None or any(
-            b[0] != a[-1] + 1 for a, b in zip(rows, following, strict=True)
-        )
-        other = apart or (
-            following is not None
-            and made.student.tokens.sample_ids[following[0][0]]
-            != made.student.tokens.sample_ids[rows[0][0]]
-        )
-        ends = not known or bool(s[1].exp() > config.merge_threshold)
-        if config.merge and not ends and not other:
-            continue
-        if config.debias and known:
-            total = [t + x for t, x in zip(total, s, strict=True)]
-        chunks.append(total)
-        total = [0.0, 0.0]
-    ours, theirs = (torch.stack(x) for x in zip(*chunks, strict=True))
-    return ours, theirs
-
-
-def plain_divergence(ours: Tensor, theirs: Tensor, config: ChunkLikelihoodConfig) -> Tensor:
-    """From probabilities; the factor τ included."""
-    if config.divergence == "abs":
-        return (theirs - ours).abs()
-    T = config.temperature
-    p, q = (torch.exp(x / T - 1e-6) for x in (theirs, ours))
-    match config.divergence:
-        case "binary_ce":
-            value = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        case "reverse_binary_kl":
-            value = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
-        case "abs_exp":
-            value = (p - q).abs()
-        case _:
-            r = config.renyi_order
-            value = (p**r * q ** (1 - r) + (1 - p) ** r * (1 - q) ** (1 - r)).log() / (r - 1)
-    return T * value
 
 
 def plain_loss(made: Problem, config: ChunkLikelihoodConfig) -> Tensor:
     """Half cross-entropy, half divergence of chunks, all logits at once."""
-    logprobs, read = [], []
-    for side, (view, logits) in enumerate(
-        zip((made.student, made.teacher), made.logits(), strict=True)
-    ):
-        log_q = logits.log_softmax(-1)
-        logprobs.append(log_q.gather(-1, view.tokens.labels[:, None])[:, 0])
-        begins, special = boundaries(made, side)
-        read.append(behind(view.tokens, log_q[:, begins].logsumexp(-1), special))
-    both, after = (logprobs[0], logprobs[1]), (read[0], read[1])
-    ours, theirs = plain_chunks(made, both, after, config)
-    return -0.5 * logprobs[0].sum() + 0.5 * plain_divergence(ours, theirs, config).sum()
+    return 0.5 * sum(plain_forms.chunk_likelihood(made, made.logits(), config).values())
 
 
 @pytest.mark.parametrize("chunk", [1, 16, 1000])
@@ -165,19 +81,20 @@ def test_published_numbers_but_for_their_faults(path: Path, name: str, keys: dic
     ):
         view = (made.student, made.teacher)[side]
         begins = z[f"{label}_space"]
-        assert torch.equal(boundaries(made, side)[0], begins)
+        found, special = boundaries(made.tokenizers[side])
+        assert torch.equal(found, begins)
         log_q = logits.log_softmax(-1).flatten(0, 1)
         places = golden.places[side]
         logprobs.append(log_q[places].gather(-1, view.tokens.labels[:, None])[:, 0])
         within = log_q[:, begins].logsumexp(-1)
         published_read.append([within[i + 1] for i in places.tolist()])
-        read.append(behind(view.tokens, within[places], boundaries(made, side)[1]))
+        read.append(boundary_behind(view.tokens, within[places], special))
     both = (logprobs[0], logprobs[1])
-    ours, theirs = plain_chunks(made, both, (published_read[0], published_read[1]), config)
+    ours, theirs = likelihoods_of_chunks(made, both, (published_read[0], published_read[1]), config)
     assert len(ours) == int(z["merged_chunks" if config.merge else "chunks"])
     divisor = int(z["merged_divisor_published"]) if config.merge else len(ours)
     scale = divisor * (1.0 if config.divergence == "abs" else config.temperature)
-    published = plain_divergence(ours, theirs, config).sum() / scale
+    published = chunk_divergence(ours, theirs, config).sum() / scale
     entropy = torch.zeros(())
     if config.divergence == "binary_ce":
         p = torch.exp(theirs / config.temperature - 1e-6)
@@ -188,8 +105,8 @@ def test_published_numbers_but_for_their_faults(path: Path, name: str, keys: dic
     assert float((gradient - expected).norm() / expected.norm()) < 5e-6
 
     # Ours: no s behind the end; a sum.
-    ours, theirs = plain_chunks(made, both, (read[0], read[1]), config)
-    corrected = plain_divergence(ours, theirs, config).sum()
+    ours, theirs = likelihoods_of_chunks(made, both, (read[0], read[1]), config)
+    corrected = chunk_divergence(ours, theirs, config).sum()
     out = made.run(config, kd_ratio=1.0)
     torch.testing.assert_close(out.loss, corrected)
     (expected,) = torch.autograd.grad(corrected, leaf)

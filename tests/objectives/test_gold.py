@@ -15,69 +15,20 @@ from axolotl_dskd.config import DSKDConfig, GOLDConfig
 from axolotl_dskd.data.token_bytes import shared_tokens
 from tests.support import golden_methods
 from tests.support.groups import Problem, equals_plain_form, problem, row_groups
-
-
-def merged(logits: Tensor, labels: Tensor, rows: list[int]) -> Tensor:
-    """[V] what a group's last token could be, times what its other tokens were."""
-    q = logits.softmax(-1)
-    before = [q[row, labels[row]] for row in rows[:-1]]
-    return q[rows[-1]] * torch.stack([q.new_ones(()), *before]).prod()
-
-
-def shared_and_others(made: Problem, sizes: tuple[int, int]) -> tuple[list[Any], list[Any]]:
-    """Ids of both sides that are equal, and the rest of each side."""
-    shared = shared_tokens(*made.tokenizers)
-    others = [sorted(set(range(n)) - set(ids)) for n, ids in zip(sizes, shared, strict=True)]
-    return list(shared), others
-
-
-def sorted_distance(q: Tensor, p: Tensor) -> Tensor:
-    """Σ_r |q_(r) − p_(r)|."""
-    if not len(q) or not len(p):
-        return q.sum() * 0
-    wide = max(len(q), len(p))
-    q, p = (torch.cat([x, x.new_zeros(wide - len(x))]).sort().values for x in (q, p))
-    return (q - p).abs().sum()
-
-
-def by_name(q: Tensor, p: Tensor, beta: float, *, published: bool = False) -> Tensor:
-    """D_β from probabilities, as published raised to at least 1e-8."""
-    if published:
-        q, p = q.clamp_min(1e-8), p.clamp_min(1e-8)
-    if beta in (0.0, 1.0):
-        a, b = (p, q) if beta == 0.0 else (q, p)
-        value = (a * (a / b).log()).sum()
-        return value if published else value + (b - a).sum()
-    m = beta * p + (1 - beta) * q
-    return beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
+from tests.support.plain_forms import by_name, cross_entropy, gold_groups
 
 
 def plain_groups(made: Problem, config: GOLDConfig, *, published: bool = False) -> Tensor:
-    """[G] each group's loss, one after the other."""
-    both = made.logits()
-    sizes = (both[0].shape[1], both[1].shape[1])
-    shared, others = shared_and_others(made, sizes)
-    share = len(shared[0]) / sizes[1]
+    """[G] each group's loss, weighted."""
+    share = len(shared_tokens(*made.tokenizers)[0]) / made.logits()[1].shape[1]
     weights = (share, 1 - share) if config.weights == "share" else config.weights
-    losses = []
-    for rows in row_groups(made.matches):
-        q, p = (
-            merged(x / config.temperature, view.tokens.labels, r)
-            for x, view, r in zip(both, (made.student, made.teacher), rows, strict=True)
-        )
-        if not config.hybrid:
-            losses.append(sorted_distance(q, p))
-            continue
-        near = by_name(q[shared[0]], p[shared[1]], config.beta, published=published)
-        far = sorted_distance(q[others[0]], p[others[1]])
-        losses.append(weights[0] * near + weights[1] * far)
-    return torch.stack(losses)
+    near, far = gold_groups(made, made.logits(), config, published=published)
+    return weights[0] * near + weights[1] * far if config.hybrid else far
 
 
 def plain_loss(made: Problem, config: GOLDConfig) -> Tensor:
     """Half cross-entropy, half GOLD."""
-    labels = made.student.tokens.labels
-    ce = torch.nn.functional.cross_entropy(made.logits()[0], labels, reduction="sum")
+    ce = cross_entropy(made.logits()[0], made.student.tokens.labels)
     return 0.5 * ce + 0.5 * plain_groups(made, config).sum()
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -25,7 +24,7 @@ from axolotl_dskd.objectives.min_edit import MinEdit
 from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import Matches, Side, View
-from tests.support import tiny
+from tests.support import plain_forms, tiny
 from tests.support.views import HEADS, RandomPair, no_tokens
 
 DATA = Path(__file__).parents[1] / "data" / "golden" / "methods"
@@ -177,41 +176,31 @@ def objective(pair: RandomPair, chunk: int = 64, kd_ratio: float = 0.4, **keys: 
 
 
 def plain_loss(
-    pair: RandomPair, made: MinEdit, pairs: torch.Tensor, T: float = 2.0, kd_ratio: float = 0.4
+    pair: RandomPair, made: MinEdit, pairs: torch.Tensor, kd_ratio: float = 0.4
 ) -> torch.Tensor:
-    """The loss from full logits: the map as a matrix, KL from its definition."""
-    found = vocabulary_map(made.facts.student, made.facts.teacher, made.config.map)
-    carry = torch.zeros(U, V, dtype=torch.float64)
-    for u, target in enumerate(found.targets):
-        if target >= 0:
-            carry[u, target] = 1.0
-    z, t = (h.logits(x) for h, x in zip(pair.heads, pair.hidden, strict=True))
-    labels = pair.sides[0].labels
-    i, j = pairs.unbind(1)
-    p = ((t / T).softmax(-1) @ carry)[j]
-    mass = p.sum(-1, keepdim=True)
-    share = p / mass
-    kl = (torch.xlogy(share, share) - share * (z[i] / T).log_softmax(-1)).sum(-1)
-    kd = (mass.squeeze(1) * kl).sum()
-    if made.config.one_hot:
-        alone = torch.ones(len(labels), dtype=torch.bool)
-        alone[i] = False
-        kd = kd + F.cross_entropy(z[alone] / T, labels[alone], reduction="sum")
-    return (1 - kd_ratio) * F.cross_entropy(z, labels, reduction="sum") + kd_ratio * kd
+    """The loss from full logits."""
+    logits = tuple(h.logits(x) for h, x in zip(pair.heads, pair.hidden, strict=True))
+    targets = vocabulary_map(made.facts.student, made.facts.teacher, made.config.map).targets
+    terms = plain_forms.min_edit(
+        logits,
+        pair.sides[0].labels,
+        pairs,
+        targets + [-1] * (U - len(targets)),
+        temperature=made.config.temperature,
+        one_hot=made.config.one_hot,
+    )
+    return (1 - kd_ratio) * terms["ce"] + kd_ratio * terms["min_edit"]
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("keys", [{}, {"map": "first_token"}, {"one_hot": True}])
 def test_loss_and_gradients_equal_the_plain_form_in_every_chunk_size(kind: str, keys: dict):
     pair = RandomPair(V, U, kind)
-    i, j = pair.matches.starts.unbind(1)
-    width = (pair.matches.spans[:, 1] - pair.matches.spans[:, 0])[i]
-    teacher_width = (pair.matches.teacher_spans[:, 1] - pair.matches.teacher_spans[:, 0])[j]
     for chunk in (1, 3, 64):
         made = objective(pair, chunk, **keys)
-        text = made._targets[pair.sides[1].labels[j]] >= 0
-        fitting = pair.matches.starts[(width <= teacher_width) & text]
-        assert 2 < len(fitting) < len(i)
+        targets = made._targets.tolist()
+        fitting = plain_forms.min_edit_pairs(pair.matches, pair.sides[1].labels, targets)
+        assert 2 < len(fitting) < len(pair.matches.starts)
         out = made(*pair.views(), pair.matches)
         expected = plain_loss(pair, made, fitting)
         torch.testing.assert_close(out.loss, expected)

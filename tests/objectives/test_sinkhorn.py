@@ -20,24 +20,13 @@ from axolotl_dskd.objectives.sinkhorn import Sinkhorn, l1_cost, l1_cost_backward
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import Matches, Side, View
 from tests.support import tiny
+from tests.support.plain_forms import sinkhorn_distances
 from tests.support.views import HEADS, RandomPair, no_tokens
 
 DATA = Path(__file__).parents[1] / "data" / "golden" / "methods"
 FILES = sorted(Path(os.environ.get("DSKD_GOLDEN_METHODS_DIR") or DATA).glob("sinkd-*.npz"))
 V, U = 400, 600
 R = 0.4
-
-
-def plain_distance(
-    q: torch.Tensor, p: torch.Tensor, epsilon: float = 0.1, iterations: int = 20
-) -> torch.Tensor:
-    """Of one sample, as its definition says."""
-    cost = (q[:, None] - p[None]).abs().sum(-1)
-    plan = (-cost / epsilon).exp()
-    for _ in range(iterations):
-        plan = plan / plan.sum(1, keepdim=True)
-        plan = plan / plan.sum(0, keepdim=True)
-    return (plan * cost).sum()
 
 
 def plain_kl(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
@@ -71,7 +60,7 @@ def test_loss_and_gradients_equal_the_plain_form_in_every_chunk_size(kind: str, 
     q, p = (z / 2).softmax(-1)[i], (t / 2).softmax(-1)[j].detach()
     samples = pair.sides[0].sample_ids[i]
     assert set(samples.tolist()) == {0, 1}
-    distance = sum(plain_distance(q[samples == s], p[samples == s]) for s in (0, 1))
+    distance = sinkhorn_distances(q, p, samples)
     config = SinkhornConfig(**keys)
     expected = (1 - R) * F.cross_entropy(z, pair.sides[0].labels, reduction="sum")
     expected = expected + R * (config.kl_weight * plain_kl(q, p).sum() + config.weight * distance)
@@ -115,7 +104,7 @@ def test_across_tokenizers_the_projected_teacher_is_compared(alignment: str, kin
     q, p = (z / 2).softmax(-1)[rows], (u / 2).softmax(-1).detach()
     right = (u.argmax(-1) == targets) if alignment == "cma" else torch.ones(len(u))
     samples = pair.sides[0].sample_ids[rows]
-    distance = sum(plain_distance(q[samples == s], p[samples == s]) for s in set(samples.tolist()))
+    distance = sinkhorn_distances(q, p, samples)
     expected = (1 - R) * F.cross_entropy(z, pair.sides[0].labels, reduction="sum") + R * (
         0.7 * (plain_kl(q, p) * right).sum()
         + F.cross_entropy(u, targets, reduction="sum")

@@ -12,71 +12,19 @@ from torch import Tensor
 from axolotl_dskd.config import DSKDConfig, SpanSupportConfig
 from axolotl_dskd.data.token_bytes import shared_tokens
 from tests.support.groups import Problem, equals_plain_form, problem, row_groups
+from tests.support.plain_forms import laws, span_support
 
 CONFIG = SpanSupportConfig()
 
 
-def law(
-    q: Tensor, labels: Tensor, rows: list[int], ids: list[int], whole: set[int], start: set[int]
-) -> Tensor:
-    """[K + 2] probabilities of one side's classes: shared tokens by number, span, rest.
-
-    Args:
-        q: [n, V] probabilities.
-        ids: [K] of this side, by the shared token's number.
-        whole, start: numbers of shared tokens that are the span, or begin a longer path.
-    """
-    span, rest = len(ids), len(ids) + 1
-    classes = torch.full((q.shape[1],), rest)
-    for k, token in enumerate(ids):
-        classes[token] = span if k in whole else rest if k in start else k
-    total = q.new_zeros(len(ids) + 2).index_add(0, classes, q[rows[0]])
-    first = int(classes[labels[rows[0]]])
-    if first != span:  # going on as the path is another outcome than the first token's others
-        assert first == rest
-        path = torch.stack([q[row, labels[row]] for row in rows]).prod()
-        total = total.index_add(0, torch.tensor([span, rest]), torch.stack([path, -path]))
-    return total
-
-
-def laws(made: Problem) -> list[tuple[Tensor, Tensor]]:
-    """Both sides' laws of each group, without classes that neither side can be in."""
-    probabilities = [x.softmax(-1) for x in made.logits()]
-    ids = shared_tokens(*made.tokenizers)
-    numbers = [{i: k for k, i in enumerate(side)} for side in ids]
-    views, found = (made.student, made.teacher), []
-    for rows in row_groups(made.matches):
-        whole, start = set(), set()
-        for view, own, number in zip(views, rows, numbers, strict=True):
-            k = number.get(int(view.tokens.labels[own[0]]))
-            if k is not None:
-                (whole if len(own) == 1 else start).add(k)
-        q, p = (
-            law(x, view.tokens.labels, own, side, whole, start - whole)
-            for x, view, own, side in zip(probabilities, views, rows, ids, strict=True)
-        )
-        there = torch.ones(len(q), dtype=torch.bool)
-        there[list(whole | start)] = False
-        assert bool((q[~there] == 0).all() and (p[~there] == 0).all())
-        found.append((q[there], p[there]))
-    return found
-
-
 def plain_loss(made: Problem) -> Tensor:
-    """Half cross-entropy, half reverse KL, class by class."""
-    labels = made.student.tokens.labels
-    ce = torch.nn.functional.cross_entropy(made.logits()[0], labels, reduction="sum")
-    total = ce * 0.5
-    for q, p in laws(made):
-        raised = torch.zeros_like(q)
-        raised[-1] = 1e-6
-        q, p = q + raised, p + raised
-        total = total + 0.5 * (q * (q / p).log()).sum()
-    return total
+    """Half cross-entropy, half reverse KL."""
+    return 0.5 * sum(span_support(made, made.logits()).values())
 
 
 def test_every_class_of_both_sides_is_counted_once():
-    for both in laws(problem()):
+    made = problem()
+    for both in laws(made, made.logits()):
         for side in both:
             assert float(side.sum().detach()) == pytest.approx(1.0)
             assert float(side.min().detach()) >= -1e-12
