@@ -1,7 +1,8 @@
 """The cases that `tests/objectives/test_contract.py` holds every objective to.
 
 A new objective brings one plain form (a function of this module from inputs to sums of terms,
-which calls `naive`) and a line for each of its cases in `CASES`. The inputs are in `inputs`.
+which calls `naive` or `plain_forms`) and a line for each of its cases in `CASES`. The inputs are in
+`inputs`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from torch import Tensor
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.token_bytes import translation
 from axolotl_dskd.objectives import Objective, Pair, build_objective
+from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
 from axolotl_dskd.types import IGNORE_INDEX
-from tests.support import naive
+from tests.support import naive, plain_forms
+from tests.support.groups import Problem
 from tests.support.inputs import Batch, Inputs
 
 # ---- plain forms ---------------------------------------------------------------------------
@@ -94,6 +97,56 @@ def plain_dual_space(objective: Objective[Any], inputs: Inputs, batch: Batch) ->
     )
 
 
+def plain_min_edit(objective: Objective[Any], inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
+    config, (student, teacher, matches) = objective.config, batch
+    targets = vocabulary_map(inputs.facts.student, inputs.facts.teacher, config.map).targets
+    return plain_forms.min_edit(
+        both_logits(inputs, batch),
+        student.tokens.labels,
+        plain_forms.min_edit_pairs(matches, teacher.tokens.labels, targets),
+        targets,
+        temperature=config.temperature,
+        one_hot=config.one_hot,
+    )
+
+
+def plain_sinkhorn(objective: Any, inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
+    """Beside the distance: `token_kd` of one vocabulary, else `dual_space` of exact tokens."""
+    (student, teacher, matches), T = batch, objective.config.temperature
+    z, t = both_logits(inputs, batch)
+    labels, pairs = student.tokens.labels, matches.exact
+    if inputs.facts.one_vocabulary:
+        others = teacher.tokens.labels
+        terms = naive.token_kd(z, t, labels, others, pairs, name="forward_kl", temperature=T)
+        terms["kl"] = terms.pop("kd")
+        rows, theirs = pairs[labels[pairs[:, 0]] == others[pairs[:, 1]]].unbind(1)
+        source = t[theirs]
+    else:
+        terms = plain_dual_space(objective._tokens, inputs, batch)
+        terms["kl"] = terms.pop("student_space")
+        del terms["teacher_space"]
+        t2s, seeing, _, _ = _paired(objective._tokens, batch)
+        seeing = seeing & (_teachers_choice(inputs, batch) != IGNORE_INDEX)
+        rows = seeing.nonzero().flatten()
+        source = inputs.logits(t2s[rows], 0)
+    q, p = (z[rows] / T).softmax(-1), (source / T).softmax(-1).detach()
+    samples = student.tokens.sample_ids[rows]
+    return terms | {"sinkhorn": plain_forms.sinkhorn_distances(q, p, samples)}
+
+
+def grouped(plain: Callable[..., dict[str, Tensor]]) -> PlainForm:
+    """From a form of `plain_forms` over groups."""
+
+    def form(objective: Objective[Any], inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
+        tokenizers = inputs.facts.student, inputs.facts.teacher
+        made = Problem(tokenizers, batch.student, batch.teacher, batch.matches)
+        # Products of probabilities vanish in less, and what they leave of 1; only logits may round.
+        logits = tuple(x.double() for x in both_logits(inputs, batch))
+        return plain(made, logits, objective.config)
+
+    return form
+
+
 def _paired(objective: Objective[Any], batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Projected states and which of them count, of both sides, from exact pairs."""
     student, teacher, matches = batch
@@ -165,6 +218,9 @@ class Case:
         weights: of a term within what is distilled, where it is not 1.
         jumps: it jumps where two numbers are equal (a sign, a first choice that becomes a target),
             so that in low precision chance decides.
+        seeds: of the numbers that low precision is tried on; such that no threshold is so near to
+            a number that rounding decides.
+        absent: terms that the objective reports under other keys only.
     """
 
     name: str
@@ -173,6 +229,8 @@ class Case:
     one_vocabulary: bool = False
     weights: dict[str, float] = field(default_factory=dict)
     jumps: bool = False
+    seeds: tuple[int, ...] = (1, 2, 3)
+    absent: frozenset[str] = frozenset()
 
     def objective(
         self, inputs: Inputs, kd_ratio: float = 0.4, chunk_tokens: int = 16
@@ -209,6 +267,36 @@ def uld(name: str, **keys: Any) -> Case:
     return Case(f"uld {name}", {"name": "uld", **keys}, plain_uld, jumps=True)
 
 
+def min_edit(kind: str) -> Case:
+    return Case(f"min_edit {kind}", {"name": "min_edit", "map": kind}, plain_min_edit)
+
+
+def sinkhorn(name: str, *absent: str, one_vocabulary: bool = False, **keys: Any) -> Case:
+    return Case(
+        f"sinkhorn {name}",
+        {"name": "sinkhorn", "weight": 1.5, "kl_weight": 0.7, **keys},
+        plain_sinkhorn,
+        one_vocabulary,
+        weights={"sinkhorn": 1.5, "kl": 0.7},
+        jumps=True,
+        absent=frozenset(absent),
+    )
+
+
+def chunk_likelihood(name: str, **keys: Any) -> Case:
+    config, plain = {"name": "chunk_likelihood", **keys}, grouped(plain_forms.chunk_likelihood)
+    return Case(f"chunk_likelihood {name}", config, plain, seeds=(1, 2, 4))
+
+
+def gold(hybrid: bool) -> Case:
+    config: dict[str, Any] = {"name": "gold", "hybrid": hybrid}
+    weights = {"shared": 0.6, "by_rank": 0.4} if hybrid else {}
+    if hybrid:
+        config["weights"] = tuple(weights.values())
+    name = "gold hybrid" if hybrid else "gold by rank"
+    return Case(name, config, grouped(plain_forms.gold), weights=weights, jumps=True)
+
+
 TOY = "tests.support.toy_objective"
 
 CASES = [
@@ -223,5 +311,14 @@ CASES = [
     uld("ordinal", pairs="ordinal", top_k=50, temperature=2.0),
     uld("all", top_k="all"),
     uld("one token", top_k=1),
+    min_edit("edit_distance"),
+    min_edit("first_token"),
+    sinkhorn("one vocabulary", "projector_ce", "projector_accuracy", one_vocabulary=True),
+    sinkhorn("eta", "teacher_accuracy", alignment="eta"),
+    chunk_likelihood("merged"),
+    chunk_likelihood("single", merge=False),
+    gold(hybrid=True),
+    gold(hybrid=False),
+    Case("span_support", {"name": "span_support"}, grouped(plain_forms.span_support)),
     Case("toy", {"name": TOY, "weight": 0.5}, plain_toy, weights={"distance": 0.5}),
 ]

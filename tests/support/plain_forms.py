@@ -298,7 +298,7 @@ def laws(made: Problem, logits: Logits) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def span_support(made: Problem, logits: Logits) -> dict[str, Tensor]:
+def span_support(made: Problem, logits: Logits, _: object = None) -> dict[str, Tensor]:
     """Reverse KL, class by class."""
     total = logits[0].sum() * 0
     for q, p in laws(made, logits):
