@@ -26,6 +26,8 @@ from tests.support.equivalence import (
 )
 from tests.support.ranks import launch, run
 
+pytestmark = pytest.mark.slow
+
 TOY = "tests.support.toy_objective"
 
 
@@ -72,7 +74,7 @@ IN_KIND = ("packed", "two ranks", "resumed", "cached")
 ALL = (*IN_KIND, "1x8", "reversed")
 
 CASES = {
-    "default, two tokenizers": Case({}, ALL, DUAL_SPACE, has_module=True),
+    "default, two tokenizers": Case({}, ("packed",), DUAL_SPACE, has_module=True),
     "default, one vocabulary": Case(
         {}, ("packed",), DUAL_SPACE, has_module=True, one_vocabulary=True
     ),
