@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 _STORED = np.dtype("<i4")
+#: What a token takes in a stored row.
+BYTES_PER_TOKEN = 2 * _STORED.itemsize
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Spans:
     @classmethod
     def of_rows(cls, stored: Sequence[bytes]) -> tuple[Spans, IntArray]:
         """Spans of several rows, one row behind the other, and the number of each token's row."""
-        counts = [len(row) // (2 * _STORED.itemsize) for row in stored]
+        counts = [len(row) // BYTES_PER_TOKEN for row in stored]
         return cls.from_bytes(b"".join(stored)), np.repeat(np.arange(len(stored)), counts)
 
     @classmethod

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+import pyarrow.compute as pc
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.byte_spans import Spans, exact_pairs, kept_apart
+from axolotl_dskd.data.byte_spans import BYTES_PER_TOKEN, Spans, exact_pairs, kept_apart
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 
 
@@ -68,6 +70,16 @@ def teacher_position_limit(config: DSKDConfig) -> int:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the largest id that the tokenizer can emit (added tokens included)."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def longest_supervised(datasets: Iterable[Any]) -> int | None:
+    """Supervised student tokens of the longest row of prepared data sets; None without rows."""
+    counts = []
+    for dataset in datasets:
+        if dataset is not None and SPANS in (getattr(dataset, "column_names", None) or ()):
+            column = dataset.select_columns([SPANS]).with_format("arrow")
+            counts += [pc.max(pc.binary_length(t[SPANS])).as_py() or 0 for t in column.iter(10_000)]
+    return max(counts) // BYTES_PER_TOKEN if counts else None
 
 
 def exact_share(dataset: Any) -> float | None:

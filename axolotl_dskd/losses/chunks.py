@@ -64,18 +64,18 @@ class Budget:
     tokens: int | None = None
     memory: int = 48 << 30
 
-    def size(self, *streams: Stream, copies: int = 1) -> int:
+    def size(self, *streams: Stream, copies: int = 0) -> int:
         """Tokens per chunk of these streams together: a power of two from 16 to 4096.
 
         Each token takes one row of logits in every stream, which turns into its own gradient. The
         same for the same machine, heads and dtype, whatever else is running.
 
         Args:
-            copies: such matrices of each stream that are held at once.
+            copies: float32 copies of each stream's logits that are held beside them.
         """
         if self.tokens is not None:
             return self.tokens
-        row = sum(s.head.vocab_size * s.hidden.dtype.itemsize for s in streams) * copies
+        row = sum(s.head.vocab_size * (s.hidden.dtype.itemsize + 4 * copies) for s in streams)
         tokens = max(16, min(4096, min(768 << 20, self.memory // 64) // row))
         return 1 << (tokens.bit_length() - 1)
 

@@ -79,8 +79,8 @@ def over_logprobs(
         return loss.detach()
     slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     linear = _pass(stream, labels, budget, 1.0, slopes[0], members, slopes[1]).loss
-    # Its gradient is the loss's; its value is not.
-    return linear + (loss - linear).detach()
+    # Its gradient is the loss's; its value, which may be far larger, is not.
+    return loss.detach() + (linear - linear.detach())
 
 
 def _pass(
@@ -110,7 +110,9 @@ def _pass(
             values["within"] = within * slope_within[index]
             more = (slope_within[index] / temperature).unsqueeze(-1)
             # d/dz of log Σ_members q: q / Σ_members q in the members, less q everywhere.
-            inside = (log_q - within.unsqueeze(-1)).exp_().mul_(members).mul_(more)
+            # Others than members are masked before exp, where they may be beyond all bounds.
+            inside = (log_q - within.unsqueeze(-1)).masked_fill_(~members, -torch.inf)
+            inside = inside.exp_().mul_(more)
             gradient = log_q.exp_().mul_(-(share + more)).add_(inside)
         else:
             gradient = log_q.exp_().mul_(-share)
@@ -142,10 +144,12 @@ class _LogProbs(torch.autograd.Function):
         hidden, *head = ctx.saved_tensors
         leaves = [hidden, *head]
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
+        # Slopes may carry a loss scale, and float16's gradients are enlarged once more within.
+        largest = slope.abs().amax().clamp_min(torch.finfo(slope.dtype).tiny) if len(slope) else 1.0
         with torch.enable_grad():
-            loss = _pass(stream, labels, budget, temperature, slope).loss
-            found = torch.autograd.grad(loss, [leaves[k] for k in wanted])
+            loss = _pass(stream, labels, budget, temperature, slope / largest).loss
+            back = torch.autograd.grad(loss, [leaves[k] for k in wanted])
         gradients: list[Tensor | None] = [None] * len(leaves)
-        for k, gradient in zip(wanted, found, strict=True):
-            gradients[k] = gradient
+        for k, gradient in zip(wanted, back, strict=True):
+            gradients[k] = (gradient.to(slope.dtype) * largest).to(gradient.dtype)
         return None, None, None, None, *gradients

@@ -25,19 +25,21 @@ C = TypeVar("C", bound=ObjectiveConfig)
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a pair before any weight is loaded.
+    """What is known of a pair without weights.
 
     Attributes:
         student, teacher: the two tokenizers.
         vocab_sizes: ids that they can emit, student's first.
         exact_share: share of the data's supervised student tokens with an exact pair, or None
             where there are no data.
+        longest: supervised student tokens of the data's longest row, where there are data.
     """
 
     student: Any
     teacher: Any
     vocab_sizes: tuple[int, int]
     exact_share: float | None = None
+    longest: int | None = None
 
     @property
     def one_vocabulary(self) -> bool:
@@ -198,13 +200,13 @@ def ordinal_pairs(student: Side, teacher: Side) -> Tensor:
 
 
 def pair_chunks(
-    pairs: Tensor, streams: Mapping[str, Stream], budget: Budget, copies: int = 1
+    pairs: Tensor, streams: Mapping[str, Stream], budget: Budget, copies: int = 0
 ) -> Iterable[Part]:
     """Chunks of the streams `student` and `teacher` by pairs, then of the student's other tokens.
 
     Args:
         pairs: [P, 2], ascending; a student's token in one pair at most.
-        copies: matrices of logits that are held at once of each stream.
+        copies: float32 copies of each stream's logits that are held beside them.
     """
     lengths = {name: len(stream) for name, stream in streams.items()}
     size = budget.size(*streams.values(), copies=copies)

@@ -40,8 +40,8 @@ from axolotl_dskd.objectives.base import (
 from axolotl_dskd.objectives.groups import STUDENT, Groups, group_chunks
 from axolotl_dskd.types import LossOutput, Matches, Per, Term, View
 
-#: Matrices of a chunk's logits that autograd and its sorts hold at once, in the states' dtype.
-_COPIES = 12
+#: float32 copies of a chunk's logits that autograd holds, measured.
+_COPIES = 10
 
 
 class GOLD(Objective[GOLDConfig], config=GOLDConfig):

@@ -78,7 +78,7 @@ def group_chunks(
     """Chunks of the streams `student` and `teacher` that tear no group apart.
 
     Args:
-        copies: matrices of logits that are held at once of each stream.
+        copies: float32 copies of each stream's logits that are held beside them.
     """
     groups = {"student": matches.groups, "teacher": matches.teacher_groups}
     return grouped_parts(groups, budget.size(*streams.values(), copies=copies))

@@ -11,7 +11,7 @@ same byte, without those whose label is longer on the student's side: there the 
 beginning of the label, against the cross-entropy.
 
 Teacher tokens without text, other than the end, go nowhere. A token counts with the probability
-that goes somewhere: m KL(p' / m ‖ q) with m = Σ_v p'_v, which is 1 but for those. Four products.
+that goes somewhere: m KL(p' / m ‖ q) with m = Σ_v p'_v, which is 1 but for those. Three products.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from axolotl_dskd.objectives.base import (
 )
 from axolotl_dskd.objectives.edit_distance import warp
 from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
-from axolotl_dskd.ranks import is_first, share_first
+from axolotl_dskd.ranks import is_first, raise_together, share_first
 from axolotl_dskd.types import LossOutput, Matches, Per, Side, Term, View
 
 LOG = get_logger(__name__)
@@ -82,10 +82,15 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
         """Map the vocabularies; on rank 0, which the others wait for."""
         V, U = (head.vocab_size for head in pair.heads)
         table = torch.full((2, U), -1, device=pair.device)
+        problem = None
         if is_first():
-            found = vocabulary_map(self.facts.student, self.facts.teacher, self.config.map)
-            rows = torch.tensor([found.targets, found.exact], device=pair.device)[:, :U]
-            table[:, : rows.shape[1]] = rows
+            try:
+                made = vocabulary_map(self.facts.student, self.facts.teacher, self.config.map)
+                rows = torch.tensor([made.targets, made.exact], device=pair.device)[:, :U]
+                table[:, : rows.shape[1]] = rows
+            except Exception as error:  # whatever it is, the other ranks wait
+                problem = f"min_edit: no map of the vocabularies: {type(error).__name__}: {error}"
+        raise_together(problem, pair.device)
         share_first([table])
         self._targets, self._exact = table[0], (table[1] > 0).float()
         self._kept = (self._targets >= 0).nonzero().flatten()

@@ -9,8 +9,8 @@ sample counts. Both distributions must be over one vocabulary: the teacher's own
 the projected teacher (`dual_space`), with KL(p ‖ q) token by token beside it.
 
 A sample's logits are held, both sides' probabilities as float32 [n, V], and 40 n² numbers for the
-iterations; no [n, n, V]. Products: those of `token_kd` or `dual_space` and three more (four where
-the head trains), which cost little beside the n² V of W and as much again for its gradient.
+iterations; of [n, n, V] a few columns. Products: those of `token_kd` or `dual_space` and three
+more (four where the head trains), which cost little beside the n² V of W and as much again for its gradient.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Per, Term, Vie
 
 #: Numbers of [n, n, columns of the vocabulary] that are held at once.
 _NUMBERS = 1 << 24
+#: Columns of the vocabulary whose distances are added at once.
+_SLICE = 4096
 
 
 class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
@@ -60,6 +62,7 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
 
     def __init__(self, config: SinkhornConfig, facts: Facts, setting: Setting) -> None:
         super().__init__(config, facts, setting)
+        self._refuse_above(facts.longest or 0)  # before hours of training
         self._tokens: TokenKD | DualSpace
         if facts.one_vocabulary:
             keys = TokenKDConfig(temperature=config.temperature)
@@ -77,6 +80,20 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
             weights = replace(self._tokens.weights, divergence_weight=config.kl_weight)
             self._tokens.weights = weights
         self.needs, self.beside = self._tokens.needs, self._tokens.beside
+
+    def _refuse_above(self, most: int) -> None:
+        """Refuse samples that are too long to compare each token with each.
+
+        Raises:
+            ValueError: `most` supervised tokens are more than `max_tokens`.
+        """
+        if most > self.config.max_tokens:
+            raise ValueError(
+                f"dskd.objective: a sample has {most} supervised tokens, and sinkhorn compares "
+                f"each with each, {self.config.max_tokens} at most. Raise "
+                "dskd.objective.max_tokens (time and memory grow with the square), or shorten "
+                "the samples."
+            )
 
     def describe(self) -> str:
         """Between which distributions."""
@@ -132,14 +149,7 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
             ids: [K] their samples, ascending.
         """
         _, samples, counts = ids.unique_consecutive(return_inverse=True, return_counts=True)
-        most = int(counts.max()) if len(counts) else 0
-        if most > self.config.max_tokens:
-            raise ValueError(
-                f"dskd.objective: a sample has {most} supervised tokens, and sinkhorn compares "
-                f"each with each, {self.config.max_tokens} at most. Raise "
-                "dskd.objective.max_tokens (time and memory grow with the square), or shorten "
-                "the samples."
-            )
+        self._refuse_above(int(counts.max()) if len(counts) else 0)
         streams = {"student": ours, "source": source}
         # float32 copies of both sides beside the logits themselves.
         size = self.setting.budget.size(*streams.values(), copies=3)
@@ -183,8 +193,9 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
 def l1_cost(q: Tensor, p: Tensor) -> Tensor:
     """Σ_v |q_iv − p_jv|: [n, V], [m, V] -> [n, m], slice by slice of the vocabulary."""
     cost = q.new_zeros((len(q), len(p)))
-    for columns in _columns(q, p):
-        cost += torch.cdist(q[:, columns], p[:, columns], p=1.0)
+    # In slices, whose sums in float32 err less; cdist itself holds no [n, m, columns].
+    for ours, theirs in zip(q.split(_SLICE, dim=1), p.split(_SLICE, dim=1), strict=True):
+        cost += torch.cdist(ours, theirs, p=1.0)
     return cost
 
 

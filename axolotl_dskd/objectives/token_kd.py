@@ -4,7 +4,7 @@
 
 over the supervised tokens, with t the teacher's and z the student's logits (Hinton et al. 2015,
 arXiv 1503.02531, without its T²; the divergences of MiniLLM, DistiLLM, GKD and AKL by name). The
-two heads may do different things to their logits. Four products, five where the head trains.
+two heads may do different things to their logits. Three products, four where the head trains.
 """
 
 from __future__ import annotations

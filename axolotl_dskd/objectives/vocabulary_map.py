@@ -51,7 +51,7 @@ def vocabulary_map(student: Any, teacher: Any, kind: Kind) -> VocabularyMap:
     """
     exact = translation(teacher, student, untranslatable=-1)
     path = cache_folder() / "vocabulary_maps" / f"{kind}-{_key(student, teacher, kind)}.json"
-    targets = _read(path)
+    targets = _read(path, len(exact))
     if targets is None:
         LOG.info(f"Mapping the teacher's {len(exact)} tokens to the student's ({kind}), once")
         targets = _make(student, teacher, kind, exact)
@@ -94,10 +94,11 @@ def _key(student: Any, teacher: Any, kind: Kind) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> list[int] | None:
+def _read(path: Path, length: int) -> list[int] | None:
     try:
         content = read_json(path)
     except (Damaged, OSError) as error:
         LOG.warning(f"The vocabulary map is made anew: {error}")
         return None
-    return None if content is None else content["targets"]
+    targets = None if content is None else content.get("targets")
+    return targets if isinstance(targets, list) and len(targets) == length else None

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
-from axolotl_dskd.data.tokenizers import exact_share, load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.data.tokenizers import (
+    exact_share,
+    load_teacher_tokenizer,
+    longest_supervised,
+    vocabulary_size,
+)
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.models.student import Student
@@ -67,7 +72,8 @@ class DSKDTrainer(AxolotlTrainer):
                 self._collators.append(kwargs[key])
         super().__init__(*args, **kwargs)
         sizes = vocabulary_size(student), vocabulary_size(teacher)
-        facts = Facts(student, teacher, sizes, exact_share(self.train_dataset))
+        share, longest = exact_share(self.train_dataset), longest_supervised(self._datasets())
+        facts = Facts(student, teacher, sizes, share, longest)
         device = self.accelerator.device
         self.objective = build_objective(
             self.dskd, facts, memory=total_memory(device), seed=self.args.seed
@@ -81,6 +87,8 @@ class DSKDTrainer(AxolotlTrainer):
         self.distillation: Distillation | None = None
         self.sidecar: Sidecar | None = None
         self._sums: dict[str, MetricSums] = defaultdict(self._no_sums)
+        self._step: Step | None = None
+        self._at_head: list[LossOutput] = []
         self._problem: str | None = None
         self._followed_step: int | None = None
         #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
@@ -135,14 +143,18 @@ class DSKDTrainer(AxolotlTrainer):
             )
         )
 
-    def _run(self) -> TrainingRun:
-        """What a teacher is told of this run."""
+    def _datasets(self) -> list[Any]:
+        """The rows that training and evaluation will see."""
         evaluation = self.eval_dataset
         datasets = [self.train_dataset]
         datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+        return [dataset for dataset in datasets if dataset is not None]
+
+    def _run(self) -> TrainingRun:
+        """What a teacher is told of this run."""
         device = self.accelerator.device
         return TrainingRun(
-            datasets=[dataset for dataset in datasets if dataset is not None],
+            datasets=self._datasets(),
             student_is_sharded=self.student.is_sharded,
             rank=self.args.process_index,
             gather=lambda number: self.accelerator.gather(
@@ -198,21 +210,27 @@ class DSKDTrainer(AxolotlTrainer):
         batch = DualBatch.pop_from(inputs)
         budget = self.objective.setting.budget
         step = Step(batch, self.student, self.distillation, budget, self._follow)
-        with captured_head_input(self.model, step.at_head) as self._at_head:
-            self._step = step
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._step = step
+        try:
+            with captured_head_input(self.model, step.at_head) as self._at_head:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:  # or the graph would live until the next step
+            self._step, self._at_head = None, []
 
     def _divided(
         self, outputs: Any, _labels: Tensor, num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """The sums that the forward found, divided by the global count."""
-        out: LossOutput = single(self._at_head, self.model)
+        assert self._step is not None
+        out = single(self._at_head, self.model)
         decode = self.processing_class.decode
-        self._problem = self._problem or self._step.problem(out, self.state.global_step + 1, decode)
+        problem = self._step.problem(out, self.state.global_step + 1, decode)
+        self._problem = self._problem or problem
         # Once a step, where the ranks meet anyway; and before the student is touched.
         if self.accelerator.sync_gradients or not self.model.training:
             raise_together(self._problem, self.accelerator.device)
-        self._sums["train" if self.model.training else "eval"].add(out)
+        if problem is None:
+            self._sums["train" if self.model.training else "eval"].add(out)
         self._loss_scale = self.student.loss_scale
         count = max(out.tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
@@ -222,7 +240,7 @@ class DSKDTrainer(AxolotlTrainer):
     def _follow(self, head: OutputHead) -> None:
         """Once in a step, and where the head is whole."""
         step = self.state.global_step
-        if self.distillation is None or not self.model.training or step == self._followed_step:
+        if self.distillation is None or step == self._followed_step:
             return
         self._followed_step = step
         self.objective.follow(step, head)

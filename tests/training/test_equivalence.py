@@ -74,7 +74,7 @@ IN_KIND = ("packed", "two ranks", "resumed", "cached")
 ALL = (*IN_KIND, "1x8", "reversed")
 
 CASES = {
-    "default, two tokenizers": Case({}, ("packed",), DUAL_SPACE, has_module=True),
+    "default, two tokenizers": Case({}, IN_KIND, DUAL_SPACE, has_module=True),
     "default, one vocabulary": Case(
         {}, ("packed",), DUAL_SPACE, has_module=True, one_vocabulary=True
     ),
