@@ -10,7 +10,8 @@ the projected teacher (`dual_space`), with KL(p ‖ q) token by token beside it.
 
 A sample's logits are held, both sides' probabilities as float32 [n, V], and 40 n² numbers for the
 iterations; of [n, n, V] a few columns. Products: those of `token_kd` or `dual_space` and three
-more (four where the head trains), which cost little beside the n² V of W and as much again for its gradient.
+more (four where the head trains), which cost little beside the n² V of W and as much again for its
+gradient.
 """
 
 from __future__ import annotations
