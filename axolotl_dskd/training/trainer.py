@@ -42,6 +42,9 @@ from axolotl_dskd.types import DualBatch, LossOutput
 
 LOG = get_logger(__name__)
 
+#: Where a smaller share of the tokens takes part, the log warns.
+LITTLE = 0.25
+
 
 class DSKDTrainer(AxolotlTrainer):
     """Trains the student with the configured objective.
@@ -89,6 +92,7 @@ class DSKDTrainer(AxolotlTrainer):
         self._sums: dict[str, MetricSums] = defaultdict(self._no_sums)
         self._step: Step | None = None
         self._at_head: list[LossOutput] = []
+        self._share_is_said = False
         self._problem: str | None = None
         self._followed_step: int | None = None
         #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
@@ -254,7 +258,19 @@ class DSKDTrainer(AxolotlTrainer):
         """Add the means since the last log to training logs."""
         if "loss" in logs:
             logs |= self._sums.pop("train", self._no_sums()).means(self.accelerator.device)
+            self._report_share(logs)
         super().log(logs, start_time)
+
+    def _report_share(self, logs: dict[str, float]) -> None:
+        """Say once, at the first log, how much of the data the objective learns from."""
+        if self._share_is_said or "dskd/aligned" not in logs:
+            return
+        self._share_is_said = True
+        share = logs["dskd/aligned"]
+        text = f"{share:.1%} of the student's supervised tokens take part in the distillation"
+        (LOG.warning if share < LITTLE else LOG.info)(
+            text + (", the others have cross-entropy alone" if share < 1 else "")
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the means over the evaluation set to its metrics."""

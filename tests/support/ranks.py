@@ -6,6 +6,7 @@ Starting Axolotl takes half a minute, nearly all imports. So a fork server impor
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -94,7 +95,8 @@ def kill_during(job: Job, seconds: float, number: int = signal.SIGKILL) -> int:
     process.join(seconds)
     if process.is_alive():
         assert process.pid is not None
-        os.kill(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+            os.kill(process.pid, number)
     process.join()
     assert process.exitcode is not None
     return process.exitcode

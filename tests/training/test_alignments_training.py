@@ -113,3 +113,23 @@ def test_resumed_goes_on_as_uninterrupted_also_where_s2t_follows(
     )
     assert losses(resumed)[-3:] == pytest.approx(losses(straight)[-3:], rel=1e-5)
     assert not any("Projectors at the start" in m for m in said)  # they are past it
+
+
+def test_the_log_says_once_what_share_of_the_tokens_takes_part(
+    pair_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    from axolotl_dskd.training import trainer as module
+
+    said: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(module.LOG, level, said.append)
+    _, trainer = train(
+        tiny.base_config(pair_folder, max_steps=2, dskd=dskd(pair_folder, name="uld"))
+    )
+    share = steps(trainer)[0]["dskd/aligned"]
+    lines = [line for line in said if "take part in the distillation" in line]
+    assert 0 < share < 1
+    assert lines == [
+        f"{share:.1%} of the student's supervised tokens take part in the distillation, the others "
+        "have cross-entropy alone"
+    ]
