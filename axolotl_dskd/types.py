@@ -69,6 +69,26 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What is known of answers that a model wrote during training, beside their tokens.
+
+    Attributes:
+        samples: [S] bool, whose answer was written; the others are the data set's own rows.
+        logprobs: [N] float32, log-probability at which the student wrote each of its supervised
+            tokens, as it was then; 0 on the data set's rows.
+        weights: [N] float32, student's probability over that of whoever drew the token, where
+            the teacher took part in drawing; None: the student drew alone.
+        pairs: [K, 2] samples with the same prompt, the answer to prefer first; None where none
+            are made.
+    """
+
+    samples: Tensor
+    logprobs: Tensor
+    weights: Tensor | None = None
+    pairs: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class View:
     """One model on one batch: the same for student and teacher, live, cached or served.
 
@@ -77,12 +97,14 @@ class View:
         head: what maps `hidden` to logits, or None where the source gives no states.
         hidden: [n, d] final hidden states as the head takes them, or None.
         embedded: [n, d] input embeddings of the tokens' inputs and of their labels, or None.
+        written: on the student's side, of a batch with answers that were written during training.
     """
 
     tokens: Side
     head: OutputHead | None = None
     hidden: Tensor | None = None
     embedded: tuple[Tensor, Tensor] | None = None
+    written: Written | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
