@@ -254,13 +254,13 @@ def test_max_memory_without_a_device_map_is_refused():
 
 
 def test_two_objectives_of_one_name_are_refused():
-    with pytest.raises(TypeError, match=r"config\.objectives has one of that name"):
+    with pytest.raises(TypeError, match=r"config\.objectives\.chunks has one of that name"):
         type(
             "Gold",
             (ObjectiveConfig,),
             {"__module__": "elsewhere", "__annotations__": {"name": str}, "name": "gold"},
         )
-    assert ObjectiveConfig.known["gold"].__module__ == "axolotl_dskd.config.objectives"
+    assert ObjectiveConfig.known["gold"].__module__ == "axolotl_dskd.config.objectives.chunks"
 
 
 def test_a_module_without_a_dot_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

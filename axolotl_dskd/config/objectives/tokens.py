@@ -1,19 +1,13 @@
-"""`dskd.objective`: the keys of each objective, by its name.
-
-A key of another objective is an unknown key. An objective of one's own brings a subclass of
-`ObjectiveConfig` in its module, and is named by that module's dotted path.
-"""
+"""Keys of the objectives that compare distributions at one token and another."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from axolotl_dskd.config.base import Block
+from axolotl_dskd.config.objectives.base import ObjectiveConfig
 
 DivergenceName = Literal[
     "forward_kl",
@@ -24,33 +18,6 @@ DivergenceName = Literal[
     "adaptive_kl",
     "tvd",
 ]
-Weight = Annotated[float, Field(ge=0, le=100)]
-
-
-class ObjectiveConfig(Block):
-    """The keys of one objective; subclasses add theirs, and state their name as its default."""
-
-    #: Every subclass, by its name.
-    known: ClassVar[dict[str, type[ObjectiveConfig]]] = {}
-
-    name: str
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        name = cls.model_fields["name"].default
-        if not isinstance(name, str):
-            return
-        known = ObjectiveConfig.known.get(name)
-        if known is not None and known.__module__ != cls.__module__:
-            raise TypeError(
-                f"{cls.__module__} defines an objective named {name!r}, but {known.__module__} has "
-                "one of that name. Give `name` another default."
-            )
-        ObjectiveConfig.known[name] = cls
-
-    def nothing_to_learn(self) -> str | None:
-        """Why no term of the objective has a weight, in words; None where one has."""
-        return None
 
 
 class DivergenceKeys(Block):
@@ -224,126 +191,3 @@ class SinkhornConfig(ObjectiveConfig):
     def nothing_to_learn(self) -> str | None:
         """Both weights are 0."""
         return None if self.weight or self.kl_weight else "weight and kl_weight are both 0"
-
-
-class ChunkLikelihoodConfig(ObjectiveConfig):
-    """Approximate likelihood matching (arXiv 2503.20083)."""
-
-    name: Literal["chunk_likelihood"] = "chunk_likelihood"
-    divergence: Literal["binary_ce", "reverse_binary_kl", "abs_exp", "abs", "renyi"] = Field(
-        "binary_ce",
-        description="Of the student's likelihood of a chunk from the teacher's. binary_ce: "
-        "cross-entropy of chunk or not chunk. reverse_binary_kl: the same from the student's side. "
-        "abs_exp: distance of the probabilities. abs: distance of the log-likelihoods, without "
-        "temperature. renyi: Rényi's divergence of chunk or not chunk.",
-    )
-    temperature: float = Field(
-        100.0,
-        gt=0,
-        le=10_000,
-        description="What log-likelihoods are divided by. Gradients keep the size of "
-        "cross-entropy's, whatever it is.",
-    )
-    renyi_order: float = Field(0.5, gt=0, lt=1, description="Order of renyi.")
-    merge: bool = Field(
-        True,
-        description="Join chunks until the teacher sees a word's boundary behind them.",
-    )
-    merge_threshold: float = Field(
-        0.1, ge=0, lt=1, description="The teacher's probability of a boundary that ends a chunk."
-    )
-    debias: bool = Field(
-        True,
-        description="Multiply a chunk's likelihood by that of a word's boundary behind it, which "
-        "tells the chunk from the beginning of a longer word.",
-    )
-
-
-class GOLDConfig(ObjectiveConfig):
-    """General on-policy logit distillation's loss across tokenizers."""
-
-    name: Literal["gold"] = "gold"
-    hybrid: bool = Field(
-        True,
-        description="Compare tokens that both vocabularies have one by one, and only the others by "
-        "rank. false: all by rank.",
-    )
-    beta: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Of the Jensen-Shannon divergence of shared tokens. 0: forward KL, 1: reverse.",
-    )
-    weights: Literal["share"] | tuple[Weight, Weight] = Field(
-        "share",
-        description="Of shared and of other tokens. share: a and 1 - a, with a the share of the "
-        "teacher's vocabulary that is shared, as published; or two numbers.",
-    )
-    temperature: float = Field(1.0, gt=0, le=100, description="Of both distributions.")
-
-    def nothing_to_learn(self) -> str | None:
-        """Neither shared nor other tokens have a weight."""
-        if self.weights == "share" or any(self.weights):
-            return None
-        return "weights are both 0"
-
-    @model_validator(mode="after")
-    def _weights_of_one_term(self) -> GOLDConfig:
-        if not self.hybrid and self.weights != "share":
-            raise ValueError(
-                "dskd.objective.weights is for hybrid: true; without it all tokens are compared by "
-                "rank, and kd_ratio is the weight. Remove weights, or set hybrid: true."
-            )
-        return self
-
-
-class SpanSupportConfig(ObjectiveConfig):
-    """Reverse KL over the shared tokens and each aligned span (arXiv 2605.07711)."""
-
-    name: Literal["span_support"] = "span_support"
-
-
-def objective_config(value: Any) -> Any:
-    """The typed keys of an objective, from its name alone or from a block with its name.
-
-    Raises:
-        ValueError: no name, an unknown one, or a module that defines no objective.
-    """
-    if isinstance(value, ObjectiveConfig):
-        return value
-    block = {"name": value} if isinstance(value, str) else value
-    if not isinstance(block, dict) or not isinstance(block.get("name", "dual_space"), str):
-        raise ValueError(
-            f"dskd.objective is {value!r}. Write a name, such as `objective: uld`, or a block with "
-            "a `name:`."
-        )
-    name = block.get("name", "dual_space")
-    kind = ObjectiveConfig.known.get(name)
-    if kind is None and ("." in name or importlib.util.find_spec(name) is not None):
-        kind = _from_module(name)
-    if kind is None:
-        names = ", ".join(sorted(ObjectiveConfig.known))
-        close = difflib.get_close_matches(name, ObjectiveConfig.known, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(
-            f"dskd.objective: there is no objective {name!r}.{hint} Known: {names}; or name a "
-            "module of your own by its dotted path."
-        )
-    return kind.model_validate({**block, "name": name})
-
-
-def _from_module(path: str) -> type[ObjectiveConfig]:
-    try:
-        importlib.import_module(path)
-    except ImportError as error:
-        raise ValueError(
-            f"dskd.objective: the module {path!r} cannot be imported: {error}. Name an objective "
-            "of this package, or a module on Python's path that defines one."
-        ) from error
-    defined = [kind for kind in ObjectiveConfig.known.values() if kind.__module__ == path]
-    if len(defined) != 1:
-        raise ValueError(
-            f"dskd.objective: the module {path!r} defines {len(defined)} subclasses of "
-            "ObjectiveConfig with a name; one is needed."
-        )
-    return defined[0]
