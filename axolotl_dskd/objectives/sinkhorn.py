@@ -107,7 +107,7 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
     def begin(self, pair: Pair) -> None:
         """Build the projectors, where there are any."""
         self._tokens.begin(pair)
-        self.module = self._tokens.module
+        self.module, self.beside = self._tokens.module, self._tokens.beside
 
     def follow(self, step: int, head: OutputHead) -> None:
         """What `dual_space` does."""

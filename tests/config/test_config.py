@@ -31,7 +31,7 @@ def test_three_lines_are_a_complete_configuration(pair_folder: Path, validated: 
     objective = config.objective
     assert isinstance(objective, DualSpaceConfig)
     assert (objective.temperature, config.kd_ratio) == (2.0, 0.5)
-    assert (objective.divergence, objective.alignment) == ("forward_kl", "auto")
+    assert (objective.divergence, objective.alignment) == ("skewed_reverse_kl", "auto")
     assert config.teacher.trust_remote_code is False
 
 

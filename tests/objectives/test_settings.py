@@ -11,6 +11,7 @@ import torch
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.losses import Budget, Distribution, Stream
 from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.objectives.base import Pair
 from axolotl_dskd.objectives.dual_space import DualSpace
 from axolotl_dskd.output_head import OutputHead
 from tests.support import tiny
@@ -52,10 +53,30 @@ def test_a_number_of_the_projectors_is_taken_as_it_is(key: str, value: float):
     assert getattr(resolved(projector={key: value}).beside, key) == value
 
 
+def test_the_projectors_rate_goes_by_how_they_start():
+    """A start in least squares is worth keeping; it is known for good once they have started."""
+    from tests.support.inputs import Inputs
+
+    inputs = Inputs(one_vocabulary=False, dtype=torch.float32)
+    rates = {}
+    for init in ("lstsq", "random", "auto"):
+        built = resolved(projector={"init": init})
+        built.facts = inputs.facts
+        built.begin(Pair(inputs.heads, inputs.embeddings, torch.device("cpu")))
+        rates[init] = built.beside.learning_rate
+    assert rates["lstsq"] < rates["random"] == 1e-3
+    assert rates["auto"] in (rates["lstsq"], rates["random"])
+    fixed = resolved(projector={"learning_rate": 0.5})
+    fixed.facts = inputs.facts
+    fixed.begin(Pair(inputs.heads, inputs.embeddings, torch.device("cpu")))
+    assert fixed.beside.learning_rate == 0.5
+
+
 @pytest.mark.parametrize(
     ("divergence", "key"),
     [
         ("skewed_forward_kl", "skew_lambda"),
+        ("skewed_reverse_kl", "skew_lambda"),
         ("adaptive_kl", "adaptive_alpha"),
         ("js_divergence", "js_beta"),
     ],

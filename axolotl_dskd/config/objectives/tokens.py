@@ -52,8 +52,10 @@ class ProjectorConfig(Block):
         description="Optimizer steps at the start in which the projectors train alone, at their "
         "full learning rate; the student stays as it is.",
     )
-    learning_rate: float = Field(
-        1.0e-3, gt=0, le=1, description="AdamW's, times the student's schedule factor."
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        "auto",
+        description="AdamW's, times the student's schedule factor. auto: 1e-4 where the projectors "
+        "start in least squares, which a larger one unlearns; 1e-3, as published, from random.",
     )
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on the projectors.")
 
@@ -62,6 +64,9 @@ class DualSpaceConfig(DivergenceKeys, ObjectiveConfig):
     """Dual-space knowledge distillation (arXiv 2406.17328, 2504.11426)."""
 
     name: Literal["dual_space"] = "dual_space"
+    divergence: DivergenceName = Field(
+        "skewed_reverse_kl", description="Of the student from the projected teacher."
+    )
     alignment: Literal["auto", "positions", "eta", "cma"] = Field(
         "auto",
         description="How tokens of the two models meet. positions: one by one (identical "

@@ -40,6 +40,10 @@ from axolotl_dskd.types import LossOutput, Matches, Needs, Per, View
 
 LOG = get_logger(__name__)
 
+#: Learning rates of projectors by how they start: a published one, and one that keeps what least
+#: squares found (RESULTS.md, "Defaults").
+RATE_FROM_RANDOM, RATE_FROM_LEAST_SQUARES = 1e-3, 1e-4
+
 
 @dataclass(frozen=True)
 class _Kind:
@@ -97,10 +101,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             teacher_space_weight=config.teacher_space_weight,
             mask_wrong=self._kind.mask_wrong if mask == "auto" else mask,
         )
-        projector = config.projector
-        self.beside = Beside(
-            projector.learning_rate, projector.weight_decay, projector.warmup_steps
-        )
+        self.beside = self._beside(started_in_least_squares=config.projector.init != "random")
         self._follower: HeadFollower | None = None
         self._report: StartReport | None = None
 
@@ -126,6 +127,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
         started = start_projectors(
             self.module, self.config.projector.init, ids, pair.heads, pair.embeddings
         )
+        self.beside = self._beside(started)
         if started and pair.heads[0].trainable:
             self._follower = HeadFollower(self.module, ids, pair.heads[1])
         table = []
@@ -133,6 +135,14 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             table = translation(facts.teacher, facts.student)
         self._translation = torch.tensor(table, dtype=torch.long, device=device)
         self._report = StartReport(ids) if len(ids) else None
+
+    def _beside(self, started_in_least_squares: bool) -> Beside:
+        """How the projectors are optimised; `auto` is known for good once they have started."""
+        keys = self.config.projector
+        rate = keys.learning_rate
+        if rate == "auto":
+            rate = RATE_FROM_LEAST_SQUARES if started_in_least_squares else RATE_FROM_RANDOM
+        return Beside(rate, keys.weight_decay, keys.warmup_steps)
 
     def follow(self, step: int, head: OutputHead) -> None:
         """Let s2t follow a head that trains; end the report of the start."""
