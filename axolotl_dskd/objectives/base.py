@@ -156,6 +156,14 @@ class Objective(ABC, Generic[C]):
             head: whole; on every rank.
         """
 
+    def remark(self, means: Mapping[str, float]) -> str | None:
+        """What the user should know of how training goes, in words, or None: called at each log.
+
+        Args:
+            means: over the tokens of all ranks since the last log, by the names of `terms`.
+        """
+        return None
+
     @abstractmethod
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """Sums over a batch, which may have no supervised token at all.

@@ -16,7 +16,7 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
@@ -58,6 +58,8 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
         "teacher_accuracy": "student_token",
         "projector_ce": "student_token",
         "projector_accuracy": "student_token",
+        "teacher_nll": "value",
+        "projected_nll": "value",
         "aligned": "student_token",
     }
 
@@ -112,6 +114,10 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
     def follow(self, step: int, head: OutputHead) -> None:
         """What `dual_space` does."""
         self._tokens.follow(step, head)
+
+    def remark(self, means: Mapping[str, float]) -> str | None:
+        """What `dual_space` has to say."""
+        return self._tokens.remark(means)
 
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """Sums over a batch.

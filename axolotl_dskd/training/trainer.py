@@ -257,8 +257,12 @@ class DSKDTrainer(AxolotlTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to training logs."""
         if "loss" in logs:
-            logs |= self._sums.pop("train", self._no_sums()).means(self.accelerator.device)
+            means = self._sums.pop("train", self._no_sums()).means(self.accelerator.device)
+            logs |= means
             self._report_share(logs)
+            terms = {name.removeprefix("dskd/"): mean for name, mean in means.items()}
+            if self.distillation is not None and (remark := self.objective.remark(terms)):
+                LOG.warning(remark)
         super().log(logs, start_time)
 
     def _report_share(self, logs: dict[str, float]) -> None:

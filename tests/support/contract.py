@@ -313,7 +313,11 @@ CASES = [
     uld("one token", top_k=1),
     min_edit("edit_distance"),
     min_edit("first_token"),
-    sinkhorn("one vocabulary", "projector_ce", "projector_accuracy", one_vocabulary=True),
+    sinkhorn(
+        "one vocabulary",
+        *("projector_ce", "projector_accuracy", "teacher_nll", "projected_nll"),
+        one_vocabulary=True,
+    ),
     sinkhorn("eta", "teacher_accuracy", alignment="eta"),
     chunk_likelihood("merged"),
     chunk_likelihood("single", merge=False),

@@ -206,3 +206,18 @@ def _samples(student: View, teacher: View) -> Iterator[tuple[slice, slice]]:
 def _states(view: View) -> Tensor:
     assert view.hidden is not None
     return view.hidden
+
+
+def rows_of(tokens: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """[k] where in a list of tokens' states some tokens stand, -1 for nowhere.
+
+    Args:
+        tokens: [k] which.
+        rows: [K] the token of each state; None: state i is token i's.
+        count: how many tokens there are.
+    """
+    if rows is None:
+        return tokens
+    place = torch.full((count,), -1, dtype=torch.long, device=tokens.device)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    return place[tokens]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +36,7 @@ from axolotl_dskd.objectives.dual_space.report import StartReport
 from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
 from axolotl_dskd.objectives.dual_space.start import SharedIds, start_projectors
 from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
+from axolotl_dskd.objectives.dual_space.watch import RecitalWatch, label_losses
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import LossOutput, Matches, Needs, Per, View
 
@@ -78,6 +80,8 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
         "teacher_space": "student_token",
         "projector_accuracy": "student_token",
         "teacher_accuracy": "value",
+        "teacher_nll": "value",
+        "projected_nll": "value",
         "aligned": "student_token",
     }
     module: Projectors
@@ -104,6 +108,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
         self.beside = self._beside(started_in_least_squares=config.projector.init != "random")
         self._follower: HeadFollower | None = None
         self._report: StartReport | None = None
+        self._watch = RecitalWatch()
 
     def describe(self) -> str:
         """How tokens meet, and why."""
@@ -155,6 +160,10 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
                 self._report.say(LOG)
             self._report = None
 
+    def remark(self, means: Mapping[str, float]) -> str | None:
+        """Whether the projected teacher has learned the training answers by heart."""
+        return self._watch.remark(means)
+
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """See the class."""
         return self.losses(student, teacher, matches, *self.exchange(student, teacher, matches))
@@ -190,6 +199,8 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             )
             out.loss = out.loss + loss
             out.terms |= values
+        if terms.student_space_weight:
+            out.terms |= label_losses(matches, exchanged, student, teacher)
         out.terms["aligned"] = participation(exchanged.student_rows, student.tokens)
         if self._report is not None and torch.is_grad_enabled():
             assert student.hidden is not None and teacher.hidden is not None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.losses.agreement import agreement
-from axolotl_dskd.objectives.dual_space.align import Exchanged
+from axolotl_dskd.objectives.dual_space.align import Exchanged, rows_of
 from axolotl_dskd.objectives.dual_space.start import SharedIds
 from axolotl_dskd.output_head import OutputHead
 
@@ -59,8 +59,8 @@ class StartReport:
         """
         self.batches += 1
         ours, theirs = pairs[: self.per_batch].unbind(1)
-        t2s = _rows_of(ours, exchanged.student_rows, len(states[0]))
-        s2t = _rows_of(theirs, exchanged.teacher_rows, len(states[1]))
+        t2s = rows_of(ours, exchanged.student_rows, len(states[0]))
+        s2t = rows_of(theirs, exchanged.teacher_rows, len(states[1]))
         met = ((t2s >= 0) & (s2t >= 0)).nonzero().flatten()
         heads = heads[0].frozen(), heads[1]
         for index in met.split(_ROWS_AT_ONCE):
@@ -129,18 +129,3 @@ class StartReport:
             "distil noise. Give the projectors time: dskd.objective.projector.warmup_steps: 100 to "
             "500 lets them train alone; and leave dskd.objective.projector.init at auto or lstsq."
         )
-
-
-def _rows_of(tokens: Tensor, rows: Tensor | None, count: int) -> Tensor:
-    """[k] where in a list of tokens' states some tokens stand, -1 for nowhere.
-
-    Args:
-        tokens: [k] which.
-        rows: [K] the token of each state; None: state i is token i's.
-        count: how many tokens there are.
-    """
-    if rows is None:
-        return tokens
-    place = torch.full((count,), -1, dtype=torch.long, device=tokens.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    return place[tokens]
