@@ -41,8 +41,8 @@ def by_rows(function: BlockFunction) -> ChunkFunction:
             logits = {n: chunk.heads[n].activation(x.to(wide(x.dtype))) for n, x in linear.items()}
             # A function may work in place; softcap's gradient needs what it was given.
             kept = {n: x.clone() for n, x in logits.items() if chunk.heads[n].softcap is not None}
-            found, gradients = function(rows, logits)
-            for name, value in found.items():
+            block_values, gradients = function(rows, logits)
+            for name, value in block_values.items():
                 values.setdefault(name, []).append(value)
             for name in chunk.learns & linear.keys():
                 gradient = gradients.get(name)

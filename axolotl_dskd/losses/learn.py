@@ -54,7 +54,7 @@ class Learn:
         source_labels = self.source_labels[chunk.rows[self.source]] if paired else labels
         assert source_labels is not None
         scale = chunk.scale
-        found = _implementation(z).pair_terms(
+        values = _implementation(z).pair_terms(
             z,
             u,
             labels,
@@ -71,7 +71,7 @@ class Learn:
         if u is not None and not self.weights.source_ce and self.source in chunk.learns:
             u.zero_()  # it learns nothing
         wanted = self.terms if paired else {"ce": self.terms["ce"]}
-        return {name: getattr(found, term) for term, name in wanted.items()}
+        return {name: getattr(values, term) for term, name in wanted.items()}
 
 
 def _implementation(logits: Tensor) -> ModuleType:
