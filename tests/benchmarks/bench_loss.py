@@ -1,11 +1,13 @@
 """Time and memory of every objective's loss, as ratios measured in one run.
 
 Per objective: forward and backward of its chunked loss, over the bare matrix products that any
-implementation of it must do with frozen heads (`Row.products`), and over its plain full-logits
-form of the tests. Peak memory is what is held above inputs and heads. Every token has a partner;
+implementation of it must do with frozen heads (`Row.products`), and over its plain form: on full
+logits as in the tests, or, for objectives by groups and samples, all tokens in one chunk. Peak
+memory is what is held above inputs and heads. Every token has a partner, samples have 32 tokens;
 dual space is measured from projected states on.
 
     python tests/benchmarks/bench_loss.py                       # the CPU sizes
+    python tests/benchmarks/bench_loss.py --quick               # every objective in minutes
     python tests/benchmarks/bench_loss.py --objectives uld --sizes demo
     python tests/benchmarks/bench_loss.py --sizes large --device cuda --dtype bfloat16
 """
@@ -14,37 +16,61 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import platform
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.config.objectives import DivergenceName
 from axolotl_dskd.losses import Budget, Stream
-from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.objectives import Facts, Pair, build_objective
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import Matches, Side, View
-from tests.support import naive, tiny
+from tests.support import naive
 from tests.support.dual_space import dual_space_loss, settings
 
 #: name -> (tokens, d, D, V, U); over one vocabulary the student has the teacher's.
 SIZES = {
+    "tiny": (96, 32, 48, 600, 900),
     "demo": (256, 576, 576, 3_000, 49_152),
     "middle": (512, 576, 896, 49_152, 151_936),
     "large": (4096, 2048, 3584, 128_256, 151_936),
 }
 DIVERGENCES = get_args(DivergenceName)
+#: Tokens of a sample.
+SAMPLE = 32
+
+#: A forward and backward that is ready to be measured.
+Run = Callable[[], None]
+
+
+@cache
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A byte-level one of so many tokens, half of which begin with a space. The tokens of a smaller
+    one are a larger one's, too."""
+    numbers = (f"Ġ{i}" if i % 2 else f"{i}" for i in range(size))
+    tokens = dict.fromkeys(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *numbers])
+    vocabulary = {token: i for i, token in enumerate(list(tokens)[:size])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 class Products(NamedTuple):
@@ -106,11 +132,12 @@ class Inputs:
     def views(self) -> tuple[View, View, Matches]:
         """As an objective is given them: token i is about the same text on both sides."""
 
-        def view(labels: torch.Tensor, weight: torch.Tensor, hidden: torch.Tensor) -> View:
-            nothing = torch.zeros_like(labels)
-            return View(Side(nothing, labels, nothing), OutputHead(weight), hidden)
-
         row = torch.arange(len(self.student), device=self.student.device)
+
+        def view(labels: torch.Tensor, weight: torch.Tensor, hidden: torch.Tensor) -> View:
+            read = torch.cat([torch.zeros_like(labels[:1]), labels[:-1]])
+            return View(Side(read, labels, row // SAMPLE), OutputHead(weight), hidden)
+
         pairs, spans = row[:, None].expand(-1, 2), torch.stack([row, row + 1], 1)
         return (
             view(self.student_labels, self.student_head, self.student),
@@ -133,22 +160,22 @@ class Row:
     Attributes:
         name: objective and variant.
         products: its floor.
-        ours: forward and backward of the package's loss, in chunks of so many tokens.
+        ours: the package's loss, in chunks of so many tokens.
         plain: the same with all logits at once and autograd.
     """
 
     name: str
     products: Products
-    ours: Callable[[Inputs, int], None]
-    plain: Callable[[Inputs], None]
+    ours: Callable[[Inputs, int], Run]
+    plain: Callable[[Inputs], Run]
     one_vocabulary: bool = False
 
 
 def dual_space(divergence: str) -> Row:
     """Student vocabulary: both logits and both gradients; teacher's: both logits, one gradient."""
 
-    def ours(x: Inputs, chunk: int) -> None:
-        out = dual_space_loss(
+    def ours(x: Inputs, chunk: int) -> Run:
+        return lambda: dual_space_loss(
             student_hidden=x.student,
             student_labels=x.student_labels,
             student_head=OutputHead(x.student_head),
@@ -158,8 +185,7 @@ def dual_space(divergence: str) -> Row:
             teacher_hidden=x.teacher,
             teacher_labels=x.teacher_labels,
             teacher_head=OutputHead(x.teacher_head),
-        )
-        out.loss.backward()
+        ).loss.backward()
 
     def plain(x: Inputs) -> None:
         student, teacher = x.logits()
@@ -175,28 +201,33 @@ def dual_space(divergence: str) -> Row:
         )
         (0.5 * sum(terms.values())).backward()
 
-    return Row(f"dual_space {divergence}", Products(2, 2, 2, 1), ours, plain)
+    return Row(f"dual_space {divergence}", Products(2, 2, 2, 1), ours, lambda x: partial(plain, x))
 
 
 def built(
     name: str,
     config: dict[str, Any],
-    plain: Callable[[Inputs], dict[str, torch.Tensor]],
     products: Products,
+    plain: Callable[[Inputs], dict[str, torch.Tensor]] | None = None,
     one_vocabulary: bool = False,
 ) -> Row:
-    """An objective as a run builds it, over its plain form."""
+    """An objective as a run builds it, over its plain form (None: all tokens in one chunk)."""
 
-    def ours(x: Inputs, chunk: int) -> None:
+    def ours(x: Inputs, chunk: int) -> Run:
         block = {"teacher": {"base_model": "x"}, "objective": config, "chunk_tokens": chunk}
-        student = tiny.byte_level_tokenizer()
-        teacher = student if one_vocabulary else tiny.sentencepiece_tokenizer()
-        facts = Facts(student, teacher, (len(x.student_head), len(x.teacher_head)))
+        sizes = len(x.student_head), len(x.teacher_head)
+        facts = Facts(tokenizer(sizes[0]), tokenizer(sizes[1]), sizes)
         objective = build_objective(DSKDConfig.model_validate(block), facts, memory=0, seed=0)
-        objective(*x.views()).loss.backward()
+        student, teacher, matches = x.views()
+        assert student.head is not None and teacher.head is not None
+        weights = x.student_head, x.teacher_head  # of embeddings no row makes use
+        objective.begin(Pair((student.head, teacher.head), weights, x.student.device))
+        return lambda: objective(student, teacher, matches).loss.backward()
 
-    def whole(x: Inputs) -> None:
-        (0.5 * sum(plain(x).values())).backward()
+    def whole(x: Inputs) -> Run:
+        if plain is None:
+            return ours(x, len(x.student))
+        return lambda: (0.5 * sum(plain(x).values())).backward()  # type: ignore[union-attr]
 
     return Row(name, products, ours, whole, one_vocabulary)
 
@@ -210,7 +241,7 @@ def token_kd(divergence: str) -> Row:
 
     config = {"name": "token_kd", "divergence": divergence}
     products = Products(1, 1, 1, 0)
-    return built(f"token_kd {divergence}", config, plain, products, one_vocabulary=True)
+    return built(f"token_kd {divergence}", config, products, plain, one_vocabulary=True)
 
 
 def uld(top_k: int | None) -> Row:
@@ -221,14 +252,23 @@ def uld(top_k: int | None) -> Row:
         return naive.uld(*x.logits(), x.student_labels, pairs, temperature=1.0, top_k=top_k)
 
     config = {"name": "uld", "top_k": top_k or "all"}
-    return built(f"uld top {top_k or 'all'}", config, plain, Products(1, 1, 1, 0))
+    return built(f"uld top {top_k or 'all'}", config, Products(1, 1, 1, 0), plain)
 
+
+#: Both logits, the student's gradient.
+BOTH = Products(1, 1, 1, 0)
 
 ROWS = [
     *(dual_space(name) for name in DIVERGENCES),
     *(token_kd(name) for name in DIVERGENCES),
     uld(4096),
     uld(None),
+    built("min_edit", {"name": "min_edit", "map": "first_token"}, BOTH),
+    built("sinkhorn", {"name": "sinkhorn"}, BOTH, one_vocabulary=True),
+    # The student's logits twice: gradients are known when all of a chunk of text has been read.
+    built("chunk_likelihood", {"name": "chunk_likelihood"}, Products(2, 1, 1, 0)),
+    built("gold", {"name": "gold"}, BOTH),
+    built("span_support", {"name": "span_support"}, BOTH),
 ]
 
 
@@ -254,7 +294,7 @@ def clear(x: Inputs) -> None:
     gc.collect()
 
 
-def seconds(run: Callable[[], None], x: Inputs) -> float:
+def seconds(run: Run, x: Inputs) -> float:
     """Wall time of one run."""
     clear(x)
     synchronize()
@@ -270,7 +310,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(run: Callable[[], None], x: Inputs, device: str) -> int:
+def peak_bytes(run: Run, x: Inputs, device: str) -> int:
     """Largest memory above what was there before: the allocator's on CUDA, else resident memory."""
     clear(x)
     if device == "cuda":
@@ -315,7 +355,9 @@ def chunk_tokens(x: Inputs, device: str) -> int:
 def print_table(size: str, args: argparse.Namespace) -> None:
     """Measure one size and print its Markdown table."""
     N, d, D, V, U = SIZES[size]
-    print(f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,} (both {U:,} for token_kd)\n")
+    print(
+        f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,} (both {U:,} for token_kd, sinkhorn)\n"
+    )
     print(
         "| objective | chunk | products | s | / products | / plain form | peak MiB | / plain form |"
     )
@@ -336,9 +378,9 @@ def print_row(row: Row, x: Inputs, args: argparse.Namespace) -> None:
     bare = partial(floor, x, row.products)
     # The floor may use the whole batch as one chunk where that suits the machine better.
     best = min((chunk, N), key=lambda c: min(seconds(partial(bare, c), x) for _ in range(2)))
-    runs = {"ours": partial(row.ours, x, chunk), "floor": partial(bare, best)}
+    runs: dict[str, Run] = {"ours": row.ours(x, chunk), "floor": partial(bare, best)}
     if not args.no_naive:
-        runs["plain"] = partial(row.plain, x)
+        runs["plain"] = row.plain(x)
     memory = {n: peak_bytes(run, x, args.device) for n, run in runs.items() if n != "floor"}
     # In turn, and ratios within each round: what else the machine does hits all alike.
     rounds = [{n: seconds(run, x) for n, run in runs.items()} for _ in range(args.repeats)]
@@ -374,8 +416,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-naive", action="store_true", help="skip the full-logits form")
+    parser.add_argument("--no-naive", action="store_true", help="skip the plain form")
+    parser.add_argument(
+        "--quick", action="store_true", help="the demo's size, one divergence of each objective"
+    )
     args = parser.parse_args()
+    if args.quick:
+        args.sizes, args.divergences = ["demo"], ["forward_kl"]
+    # Maps of vocabularies that no run has.
+    os.environ["AXOLOTL_DSKD_CACHE"] = tempfile.mkdtemp(prefix="bench-loss-")
     left_out = set(DIVERGENCES) - set(args.divergences)
     args.rows = [
         row
