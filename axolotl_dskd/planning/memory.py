@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, head_module, output_head, single
 from axolotl_dskd.objectives import Objective, Pair
@@ -54,32 +55,32 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
-class PlanSettings:
+class PlannedRun:
     """What the plan depends on beside the two models.
 
     Attributes:
-        batch: the largest batch.
-        optimizer: Axolotl's name of it.
-        accumulate: gradients live from one micro-step to the next.
-        gradient_checkpointing: Axolotl's value; `reentrant` its kind.
-        attention, teacher_attention: implementations, None for the library's choice.
-        autocast: dtype of mixed precision, or None.
-        teacher_cached: its states come from disk, so its layers are never loaded.
+        cfg: Axolotl's validated configuration.
+        teacher: the teacher's keys. Where it is cached, its layers are never loaded.
+        batch: the largest one.
         objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
     """
 
+    cfg: Any
+    teacher: TeacherConfig
     batch: BatchShape
-    optimizer: str
-    accumulate: bool
-    gradient_checkpointing: bool
-    reentrant: bool
-    attention: str | None
-    teacher_attention: str | None
-    autocast: torch.dtype | None
-    teacher_cached: bool
     objective: Objective[Any]
     on_gpu: bool
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of mixed precision, if any."""
+        return torch.bfloat16 if self.cfg.bf16 else torch.float16 if self.cfg.fp16 else None
+
+    @property
+    def optimizer(self) -> str:
+        """Axolotl's name of it."""
+        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer) or "adamw_torch_fused")
 
 
 @dataclass
@@ -112,29 +113,30 @@ class Plan:
         return sum(self.at_peak.values())
 
 
-def _checkpointing(student: Any, settings: PlanSettings) -> None:
-    if not settings.gradient_checkpointing:
+def _checkpointing(student: Any, run: PlannedRun) -> None:
+    if not run.cfg.gradient_checkpointing:
         student.gradient_checkpointing_disable()
         return
+    reentrant = (run.cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     # Random states cannot be kept for the meta device.
-    kwargs = {"use_reentrant": settings.reentrant, "preserve_rng_state": False}
+    kwargs = {"use_reentrant": bool(reentrant), "preserve_rng_state": False}
     student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _student_step(student: Any, settings: PlanSettings) -> Tensor:
-    batch = settings.batch
+def _student_step(student: Any, run: PlannedRun) -> Tensor:
+    batch = run.batch
     ids = torch.zeros((batch.rows, batch.length), dtype=torch.long, device="meta")
     with captured_head_input(student) as captured:
         student(input_ids=ids, use_cache=False)
     return single(captured, student)
 
 
-def _teacher_step(teacher: Any, settings: PlanSettings) -> None:
+def _teacher_step(teacher: Any, run: PlannedRun) -> None:
     """One forward of the largest group of teacher rows."""
-    batch = settings.batch
+    batch = run.batch
     rows = min(batch.samples, max(1, MAX_TOKENS_PER_FORWARD // batch.teacher_length))
     ids = torch.zeros((rows, batch.teacher_length), dtype=torch.long, device="meta")
-    padded = attention(settings.teacher_attention, padded=rows > 1)
+    padded = attention(run.teacher.attn_implementation, padded=rows > 1)
     apart = torch.autocast("meta", enabled=False)
     with padded, apart, torch.no_grad(), captured_head_input(teacher):
         teacher(input_ids=ids, use_cache=False)
@@ -163,9 +165,9 @@ def _pair(student: Any, teacher: Any, objective: Objective[Any]) -> Pair:
     return Pair(heads, (*embeddings,), torch.device("meta"))
 
 
-def _loss(student: Any, teacher: Any, hidden: Tensor, settings: PlanSettings) -> Tensor:
+def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor:
     """From the student's states [B, L, d] to the loss, as the trainer computes it."""
-    batch, objective = settings.batch, settings.objective
+    batch, objective = run.batch, run.objective
     N, M = batch.supervised, batch.teacher_supervised
     ours, theirs = _tokens(N, batch.samples), _tokens(M, batch.samples)
     heads = _pair(student, teacher, objective).heads
@@ -184,47 +186,47 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, settings: PlanSettings) ->
     return out.loss
 
 
-def _started(student: Any, teacher: Any, settings: PlanSettings) -> int:
+def _started(student: Any, teacher: Any, run: PlannedRun) -> int:
     """Begin the objective; the most bytes that this takes, those that it keeps left out."""
     models: tuple[nn.Module, ...] = (student, teacher)
     static = [t for m in models for t in (*m.parameters(), *m.buffers())]
-    pair = _pair(student, teacher, settings.objective)
-    with simulation(static, settings.autocast) as memory:
-        _, peak = memory.peak_of(lambda: settings.objective.begin(pair))
+    pair = _pair(student, teacher, run.objective)
+    with simulation(static, run.autocast) as memory:
+        _, peak = memory.peak_of(lambda: run.objective.begin(pair))
         return peak - memory.live
 
 
-def _simulated(student: Any, teacher: Any, settings: PlanSettings) -> dict[str, dict[str, int]]:
+def _simulated(student: Any, teacher: Any, run: PlannedRun) -> dict[str, dict[str, int]]:
     """What each phase of a micro-step holds on top of weights and optimizer states."""
-    beside = settings.objective.module
+    beside = run.objective.module
     models: tuple[nn.Module, ...] = (student, teacher, *([] if beside is None else [beside]))
     static = [t for m in models for t in (*m.parameters(), *m.buffers())]
     phases: dict[str, dict[str, int]] = {}
     # The student's attention in backward too: checkpointed layers run again there.
-    kind = attention(settings.attention, padded=settings.batch.padded)
+    kind = attention(run.cfg.attn_implementation, padded=run.batch.padded)
     # Between the loss' products one kernel works in place, or small blocks of rows do.
     blocks = mock.patch.dict(elementwise._BLOCK, meta=elementwise._BLOCK["cpu"])
-    with kind, blocks, simulation(static, settings.autocast) as memory:
-        for _ in range(2 if settings.accumulate else 1):
-            phases = _micro_step(student, teacher, settings, memory)
+    with kind, blocks, simulation(static, run.autocast) as memory:
+        for _ in range(2 if (run.cfg.gradient_accumulation_steps or 1) > 1 else 1):
+            phases = _micro_step(student, teacher, run, memory)
     for model in models:
         model.zero_grad(set_to_none=True)
     return phases
 
 
 def _micro_step(
-    student: Any, teacher: Any, settings: PlanSettings, memory: LiveBytes
+    student: Any, teacher: Any, run: PlannedRun, memory: LiveBytes
 ) -> dict[str, dict[str, int]]:
     gradients = memory.live
     with torch.autocast("meta"):
-        hidden, forward_peak = memory.peak_of(lambda: _student_step(student, settings))
+        hidden, forward_peak = memory.peak_of(lambda: _student_step(student, run))
         kept = memory.live - gradients
         _, teacher_peak = memory.peak_of(
-            lambda: None if settings.teacher_cached else _teacher_step(teacher, settings)
+            lambda: None if run.teacher.cache else _teacher_step(teacher, run)
         )
         states = [hidden]
         del hidden
-        loss, loss_peak = memory.peak_of(lambda: _loss(student, teacher, states.pop(), settings))
+        loss, loss_peak = memory.peak_of(lambda: _loss(student, teacher, states.pop(), run))
         after_loss = memory.live
         _, backward_peak = memory.peak_of(partial(backward, loss))
     del loss
@@ -243,19 +245,19 @@ def _micro_step(
     }
 
 
-def make_plan(student: Any, teacher: Any, settings: PlanSettings) -> Plan:
+def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
     """The plan for one process with nothing sharded.
 
     Args:
         student, teacher: skeletons (`skeleton`).
-        settings: batch, optimizer and the rest.
+        run: batch, configuration and objective.
     """
-    start = _started(student, teacher, settings)
-    beside = settings.objective.module
+    start = _started(student, teacher, run)
+    beside = run.objective.module
     trained_beside = [] if beside is None else list(beside.parameters())
     trained = trained_tensors(student)
     weights = model_bytes(trained)
-    states, note = optimizer_bytes(settings.optimizer, trained)
+    states, note = optimizer_bytes(run.optimizer, trained)
     mapped = model_bytes(trained_beside)
     head = head_module(teacher)
     embedding = teacher.get_input_embeddings()
@@ -269,20 +271,20 @@ def make_plan(student: Any, teacher: Any, settings: PlanSettings) -> Plan:
         "adapters": weights if adapted else 0,
         "optimizer states": states,
         "projectors with their optimizer": 3 * mapped,
-        "teacher layers": 0 if settings.teacher_cached else body,
+        "teacher layers": 0 if run.teacher.cache else body,
         "teacher embedding and head": ends,
     }
     notes = [note] if note else []
-    _checkpointing(student, settings)
-    phases = _simulated(student, teacher, settings)
+    _checkpointing(student, run)
+    phases = _simulated(student, teacher, run)
     phases["optimizer step"]["optimizer's temporaries"] = step_bytes(
-        settings.optimizer, [*trained, *trained_beside], on_gpu=settings.on_gpu
+        run.optimizer, [*trained, *trained_beside], on_gpu=run.on_gpu
     )
     # Before the first step there are no optimizer states yet.
     start -= held["optimizer states"] + 2 * mapped
     if start > 0:
         phases["start of training"] = {"projectors' start": start}
-    if settings.on_gpu:
+    if run.on_gpu:
         held["CUDA context"] = CUDA_CONTEXT
         step = max(sum(parts.values()) for parts in phases.values())
         held["fragmentation"] = math.ceil(FRAGMENTATION * step)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
+import yaml
 from axolotl.utils.dict import DictDefault
 
 from axolotl_dskd.commands.inspect.card import Card
@@ -17,9 +17,13 @@ from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
-from axolotl_dskd.planning.memory import CUDA_CONTEXT, BatchShape, PlanSettings, make_plan
-from axolotl_dskd.planning.skeleton import model_bytes, teacher_skeleton
+from axolotl_dskd.planning.memory import CUDA_CONTEXT, BatchShape, Plan, PlannedRun, make_plan
+from axolotl_dskd.planning.skeleton import teacher_skeleton
+
+#: How the YAML names a teacher's key.
+_TEACHER = "dskd.teacher."
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,21 @@ class Setup:
     card: Card
     samples: Sequence[DatasetSample]
     facts: Facts
-    teacher_hidden_size: int
 
-    def with_cfg(self, **changes: Any) -> Setup:
-        """The same with other top-level values."""
-        return replace(self, cfg=DictDefault({**self.cfg, **changes}))
+    def changed(self, changes: dict[str, Any]) -> Setup:
+        """The same with other values of keys, named as in the YAML."""
+        ours = {k.removeprefix(_TEACHER): v for k, v in changes.items() if k.startswith(_TEACHER)}
+        others = {k: v for k, v in changes.items() if not k.startswith(_TEACHER)}
+        teacher = self.config.teacher.model_copy(update=ours)
+        config = self.config.model_copy(update={"teacher": teacher})
+        return replace(self, cfg=DictDefault({**self.cfg, **others}), config=config)
 
-    def with_teacher(self, **changes: Any) -> Setup:
-        """The same with other values under dskd.teacher."""
-        teacher = self.config.teacher.model_copy(update=changes)
-        return replace(self, config=self.config.model_copy(update={"teacher": teacher}))
+    def plan(self, student: Any, teacher: Any) -> Plan:
+        """The plan of these skeletons."""
+        objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
+        batch, _ = batch_shape(self.cfg, self.samples)
+        run = PlannedRun(self.cfg, self.config.teacher, batch, objective, self.card.gpu)
+        return make_plan(student, teacher, run)
 
 
 def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape, str]:
@@ -86,27 +95,6 @@ def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape,
     return shape, f"{count} row(s) of {length} tokens ({why})"
 
 
-def plan_settings(setup: Setup) -> PlanSettings:
-    """What the plan needs to know, from the configuration and the sampled rows."""
-    cfg, config = setup.cfg, setup.config
-    low = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
-    checkpointing = cfg.gradient_checkpointing
-    kwargs = cfg.gradient_checkpointing_kwargs or {}
-    return PlanSettings(
-        batch=batch_shape(cfg, setup.samples)[0],
-        optimizer=str(getattr(cfg.optimizer, "value", cfg.optimizer) or "adamw_torch_fused"),
-        accumulate=(cfg.gradient_accumulation_steps or 1) > 1,
-        gradient_checkpointing=bool(checkpointing),
-        reentrant=bool(kwargs.get("use_reentrant", False)),
-        attention=cfg.attn_implementation,
-        teacher_attention=config.teacher.attn_implementation,
-        autocast=low,
-        teacher_cached=config.teacher.cache is not None,
-        objective=build_objective(config, setup.facts, memory=setup.card.memory, seed=0),
-        on_gpu=setup.card.gpu,
-    )
-
-
 def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     """The plan against the card, with what to change where it does not fit.
 
@@ -114,7 +102,7 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
         student, teacher: skeletons on the meta device.
     """
     card = setup.card
-    plan = make_plan(student, teacher, plan_settings(setup))
+    plan = setup.plan(student, teacher)
     held = sum(plan.held.values())
     notes = list(plan.notes)
     if (setup.config.teacher.device_map or "") not in ("", {"": 0}):
@@ -130,90 +118,51 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
         at_peak=plan.at_peak,
         phases={name: held + sum(parts.values()) for name, parts in plan.phases.items()},
         batch=batch_shape(setup.cfg, setup.samples)[1],
-        # Without a GPU, dtype auto is float32.
-        teacher_weights={
-            f"{bits} bits": _teacher_bytes(setup, bits) for bits in (16 if card.gpu else 32, 8, 4)
-        },
         notes=notes,
         steps=[] if fits else list(_ladder(setup, student, teacher, plan.total)),
     )
 
 
-def _teacher_bytes(setup: Setup, bits: int) -> int:
-    """Of the teacher's weights, were they loaded in so many bits."""
-    load = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "dtype": "auto", "adapter": None}
-    model = teacher_skeleton(setup.with_teacher(**load).config.teacher, setup.card.device)
-    return model_bytes([*model.parameters(), *model.buffers()])
-
-
-class Proposal(NamedTuple):
-    """A change of the configuration: what to write, what it costs, and the setup with it."""
-
-    change: str
-    cost: str
-    setup: Setup
-
-    @property
-    def key(self) -> str:
-        """What is changed."""
-        return self.change.partition(":")[0]
-
-
-def _proposals(setup: Setup) -> Iterator[Proposal]:
-    """Changes that would take less memory, those that change the result least first."""
+def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """Changes that would take less memory and what they cost, those that change the result least
+    first."""
     cfg, teacher = setup.cfg, setup.config.teacher
     if not cfg.gradient_checkpointing:
-        yield Proposal(
-            "gradient_checkpointing: true",
-            "each step takes about a third longer, the result stays",
-            setup.with_cfg(gradient_checkpointing=True),
-        )
+        cost = "each step takes about a third longer, the result stays"
+        yield {"gradient_checkpointing": True}, cost
     if not teacher.cache:
-        yield Proposal(
-            "dskd.teacher.cache: {path: ./outputs/teacher-cache}, and `axolotl-dskd cache write` "
-            "first",
-            f"about {_cache_bytes(setup) / 1e9:.1f} GB on disk; later steps run no teacher",
-            setup.with_teacher(cache={"path": "./outputs/teacher-cache"}),
+        yield (
+            {_TEACHER + "cache": {"path": "./outputs/teacher-cache"}},
+            f"`axolotl-dskd cache write` first, about {_cache_bytes(setup, hidden_size) / 1e9:.1f} "
+            "GB on disk; steps run no teacher",
         )
     size, accumulation = cfg.micro_batch_size or 1, cfg.gradient_accumulation_steps or 1
     if size > 1:
-        sizes = {
-            "micro_batch_size": size // 2,
-            "gradient_accumulation_steps": -(-size * accumulation // (size // 2)),
-        }
-        yield Proposal(
-            ", ".join(f"{key}: {value}" for key, value in sizes.items()),
+        half = size // 2
+        more = -(-size * accumulation // half)
+        yield (
+            {"micro_batch_size": half, "gradient_accumulation_steps": more},
             "slower where the GPU was not full, the result stays",
-            setup.with_cfg(**sizes),
         )
     if "adam" in str(cfg.optimizer) and "8bit" not in str(cfg.optimizer):
-        yield Proposal(
-            "optimizer: adamw_bnb_8bit",
-            "the optimizer's states are rounded",
-            setup.with_cfg(optimizer="adamw_bnb_8bit"),
-        )
+        yield {"optimizer": "adamw_bnb_8bit"}, "the optimizer's states are rounded"
     if not (teacher.load_in_4bit or teacher.adapter):
-        yield Proposal(
-            "dskd.teacher.load_in_4bit: true",
-            "the teacher is rounded: `--probe 32` measures by how much",
-            setup.with_teacher(load_in_4bit=True, load_in_8bit=False),
-        )
+        changes = {_TEACHER + "load_in_4bit": True}
+        if teacher.load_in_8bit:
+            changes[_TEACHER + "load_in_8bit"] = False
+        yield changes, "the teacher is rounded: `--probe 32` measures by how much"
     if (half := cfg.sequence_len // 2) >= 256:
-        yield Proposal(
-            f"sequence_len: {half}",
-            "longer rows are dropped or cut (excess_length_strategy)",
-            setup.with_cfg(sequence_len=half),
-        )
+        yield {"sequence_len": half}, "longer rows are dropped or cut (excess_length_strategy)"
 
 
-def _cache_bytes(setup: Setup) -> float:
+def _cache_bytes(setup: Setup, hidden_size: int) -> float:
     """Of the teacher's states for all rows, in 16 bits."""
     tokens = (
         len(supervised(row["teacher_labels"])) * sample.total / max(1, sample.sampled)
         for sample in setup.samples
         for row in sample.rows
     )
-    return 2 * sum(tokens) * setup.teacher_hidden_size
+    return 2 * sum(tokens) * hidden_size
 
 
 def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[Step]:
@@ -221,19 +170,19 @@ def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[St
 
     A change that saves less than 1% of what the run itself holds is left out.
     """
-    useless: set[str] = set()
+    useless: list[set[str]] = []
+    hidden_size = output_head(teacher).hidden_size
     while total > setup.card.memory:
-        proposal = next((p for p in _proposals(setup) if p.key not in useless), None)
-        if proposal is None:
+        useful = (p for p in _proposals(setup, hidden_size) if p[0].keys() not in useless)
+        changes, cost = next(useful, (None, ""))
+        if changes is None:
             return
-        changed = proposal.setup
-        if proposal.key == "dskd.teacher.load_in_4bit":
-            changed_teacher = teacher_skeleton(changed.config.teacher, setup.card.device)
-        else:
-            changed_teacher = teacher
-        smaller = make_plan(student, changed_teacher, plan_settings(changed)).total
+        changed = setup.changed(changes)
+        changed_teacher = teacher_skeleton(changed.config.teacher, setup.card.device)
+        smaller = changed.plan(student, changed_teacher).total
         if total - smaller < 0.01 * (total - CUDA_CONTEXT):
-            useless.add(proposal.key)
+            useless.append(set(changes))
             continue
-        yield Step(proposal.change, smaller, total - smaller, proposal.cost)
+        written = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=1000)
+        yield Step(written[1:-2], smaller, total - smaller, cost)
         setup, teacher, total = changed, changed_teacher, smaller

@@ -42,4 +42,4 @@ _ENVIRONMENT.filters |= {
 def html_page(report: Report) -> str:
     """The whole page."""
     template = _ENVIRONMENT.get_template("page.html.jinja")
-    return template.render(report=report, words=words, outcomes=OUTCOMES, version=__version__)
+    return template.render(report=report, outcomes=OUTCOMES, version=__version__)

@@ -9,44 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from axolotl_dskd.commands.inspect.rows import Coverage, Example
-
-
-@dataclass(frozen=True)
-class SideFacts:
-    """One model: its tokenizer, its output head, its size.
-
-    Attributes:
-        vocabulary: ids that its tokenizer can emit; `head_rows` that its output head has.
-        parameters: of the whole model, adapters left out; `trained`: those that train.
-        begins_with_bos: whether a row's first token is the beginning-of-sequence token.
-        turn_end: the last supervised token of a row, where all rows agree on it.
-        tokens_per_byte: supervised tokens per byte of supervised text, over the sample.
-        prompt: the tokens of one row in front of its supervised ones, as text.
-    """
-
-    name: str
-    architecture: str
-    tokenizer: str
-    vocabulary: int
-    head_rows: int
-    hidden_size: int
-    parameters: int
-    trained: int
-    tied: bool
-    softcap: float | None
-    scale: float
-    bias: bool
-    bos: str | None
-    eos: str | None
-    begins_with_bos: bool
-    turn_end: str | None
-    tokens_per_byte: float
-    prompt: str
-
-    @property
-    def padding_rows(self) -> int:
-        """Rows of the head that no token has."""
-        return max(0, self.head_rows - self.vocabulary)
+from axolotl_dskd.commands.inspect.sides import SideFacts
+from axolotl_dskd.commands.inspect.words import gib
 
 
 @dataclass(frozen=True)
@@ -68,7 +32,6 @@ class MemoryReport:
         at_peak: part -> bytes at the fullest moment, which is in `peak_phase`.
         phases: phase -> bytes in all at that phase's fullest moment.
         batch: what the largest batch is, in words.
-        teacher_weights: how it may be loaded -> bytes of all of its weights.
         steps: changes, each on top of those before it, until it fits.
     """
 
@@ -79,7 +42,6 @@ class MemoryReport:
     at_peak: dict[str, int]
     phases: dict[str, int]
     batch: str
-    teacher_weights: dict[str, int]
     notes: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
 
@@ -87,6 +49,23 @@ class MemoryReport:
     def fits(self) -> bool:
         """Whether the fullest moment is smaller than the card."""
         return self.total <= self.card
+
+    @property
+    def verdict(self) -> str:
+        """Fits or not, in a sentence."""
+        total, card = gib(self.total), gib(self.card)
+        if self.fits:
+            return f"Fits: {total} of {card}, {gib(self.card - self.total)} to spare."
+        return f"Does not fit: {total}, the card has {card}."
+
+    @property
+    def leads_to(self) -> str:
+        """What the steps lead to, where it does not fit."""
+        if not self.steps:
+            return "No setting of this configuration saves enough: take smaller models."
+        if self.steps[-1].total <= self.card:
+            return "With these changes, each on top of those before it, it fits:"
+        return "These changes save most, but it does not fit with all of them; take smaller models:"
 
 
 @dataclass(frozen=True)
@@ -105,6 +84,16 @@ class Report:
     memory: MemoryReport
     remarks: list[str]
     probe: str | None
+
+    @property
+    def shared(self) -> str:
+        """How much of the two vocabularies is the same."""
+        shares = (
+            f"{self.shared_tokens / side.vocabulary:.0%} of the {name}'s"
+            for side, name in ((self.student, "student"), (self.teacher, "teacher"))
+        )
+        both = f"{self.shared_tokens:,} tokens stand for the same bytes in both vocabularies"
+        return f"{both}: {' and '.join(shares)}."
 
     @property
     def parts(self) -> list[Coverage]:

@@ -21,8 +21,8 @@ def _sides(report: Report) -> Table:
     table.add_column()
     table.add_column("student", overflow="fold")
     table.add_column("teacher", overflow="fold")
-    for label, text in words.SIDE_ROWS.items():
-        table.add_row(label, text(report.student), text(report.teacher))
+    for label, text in report.student.table.items():
+        table.add_row(label, text, report.teacher.table[label])
     return table
 
 
@@ -82,7 +82,7 @@ def print_report(report: Report, console: Console) -> None:
     note = partial(say, style="dim")
     memory, gib = report.memory, words.gib
     say(_sides(report))
-    say(f"{words.shared_words(report)}.")
+    say(report.shared)
     say(f"Objective: {report.objective}.")
     if report.advice:
         say(f"Recommended: {report.advice}.")
@@ -102,13 +102,11 @@ def print_report(report: Report, console: Console) -> None:
     )
     phases = (f"{name} {gib(size)}" for name, size in memory.phases.items())
     note(f"All phases: {', '.join(phases)}.")
-    weights = (f"{gib(size)} in {bits}" for bits, size in memory.teacher_weights.items())
-    note(f"The teacher's weights: {', '.join(weights)}.")
     for remark in memory.notes:
         note(f"Note: {remark}.")
-    say(words.verdict(memory), style="bold green" if memory.fits else "bold red")
+    say(memory.verdict, style="bold green" if memory.fits else "bold red")
     if not memory.fits:
-        say(words.step_words(memory))
+        say(memory.leads_to)
     for step in memory.steps:
         say(f"  {step.change}  → {gib(step.total)} (saves {gib(step.saves)}; {step.cost})")
     for remark in report.remarks:

@@ -1,0 +1,120 @@
+"""What is said of one of the two models before its weights are loaded.
+
+Knows skeletons, tokenizers and prepared rows; nothing of the other side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from axolotl_dskd.commands.inspect.rows import supervised
+from axolotl_dskd.commands.inspect.words import count, visible
+from axolotl_dskd.data.token_bytes import normalisations
+from axolotl_dskd.data.tokenizers import vocabulary_size
+from axolotl_dskd.models.heads import output_head
+from axolotl_dskd.planning import skeleton
+from axolotl_dskd.types import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class SideFacts:
+    """One model: its tokenizer, its output head, its size.
+
+    Attributes:
+        vocabulary: ids that its tokenizer can emit; `head_rows` that its output head has.
+        trained: parameters that train.
+        begins_with_bos: whether a row's first token is the beginning-of-sequence token.
+        turn_end: the last supervised token of a row, where all rows agree on it.
+        prompt: the tokens of one row in front of its supervised ones, as text.
+        table: label -> what else there is to say, in words.
+    """
+
+    name: str
+    tokenizer: str
+    vocabulary: int
+    head_rows: int
+    trained: int
+    begins_with_bos: bool
+    turn_end: str | None
+    prompt: str
+    table: dict[str, str]
+
+
+def side_facts(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    rows: Sequence[dict[str, list[int]]],
+    prefix: str,
+    tokens_per_byte: float,
+) -> SideFacts:
+    """The facts of a side.
+
+    Args:
+        model: its skeleton.
+        rows: prepared ones, whose columns of this side begin with `prefix`.
+        tokens_per_byte: supervised tokens per byte of supervised text.
+    """
+    head, size = output_head(model), vocabulary_size(tokenizer)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(embedding, "weight", None) is getattr(output, "weight", embedding)
+    whole = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    trained = sum(p.numel() for p in skeleton.trained_tensors(model))
+    ids, labels = ([row[prefix + c] for row in rows] for c in ("input_ids", "labels"))
+    bos = tokenizer.bos_token_id
+    begins = bos is not None and all(row[0] == bos for row in ids)
+    ends = {tokens[-1] for row in labels if (tokens := supervised(row))}
+    end = str(tokenizer.convert_ids_to_tokens(ends.pop())) if len(ends) == 1 else None
+    prompt = tokenizer.decode(
+        ids[0][: next(i for i, y in enumerate(labels[0]) if y != IGNORE_INDEX)]
+    )
+    shown = prompt if len(prompt) < 90 else f"{prompt[:86]} …"
+    rows_of_head, padding = head.weight.shape[0], max(0, head.weight.shape[0] - size)
+    logits = {
+        f"softcap {head.softcap}": head.softcap is not None,
+        f"scale {head.scale:g}": head.scale != 1,
+        "bias": head.bias is not None,
+    }
+    table = {
+        "model": f"{name} ({type(base).__name__})",
+        "parameters": count(whole) + (f", {count(trained)} train" if trained else ""),
+        "vocabulary": f"{size:,} ids",
+        "output head": f"{rows_of_head:,} × {head.hidden_size:,}"
+        + (f", {padding:,} padding rows" if padding else "")
+        + (", tied to the embedding" if tied else ""),
+        "logits": ", ".join(word for word, there in logits.items() if there) or "plain",
+        "BOS, EOS": f"{tokenizer.bos_token or 'none'}{' (first in every row)' if begins else ''}, "
+        f"{tokenizer.eos_token or 'none'}",
+        "a turn ends with": visible(end) if end else "(varies)",
+        "a prompt reads": " ".join(map(visible, shown.split(" "))),
+        "tokens per byte": f"{tokens_per_byte:.4f}"
+        + (f" ({1 / tokens_per_byte:.2f} bytes a token)" if tokens_per_byte else ""),
+    }
+    return SideFacts(
+        name=name,
+        tokenizer=tokenizer.name_or_path or type(tokenizer).__name__,
+        vocabulary=size,
+        head_rows=rows_of_head,
+        trained=trained,
+        begins_with_bos=begins,
+        turn_end=end,
+        prompt=prompt,
+        table=table,
+    )
+
+
+def side_remarks(facts: SideFacts, tokenizer: Any, name: str) -> Iterator[str]:
+    """What deserves attention, in words."""
+    if changes := normalisations(tokenizer):
+        yield (
+            f"The {name}'s tokenizer changes text before it splits it ({', '.join(changes)}): "
+            "rows that this changes are dropped."
+        )
+    if facts.head_rows < facts.vocabulary:
+        yield (
+            f"The {name}'s tokenizer has ids up to {facts.vocabulary - 1}, but its output "
+            f"head only {facts.head_rows} rows: training will refuse this pair."
+        )
