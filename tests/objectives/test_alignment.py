@@ -13,6 +13,7 @@ from axolotl_dskd.objectives.dual_space.align import (
 )
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.types import Side, View
+from tests.support.waits import Waits
 
 d, D = 6, 10
 
@@ -123,3 +124,10 @@ def test_a_sample_that_only_one_side_supervises_is_an_invariant_violation(sample
     projectors = Projectors(d, D, with_query=True, seed=0)
     with pytest.raises(AssertionError, match="one side is not supervised"):
         exchange_by_attention(student, teacher, projectors)
+
+
+def test_a_host_waits_once_for_the_attention_of_all_samples():
+    samples = [sample(k, 3 + k, 9 - k) for k in range(6)]
+    with Waits() as waits:
+        aligned(samples)
+    assert waits.count == 1

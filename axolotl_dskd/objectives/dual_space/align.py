@@ -7,6 +7,7 @@ of heads, vocabularies' meaning or losses.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -62,17 +63,19 @@ def sample_std(states: Tensor, sample_ids: Tensor) -> Tensor:
 
     Args:
         states: [M, k], k > 1.
-        sample_ids: [M] int64.
+        sample_ids: [M] int64, ascending.
     """
     x = states.to(wide(states.dtype))
-    samples = int(sample_ids.max()) + 1 if len(sample_ids) else 0
     k = states.shape[1]
-    count = torch.bincount(sample_ids, minlength=samples).to(x) * k
-    mean = x.new_zeros(samples).index_add_(0, sample_ids, x.sum(1)) / count.clamp_min(1)
-    squares = (x - mean[sample_ids].unsqueeze(1)).square().sum(1)
-    variance = x.new_zeros(samples).index_add_(0, sample_ids, squares)
+    # Sums lie where their sample begins: to count the samples, the host would wait for the GPU.
+    first = torch.searchsorted(sample_ids, sample_ids)
+    nothing = x.new_zeros(len(x))
+    count = nothing.index_add(0, first, nothing + k)
+    mean = nothing.index_add(0, first, x.sum(1)) / count.clamp_min(1)
+    squares = (x - mean[first].unsqueeze(1)).square().sum(1)
+    variance = nothing.index_add(0, first, squares)
     std = (variance / (count - 1).clamp_min(1)).sqrt()
-    return std[sample_ids].unsqueeze(1)
+    return std[first].unsqueeze(1)
 
 
 Std = Callable[[Tensor, Tensor], Tensor]
@@ -192,14 +195,15 @@ def _visible(causal: Matches | None, n: slice, m: slice) -> tuple[Tensor, Tensor
 def _samples(student: View, teacher: View) -> Iterator[tuple[slice, slice]]:
     """The rows of both sides of each sample, and none at the end: so a batch without tokens has a
     graph through all projectors, too."""
-    counts = [torch.bincount(view.tokens.sample_ids).tolist() for view in (student, teacher)]
+    sides = [view.tokens.sample_ids for view in (student, teacher)]
+    both = torch.cat(sides).tolist()  # once: a GPU is waited for
+    ours, theirs = Counter(both[: len(student)]), Counter(both[len(student) :])
     # Preparation drops rows that one side does not supervise.
-    assert [k > 0 for k in counts[0]] == [k > 0 for k in counts[1]], "one side is not supervised"
+    assert ours.keys() == theirs.keys(), "one side is not supervised"
     n = m = 0
-    for ours, theirs in zip(*counts, strict=True):
-        if ours:
-            yield slice(n, n + ours), slice(m, m + theirs)
-        n, m = n + ours, m + theirs
+    for sample in ours:
+        yield slice(n, n + ours[sample]), slice(m, m + theirs[sample])
+        n, m = n + ours[sample], m + theirs[sample]
     yield slice(n, n), slice(m, m)
 
 

@@ -1,0 +1,53 @@
+"""How often a host would wait for a GPU: numbers that it reads, and shapes that numbers decide."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: Operators whose result the host must know before it can go on.
+_WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "bincount",
+    "_unique2",
+    "unique_consecutive",
+    "masked_select",
+    "repeat_interleave",
+}
+
+
+class Waits(TorchDispatchMode):
+    """Use as a context manager; `count` is what it saw. Works on a CPU, which waits for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        masks = name in ("index", "index_put", "index_put_") and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1])
+        )
+        self.count += name in _WAITING or masks
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Waits:
+        read = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            self.count += 1
+            return read(tensor)
+
+        self._patch = mock.patch.object(Tensor, "tolist", tolist)
+        self._patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._patch.stop()
