@@ -35,6 +35,7 @@ gpu: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_teacher.py
 	$(BIN)/python tests/benchmarks/bench_alignment.py
 

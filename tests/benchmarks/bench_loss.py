@@ -25,15 +25,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.config.objectives import DivergenceName
@@ -43,6 +41,7 @@ from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import Matches, Side, View
 from tests.support import naive
 from tests.support.dual_space import dual_space_loss, settings
+from tests.support.numbered import numbered_tokenizer
 
 #: name -> (tokens, d, D, V, U); over one vocabulary the student has the teacher's.
 SIZES = {
@@ -57,20 +56,6 @@ SAMPLE = 32
 
 #: A forward and backward that is ready to be measured.
 Run = Callable[[], None]
-
-
-@cache
-def tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """A byte-level one of so many tokens, half of which begin with a space. The tokens of a smaller
-    one are a larger one's, too."""
-    numbers = (f"Ġ{i}" if i % 2 else f"{i}" for i in range(size))
-    tokens = dict.fromkeys(["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *numbers])
-    vocabulary = {token: i for i, token in enumerate(list(tokens)[:size])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|end|>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 
 class Products(NamedTuple):
@@ -216,7 +201,7 @@ def built(
     def ours(x: Inputs, chunk: int) -> Run:
         block = {"teacher": {"base_model": "x"}, "objective": config, "chunk_tokens": chunk}
         sizes = len(x.student_head), len(x.teacher_head)
-        facts = Facts(tokenizer(sizes[0]), tokenizer(sizes[1]), sizes)
+        facts = Facts(*map(numbered_tokenizer, sizes), sizes)
         objective = build_objective(DSKDConfig.model_validate(block), facts, memory=0, seed=0)
         student, teacher, matches = x.views()
         assert student.head is not None and teacher.head is not None
@@ -345,11 +330,11 @@ def total_memory(device: str) -> int:
 
 
 def chunk_tokens(x: Inputs, device: str) -> int:
-    """Of the package's own choice."""
+    """Of the package's own choice, and such that there are four chunks at least."""
     student, teacher, _ = x.views()
     assert student.head is not None and teacher.head is not None
     streams = Stream(x.student, student.head), Stream(x.teacher, teacher.head)
-    return Budget(memory=total_memory(device)).size(*streams)
+    return min(Budget(memory=total_memory(device)).size(*streams), len(x.student) // 4)
 
 
 def print_table(size: str, args: argparse.Namespace) -> None:
