@@ -26,6 +26,7 @@ ALLOWED = {
     "cache": set(),
     "losses": set(),
     "models": {"ranks"},
+    "generation": {"ranks"},
     "data": {"config"},
     "samples": {"config"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},

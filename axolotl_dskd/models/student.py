@@ -76,6 +76,44 @@ class Student:
         with gathered((embedding, *head.parameters())):
             yield self.head(), embedding
 
+    @property
+    def runs_together(self) -> bool:
+        """Whether each of its forwards needs all ranks, also within `running` (FSDP2)."""
+        return self.is_sharded and self._zero_stage != 3
+
+    @contextmanager
+    def running(self) -> Iterator[Any]:
+        """The model for forwards that train nothing, such as writing; on every rank alike.
+
+        In eval mode, so without dropout and gradient checkpointing; each of its modules is in the
+        mode of before afterwards. ZeRO-3's parameters are gathered once for all forwards.
+        """
+        model = self._model()
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            with torch.no_grad(), self.accelerator.autocast(), self._gathered_for_long():
+                yield model
+        finally:
+            for module in training:
+                module.training = True
+
+    @contextmanager
+    def _gathered_for_long(self) -> Iterator[None]:
+        """Under ZeRO-3 all parameters, which its hooks would otherwise let go layer by layer."""
+        prepared = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if self._zero_stage != 3 or prepared is None:
+            yield
+            return
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with gathered(self._model().parameters()):
+            remove_hooks(prepared.engine)
+            try:
+                yield
+            finally:
+                add_hooks(prepared.engine)
+
     @torch.no_grad()
     def embed(self, tokens: Side) -> tuple[Tensor, Tensor]:
         """[N, d] the embeddings of inputs and labels, without graph; within a forward."""
