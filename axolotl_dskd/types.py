@@ -27,6 +27,9 @@ from axolotl_dskd.output_head import OutputHead
 
 IGNORE_INDEX = -100
 
+#: How the names of our tensors begin in a collated batch; then those of `Written`.
+_OURS, _WRITTEN = "dskd_", "dskd_written_"
+
 #: What every collator's batch holds, which `DualBatch` reads and leaves there.
 _OF_THE_STUDENT = ("input_ids", "labels")
 
@@ -109,6 +112,15 @@ class View:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def references(self) -> Tensor:
+        """[n] the labels, -100 in answers that were written during training: nothing says what
+        should have stood there. What a cross-entropy may learn from."""
+        if self.written is None:
+            return self.tokens.labels
+        here = self.written.samples[self.tokens.sample_ids]
+        return torch.where(here, IGNORE_INDEX, self.tokens.labels)
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -145,7 +157,8 @@ class DualBatch:
     """A batch as the collator hands it on: student rows and one teacher row per sample.
 
     In a collated batch, `input_ids` and `labels` are the student's own; each other tensor, those
-    of `matches` too, travels as `dskd_<its name>`, which no model's forward may see.
+    of `matches` and `written` too, travels under a name that begins with `dskd_`, which no model's
+    forward may see.
 
     Attributes:
         input_ids, labels, segment_ids: [B, L]; `segment_ids` numbers the samples of the whole
@@ -155,6 +168,7 @@ class DualBatch:
             states of the supervised teacher tokens, and [S] bool, which samples were found (the
             others' states are zeros).
         matches: of the supervised tokens; of no tokens where there is only a teacher's side.
+        written: where answers of the batch were written during training, else None.
     """
 
     input_ids: Tensor
@@ -166,14 +180,17 @@ class DualBatch:
     cached_states: Tensor | None = None
     cached: Tensor | None = None
     matches: Matches = field(default_factory=_no_matches)
+    written: Written | None = None
 
     def put_into(self, inputs: dict[str, Any]) -> None:
         """Add our tensors to a collated batch, out of which `pop_from` takes them."""
-        for part in (self, self.matches):
-            tensors = {f.name: getattr(part, f.name) for f in fields(part)}
-            for name, value in tensors.items():
-                if isinstance(value, Tensor) and name not in _OF_THE_STUDENT:
-                    inputs[f"dskd_{name}"] = value
+        parts: list[tuple[str, Any]] = [(_OURS, self), (_OURS, self.matches)]
+        if self.written is not None:
+            parts.append((_WRITTEN, self.written))
+        for prefix, part in parts:
+            for name in (f.name for f in fields(part) if f.name not in _OF_THE_STUDENT):
+                if isinstance(value := getattr(part, name), Tensor):
+                    inputs[prefix + name] = value
 
     @classmethod
     def pop_from(cls, inputs: dict[str, Any]) -> DualBatch:
@@ -183,12 +200,18 @@ class DualBatch:
             TypeError: one that every batch has is missing.
         """
 
-        def popped(kind: type) -> dict[str, Tensor]:
+        def popped(kind: type, prefix: str = _OURS) -> dict[str, Tensor]:
             names = (f.name for f in fields(kind) if f.name not in _OF_THE_STUDENT)
-            return {name: inputs.pop(key) for name in names if (key := f"dskd_{name}") in inputs}
+            return {name: inputs.pop(key) for name in names if (key := prefix + name) in inputs}
 
         of_the_student = {name: inputs[name] for name in _OF_THE_STUDENT}
-        return cls(**of_the_student, **popped(cls), matches=Matches(**popped(Matches)))
+        written = popped(Written, _WRITTEN)
+        return cls(
+            **of_the_student,
+            **popped(cls),
+            matches=Matches(**popped(Matches)),
+            written=Written(**written) if written else None,
+        )
 
     def student_mask(self) -> Tensor:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""
@@ -229,9 +252,9 @@ def supervised_mask(labels_BL: Tensor, segment_ids_BL: Tensor) -> Tensor:
     return same_BL & (labels_ahead(labels_BL) != IGNORE_INDEX)
 
 
-#: What a term's mean is counted by: the supervised student tokens, as in the loss, or the values
-#: that there are.
-Per = Literal["student_token", "value"]
+#: What a term's mean is counted by: the supervised student tokens, as in the loss; those of them
+#: that have a reference (`View.references`); or the values that there are.
+Per = Literal["student_token", "reference_token", "value"]
 
 
 @dataclass(frozen=True)
@@ -254,12 +277,14 @@ class LossOutput:
     Attributes:
         loss: scalar with an autograd graph, the weighted sum of the terms.
         tokens: supervised student tokens of the batch.
+        references: how many of them have a reference; None: all.
         terms: by name, as the objective's `terms` say.
     """
 
     loss: Tensor
     tokens: int
     terms: dict[str, Term] = field(default_factory=dict)
+    references: int | None = None
 
     def sums(self) -> Mapping[str, Tensor]:
         """Sum of each term, in float64: a million small numbers keep their digits."""

@@ -41,7 +41,8 @@ class Weights:
         source_ce: of the source's cross-entropy; 0: the source learns nothing.
         divergence: of the divergence at `temperature`.
         temperature: of the divergence.
-        mask_wrong: the divergence counts only where the source's argmax is its label.
+        mask_wrong: the divergence counts only where the source's argmax is its label, or it
+            has no label.
     """
 
     ce: float
@@ -102,8 +103,9 @@ def pair_terms(
             correct = (u.argmax(-1) == targets).to(u.dtype)
             value, grad = divergence(Distribution.of(u, T), Distribution.of(z, T))
             if weights.mask_wrong:
-                value *= correct
-                grad *= correct.unsqueeze(-1)
+                agreeing = torch.where(targets == IGNORE_INDEX, 1.0, correct)
+                value *= agreeing
+                grad *= agreeing.unsqueeze(-1)
             terms.divergence[rows], terms.correct[rows] = value, correct
             grad.mul_(weights.divergence / T)
             grad_z = grad if grad_z is None else grad_z.add_(grad)

@@ -164,8 +164,9 @@ def _rows(
         u_log = tl.log(u_sum_T)
         correct = tl.where(u_argmax == target, 1.0, 0.0)
         share = divergence_weight / T
+        agreeing = tl.where(target == -100, 1.0, correct)
         if MASK_WRONG:
-            share = share * correct
+            share = share * agreeing
         if SOURCE_CE:
             counted = tl.where(target == -100, 0.0, 1.0)
             tl.store(out_pointer + n + row, counted * (u_max - u_label + tl.log(u_sum)))
@@ -212,7 +213,7 @@ def _rows(
             value += tl.sum(v, 0)
             G_sum += tl.sum(G, 0)
         if MASK_WRONG:
-            value = value * correct
+            value = value * agreeing
         tl.store(out_pointer + 2 * n + row, value)
         tl.store(out_pointer + 3 * n + row, correct)
 

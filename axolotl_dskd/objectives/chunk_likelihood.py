@@ -39,7 +39,7 @@ from axolotl_dskd.objectives.base import (
     teacher_stream,
 )
 from axolotl_dskd.objectives.groups import STUDENT, TEACHER, Groups
-from axolotl_dskd.types import LossOutput, Matches, Per, Side, Term, View
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Per, Side, Term, View
 
 #: Keeps log-likelihoods below 0, where log(1 − exp) is finite; as published.
 _EPSILON = 1e-6
@@ -49,7 +49,7 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
     """See the module."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "chunk": "student_token",
         "tokens_per_chunk": "value",
         "chunks": "value",
@@ -114,7 +114,7 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
         theirs = likelihoods(TEACHER, log_p, boundary)
 
         def loss(log_q: Tensor, boundary: Tensor) -> Tensor:
-            values["ce"] = -log_q
+            values["ce"] = torch.where(student.references == IGNORE_INDEX, 0.0, -log_q)
             values["chunk"] = self._divergence(theirs, likelihoods(STUDENT, log_q, boundary))
             return (1.0 - ratio) * values["ce"].sum() + ratio * values["chunk"].sum()
 

@@ -6,7 +6,7 @@ from axolotl_dskd.losses import Budget, TermSpec, by_rows, even_parts, over, wit
 from axolotl_dskd.objectives.base import student_stream
 from axolotl_dskd.types import LossOutput, Per, Term, View
 
-TERMS: dict[str, Per] = {"ce": "student_token"}
+TERMS: dict[str, Per] = {"ce": "reference_token"}
 
 
 def cross_entropy(student: View, budget: Budget) -> LossOutput:
@@ -16,7 +16,7 @@ def cross_entropy(student: View, budget: Budget) -> LossOutput:
     sums = over(
         {"student": stream},
         parts,
-        by_rows(with_ce(None, tokens.labels, 1.0)),
+        by_rows(with_ce(None, student.references, 1.0)),
         {"ce": TermSpec("student", 1.0)},
     )
 

@@ -48,7 +48,7 @@ class GOLD(Objective[GOLDConfig], config=GOLDConfig):
     """See the module."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "shared": "student_token",
         "by_rank": "student_token",
         "aligned": "student_token",
@@ -104,7 +104,7 @@ class GOLD(Objective[GOLDConfig], config=GOLDConfig):
         sums = over(
             streams,
             group_chunks(matches, streams, self.setting.budget, _COPIES),
-            by_autograd(plain_with_ce(compare, tokens.labels, 1.0 - ratio)),
+            by_autograd(plain_with_ce(compare, student.references, 1.0 - ratio)),
             {
                 "ce": TermSpec("student", 1.0 - ratio),
                 "shared": TermSpec("student", ratio * self.weights[0]),

@@ -38,7 +38,7 @@ from axolotl_dskd.objectives.base import (
 from axolotl_dskd.objectives.edit_distance import warp
 from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
 from axolotl_dskd.ranks import is_first, raise_together, share_first
-from axolotl_dskd.types import LossOutput, Matches, Per, Side, Term, View
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Per, Side, Term, View
 
 LOG = get_logger(__name__)
 
@@ -47,7 +47,7 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
     """See the module."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "min_edit": "student_token",
         "translated": "value",
         "aligned": "student_token",
@@ -106,7 +106,7 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
         tokens, weight = student.tokens, self.setting.kd_ratio
         pairs = self._pairs(tokens, teacher.tokens, matches)
         streams = {"student": student_stream(student), "teacher": teacher_stream(teacher)}
-        ce = with_ce(None, tokens.labels, 1.0 - weight)
+        ce = with_ce(None, student.references, 1.0 - weight)
 
         def block(rows: Part, logits: dict[str, Tensor]) -> tuple[Values, dict[str, Tensor]]:
             values, gradients = ce(rows, logits)
@@ -115,8 +115,10 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
                 target = self.carried(p)
                 values["translated"] = p @ self._exact.to(p.dtype)
             elif self.config.one_hot:
-                labels = tokens.labels[rows["student"]].unsqueeze(-1)
-                target = torch.zeros_like(logits["student"]).scatter_(-1, labels, 1.0)
+                labels = student.references[rows["student"]].unsqueeze(-1)
+                known = (labels != IGNORE_INDEX).to(logits["student"])
+                target = torch.zeros_like(logits["student"])
+                target.scatter_(-1, labels.clamp_min(0), known)
             else:
                 return values, gradients
             values["min_edit"], gradient = self._divergence(target, logits["student"])

@@ -51,13 +51,13 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
     vocabulary, else `dual_space` without its teacher space."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "kl": "student_token",
         "sinkhorn": "student_token",
         "plan_diagonal": "value",
         "teacher_accuracy": "student_token",
-        "projector_ce": "student_token",
-        "projector_accuracy": "student_token",
+        "projector_ce": "reference_token",
+        "projector_accuracy": "reference_token",
         "teacher_nll": "value",
         "projected_nll": "value",
         "aligned": "student_token",

@@ -81,7 +81,7 @@ class SpanSupport(Objective[SpanSupportConfig], config=SpanSupportConfig):
     """See the module."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "support": "student_token",
         "teacher_rest": "value",
         "aligned": "student_token",
@@ -131,7 +131,7 @@ class SpanSupport(Objective[SpanSupportConfig], config=SpanSupportConfig):
         sums = over(
             streams,
             group_chunks(matches, streams, self.setting.budget, _COPIES),
-            by_autograd(plain_with_ce(compare, tokens.labels, 1.0 - ratio)),
+            by_autograd(plain_with_ce(compare, student.references, 1.0 - ratio)),
             {
                 "ce": TermSpec("student", 1.0 - ratio),
                 "support": TermSpec("student", ratio),

@@ -31,7 +31,7 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
 
     needs = Needs(one_vocabulary=True)
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "kd": "student_token",
         "teacher_accuracy": "student_token",
         "aligned": "student_token",
@@ -66,7 +66,7 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
                 js_beta=config.js_beta,
             ),
             weights,
-            tokens.labels,
+            student.references,
             teacher.tokens.labels,
             {"ce": "ce", "divergence": "kd", "correct": "teacher_accuracy"},
         )

@@ -32,7 +32,7 @@ class ULD(Objective[ULDConfig], config=ULDConfig):
     """See the module."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "uld": "student_token",
         "uld_left_out": "student_token",
         "aligned": "student_token",
@@ -56,7 +56,7 @@ class ULD(Objective[ULDConfig], config=ULDConfig):
         sums = over(
             streams,
             pair_chunks(pairs, streams, self.setting.budget),
-            by_rows(with_ce(self._by_rank, tokens.labels, 1.0 - weight)),
+            by_rows(with_ce(self._by_rank, student.references, 1.0 - weight)),
             {
                 "ce": TermSpec("student", 1.0 - weight),
                 "uld": TermSpec("student", weight),

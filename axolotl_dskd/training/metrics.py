@@ -22,7 +22,7 @@ class MetricSums:
         self.per = dict(per)
         self.sums: dict[str, Tensor] = {}
         self.counts = dict.fromkeys(self.per, 0)
-        self.tokens = 0
+        self.tokens = self.references = 0
 
     def add(self, out: LossOutput) -> None:
         """Count one batch in."""
@@ -31,20 +31,22 @@ class MetricSums:
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
             self.counts[name] += len(out.terms[name].values)
         self.tokens += out.tokens
+        self.references += out.tokens if out.references is None else out.references
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Every term's mean, by its name with `dskd/` in front; nothing where there is no token."""
-        numbers = [float(self.tokens)]
+        numbers = [float(self.tokens), float(self.references)]
         for name in self.per:  # the same layout on every rank
             total = float(self.sums.get(name, 0.0))
             numbers += (total, float(self.counts[name]), float(name in self.sums))
         packed = torch.tensor(numbers, dtype=torch.float64, device=device)
-        tokens, *rest = sum_over_ranks(packed).tolist()
+        tokens, references, *rest = sum_over_ranks(packed).tolist()
         if not tokens:
             return {}
         means = {}
         for k, (name, per) in enumerate(self.per.items()):
             total, count, seen = rest[3 * k : 3 * k + 3]
-            if seen:
-                means[f"dskd/{name}"] = total / (max(count, 1) if per == "value" else tokens)
+            by = {"value": max(count, 1.0), "student_token": tokens, "reference_token": references}
+            if seen and by[per]:
+                means[f"dskd/{name}"] = total / by[per]
         return means | {"dskd/supervised_tokens": tokens}

@@ -7,6 +7,7 @@ whole; what it found is read afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import cross_entropy
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher import Teacher
-from axolotl_dskd.types import DualBatch, LossOutput, Needs, View
+from axolotl_dskd.types import IGNORE_INDEX, DualBatch, LossOutput, Needs, View
 
 
 class Distillation:
@@ -34,7 +35,10 @@ class Distillation:
         else:
             self.teacher.idle(batch)
             teacher = self._nothing(student)
-        return self.objective(student, teacher, batch.matches)
+        out = self.objective(student, teacher, batch.matches)
+        if student.written is not None:
+            out.references = int((student.references != IGNORE_INDEX).sum())
+        return out
 
     def _nothing(self, student: View) -> View:
         """What a teacher says where there is no token; student: without token either."""
@@ -73,7 +77,8 @@ class Step:
         """The sums over the batch, from what the head was given."""
         mask_BL = self.batch.student_mask()
         needs = Needs() if self.distillation is None else self.distillation.objective.needs
-        view = self.student.view(self.batch.student_side(mask_BL), hidden_BLd[mask_BL], needs)
+        tokens, written = self.batch.student_side(mask_BL), self.batch.written
+        view = replace(self.student.view(tokens, hidden_BLd[mask_BL], needs), written=written)
         assert view.head is not None
         self.follow(view.head)
         if self.distillation is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.objectives import Objective, sinkhorn
-from axolotl_dskd.types import LossOutput
+from axolotl_dskd.types import LossOutput, Written
 from tests.support import toy_objective
 from tests.support.contract import CASES, TOY, Case
 from tests.support.inputs import HEADS, Inputs
@@ -110,6 +111,48 @@ def test_a_batch_of_eight_is_the_sum_of_eight_batches_of_one(case: Case):
     alone = [outcome(objective, inputs, [k]) for k in range(8)]
     expected = {name: sum(found[name] for found in alone) for name in alone[0]}
     assert_equal(outcome(objective, inputs), expected)
+
+
+def with_written(batch: Any, samples: Sequence[int]) -> tuple[Any, Any, Any]:
+    """A batch of which the student wrote some answers."""
+    student, teacher, matches = batch
+    ids = student.tokens.sample_ids
+    marked = torch.zeros(int(ids.max()) + 1, dtype=torch.bool)
+    marked[list(samples)] = True
+    written = Written(marked, torch.zeros(len(student)))
+    return replace(student, written=written), teacher, matches
+
+
+@cases
+def test_an_answer_that_was_written_is_compared_but_is_no_reference(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective, batch = case.objective(inputs, kd_ratio=0.4), inputs.batch([1, 4, 6])
+    out = objective(*with_written(batch, range(3)))
+    if hasattr(objective, "weights") and hasattr(objective.weights, "mask_wrong"):
+        objective.weights = replace(objective.weights, mask_wrong=False)
+    terms = case.plain(objective, inputs, batch)
+    for name in ("ce", "projector_ce"):
+        terms.pop(name, None)
+    expected = 0.4 * sum(case.weights.get(name, 1.0) * x for name, x in terms.items())
+    sums = out.sums()
+    assert float(sums["ce"]) == float(sums.get("projector_ce", 0.0)) == 0.0
+    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-9)
+    assert_equal(*(gradients(loss, inputs, objective) for loss in (out.loss, expected)))
+
+
+@cases
+def test_written_answers_do_not_touch_what_the_data_say(case: Case):
+    inputs = Inputs(case.one_vocabulary)
+    objective = case.objective(inputs)
+
+    def found(rows: Sequence[int], written: Sequence[int]) -> dict[str, Tensor]:
+        out = objective(*with_written(inputs.batch(rows), written))
+        return {"loss": out.loss.detach()} | gradients(out.loss, inputs, objective)
+
+    parts = found([0, 1, 2], []), found([5, 6, 7], [0, 1, 2])
+    assert_equal(
+        found([5, 0, 6, 1, 7, 2], [0, 2, 4]), {n: parts[0][n] + parts[1][n] for n in parts[0]}
+    )
 
 
 @cases
@@ -224,7 +267,7 @@ def test_every_term_is_declared_and_knows_its_samples(case: Case):
     out = objective(*inputs.batch())
     assert out.terms.keys() == objective.terms.keys() - case.absent
     assert case.absent <= objective.terms.keys()
-    assert set(objective.terms.values()) <= {"student_token", "value"}
+    assert set(objective.terms.values()) <= {"student_token", "reference_token", "value"}
     assert out.tokens == len(inputs.batch().student)
     for name, term in out.terms.items():
         assert term.values.shape == term.sample_ids.shape, name

@@ -16,7 +16,7 @@ from torch import Tensor
 from axolotl_dskd.config import ObjectiveConfig
 from axolotl_dskd.losses import Part, TermSpec, Values, by_autograd, over
 from axolotl_dskd.objectives.base import Objective, pair_chunks, student_stream, teacher_stream
-from axolotl_dskd.types import LossOutput, Matches, Per, Term, View
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Per, Term, View
 
 
 class ToyConfig(ObjectiveConfig):
@@ -25,7 +25,7 @@ class ToyConfig(ObjectiveConfig):
 
 
 class Toy(Objective[ToyConfig], config=ToyConfig):
-    terms: ClassVar[dict[str, Per]] = {"ce": "student_token", "distance": "student_token"}
+    terms: ClassVar[dict[str, Per]] = {"ce": "reference_token", "distance": "student_token"}
 
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         labels = {"student": student.tokens.labels, "teacher": teacher.tokens.labels}
@@ -41,7 +41,8 @@ class Toy(Objective[ToyConfig], config=ToyConfig):
                 )
                 for side, x in logits.items()
             }
-            values = {"ce": -said["student"]}
+            known = student.references[rows["student"]] != IGNORE_INDEX
+            values = {"ce": -said["student"] * known}
             if "teacher" in said:
                 values["distance"] = (said["student"] - said["teacher"]).square()
             return sum(weights[name] * value.sum() for name, value in values.items()), values

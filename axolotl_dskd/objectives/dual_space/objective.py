@@ -74,11 +74,11 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
     """arXiv 2406.17328, extended in 2504.11426; the terms are in `spaces`."""
 
     terms: ClassVar[dict[str, Per]] = {
-        "ce": "student_token",
+        "ce": "reference_token",
         "student_space": "student_token",
-        "projector_ce": "student_token",
+        "projector_ce": "reference_token",
         "teacher_space": "student_token",
-        "projector_accuracy": "student_token",
+        "projector_accuracy": "reference_token",
         "teacher_accuracy": "value",
         "teacher_nll": "value",
         "projected_nll": "value",
@@ -187,6 +187,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             targets if terms.student_space_weight else None,
             terms,
             budget,
+            student.references,
         )
         if terms.teacher_space_weight:
             loss, values = teacher_space(

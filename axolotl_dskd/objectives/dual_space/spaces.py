@@ -47,7 +47,8 @@ class Terms:
         divergence: student-space divergence D(projected teacher ‖ student).
         temperature: of both spaces' divergences.
         mask_wrong: count the student-space divergence only where the projected teacher's most
-            likely token is its target (arXiv 2406.17328, cross-model attention).
+            likely token is its target (arXiv 2406.17328, cross-model attention), or there is
+            none.
         divergence_weight: of the student-space divergence beside the projector's cross-entropy.
     """
 
@@ -68,6 +69,7 @@ def student_space(
     targets: Tensor | None,
     terms: Terms,
     budget: Budget,
+    references: Tensor | None = None,
 ) -> LossOutput:
     """Terms over the student's vocabulary.
 
@@ -80,6 +82,8 @@ def student_space(
             has no divergence either); None: the student's labels.
         terms: weights and divergence.
         budget: of a chunk.
+        references: [N] what both cross-entropies take for right, -100 where nothing does: there
+            the divergence counts whatever the projected teacher says. None: the labels.
     """
     weights = Weights(
         ce=1.0 - terms.kd_ratio,
@@ -92,13 +96,15 @@ def student_space(
     specs = {"ce": TermSpec("student", weights.ce)}
     source = student.hidden[:0].detach() if projected is None else projected
     streams = {"student": student, "projected": Stream(source, student.head)}
-    labels = tokens.labels if rows is None else tokens.labels[rows]
+    references = tokens.labels if references is None else references
+    labels = references if rows is None else references[rows]
     if targets is None:
         targets = labels
     elif len(targets):
         taught = (targets != IGNORE_INDEX).nonzero().flatten()
         rows = taught if rows is None else rows[taught]
-        targets, source = targets[taught], source[taught]
+        source = source[taught]
+        targets = torch.where(labels[taught] == IGNORE_INDEX, IGNORE_INDEX, targets[taught])
         streams["projected"] = Stream(source, student.head)
     size = budget.size(*streams.values())
     if projected is None:
@@ -119,7 +125,7 @@ def student_space(
         "projected",
         terms.divergence,
         weights,
-        tokens.labels,
+        references,
         targets,
         {
             "ce": "ce",
