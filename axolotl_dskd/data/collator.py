@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from axolotl.utils.collators.batching import (
+    BatchSamplerDataCollatorForSeq2Seq,
+    V2BatchSamplerDataCollatorForSeq2Seq,
+)
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_dskd.data.byte_spans import (
+    BYTES_PER_TOKEN,
     Spans,
     exact_pairs,
     group_numbers,
@@ -18,9 +23,12 @@ from axolotl_dskd.data.byte_spans import (
     start_pairs,
 )
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
-from axolotl_dskd.types import IGNORE_INDEX, DualBatch, Matches
+from axolotl_dskd.types import IGNORE_INDEX, DualBatch, Matches, Written
 
 _TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
+#: Column of a row whose answer the student has just written: [n] float32 as bytes, the
+#: log-probability of each of its supervised tokens.
+LOGPROBS = "dskd_logprobs"
 #: Columns of a prepared row that are ours.
 PREPARED_COLUMNS = (*_TEACHER_COLUMNS, SPANS, TEACHER_SPANS)
 
@@ -67,7 +75,7 @@ class DualCollator:
                 f"a row has no teacher side; it has {sorted(samples[0])}. The dataset was "
                 "prepared without dskd: delete dataset_prepared_path and prepare it again."
             )
-        ours = set(PREPARED_COLUMNS)
+        ours = {*PREPARED_COLUMNS, LOGPROBS}
         plain = [[{k: v for k, v in s.items() if k not in ours} for s in row] for row in rows]
         lengths = [[len(s["input_ids"]) for s in row] for row in rows]
         batch = dict(self.inner(plain if packed else [row[0] for row in plain], **kwargs))
@@ -88,9 +96,21 @@ class DualCollator:
             cached_states=cached_states,
             cached=cached,
             matches=find_matches([s[SPANS] for s in samples], [s[TEACHER_SPANS] for s in samples]),
+            written=_written(samples),
         )
         dual.put_into(batch)
         return batch
+
+    @property
+    def packs(self) -> bool:
+        """Whether the inner collator joins the samples of a list to one row."""
+        return isinstance(
+            self.inner, BatchSamplerDataCollatorForSeq2Seq | V2BatchSamplerDataCollatorForSeq2Seq
+        )
+
+    def again(self, rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        """Collate samples row by row, as `samples_of` gave them."""
+        return self(rows if self.packs else [sample for row in rows for sample in row])
 
     def _segment_ids(self, lengths: list[list[int]], shape: torch.Size) -> Tensor:
         segment_ids = torch.full(shape, -1, dtype=torch.long)
@@ -102,6 +122,21 @@ class DualCollator:
                 at += length
                 sample += 1
         return segment_ids
+
+
+def _written(samples: Sequence[dict[str, Any]]) -> Written | None:
+    """What is known of answers that the student wrote, where there are any."""
+    if not any(LOGPROBS in sample for sample in samples):
+        return None
+    nothing = [np.zeros(len(s[SPANS]) // BYTES_PER_TOKEN, "<f4") for s in samples]
+    logprobs = [
+        np.frombuffer(sample[LOGPROBS], "<f4") if LOGPROBS in sample else none
+        for sample, none in zip(samples, nothing, strict=True)
+    ]
+    return Written(
+        samples=torch.tensor([LOGPROBS in sample for sample in samples]),
+        logprobs=torch.from_numpy(np.concatenate(logprobs).astype(np.float32)),
+    )
 
 
 def find_matches(student: Sequence[bytes], teacher: Sequence[bytes]) -> Matches:
@@ -121,3 +156,57 @@ def find_matches(student: Sequence[bytes], teacher: Sequence[bytes]) -> Matches:
         groups=torch.from_numpy(groups),
         teacher_groups=torch.from_numpy(teacher_groups),
     )
+
+
+def samples_of(inputs: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+    """The samples of a collated batch, row by row: what `DualCollator.again` takes.
+
+    A row holds several where it was packed, else one. Positions count from 0 in each sample.
+    """
+    batch = DualBatch.pop_from({name: x.cpu() for name, x in inputs.items() if _is_tensor(x)})
+    tokens = batch.student_side(batch.student_mask()).sample_ids
+    counts = torch.bincount(tokens, minlength=len(batch.teacher_labels)).tolist()
+    spans = batch.matches.spans.split(counts)
+    _, teacher_side = batch.teacher_side()
+    teacher_counts = torch.bincount(teacher_side.sample_ids, minlength=len(counts)).tolist()
+    teacher_spans = batch.matches.teacher_spans.split(teacher_counts)
+    lengths = batch.teacher_attention_mask.sum(1).tolist()
+    rows = []
+    for ids, labels, segments in zip(batch.input_ids, batch.labels, batch.segment_ids, strict=True):
+        row = []
+        for number in segments[segments >= 0].unique().tolist():
+            here = segments == number
+            teacher_ids, teacher_labels = (
+                side[number, : lengths[number]].tolist()
+                for side in (batch.teacher_input_ids, batch.teacher_labels)
+            )
+            row.append(
+                {
+                    "input_ids": ids[here].tolist(),
+                    "labels": labels[here].tolist(),
+                    "teacher_input_ids": teacher_ids,
+                    "teacher_labels": teacher_labels,
+                    SPANS: _stored(spans[number]),
+                    TEACHER_SPANS: _stored(teacher_spans[number]),
+                }
+            )
+        rows.append(row)
+    columns = [name for name in ("attention_mask", "position_ids") if name in inputs]
+    for sample in (sample for row in rows for sample in row):
+        fill_columns(sample, columns)
+    return rows
+
+
+def fill_columns(sample: dict[str, Any], columns: Iterable[str]) -> None:
+    """Give a sample the columns that follow from its length."""
+    length = len(sample["input_ids"])
+    made = {"attention_mask": [1] * length, "position_ids": list(range(length)), "length": length}
+    sample.update({name: made[name] for name in columns if name in made})
+
+
+def _stored(spans: Tensor) -> bytes:
+    return Spans(*(column.numpy() for column in spans.unbind(1))).to_bytes()
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

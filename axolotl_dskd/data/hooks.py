@@ -167,11 +167,12 @@ def data_fingerprint(config: DSKDConfig) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
-def make_reconcile(cfg: Any, config: DSKDConfig, student: Any) -> Reconcile:
+def make_reconcile(config: DSKDConfig, student: Any, *, truncate_teacher: bool) -> Reconcile:
     """What compares the two sides of this run's rows.
 
     Args:
         student: its tokenizer.
+        truncate_teacher: cut long teacher sides instead of dropping the row.
     """
     teacher = load_teacher_tokenizer(config)
     ours, theirs = token_bytes(student), token_bytes(teacher)
@@ -181,7 +182,7 @@ def make_reconcile(cfg: Any, config: DSKDConfig, student: Any) -> Reconcile:
         student_dummy_spaces=writes_dummy_space(student, ours),
         teacher_dummy_spaces=writes_dummy_space(teacher, theirs),
         teacher_limit=teacher_position_limit(config),
-        truncate_teacher=(cfg.excess_length_strategy or "drop").lower() == "truncate",
+        truncate_teacher=truncate_teacher,
     )
 
 
@@ -233,7 +234,9 @@ class _Hooks:
             ):
                 if changes := normalisations(tokenizer):
                     LOG.info(f"The {side}'s tokenizer changes text ({', '.join(changes)})")
-            reconcile = make_reconcile(cfg, config, self.student_tokenizer)
+            reconcile = make_reconcile(
+                config, self.student_tokenizer, truncate_teacher=strategy == "truncate"
+            )
             return reconcile_dataset(
                 dataset,
                 reconcile,

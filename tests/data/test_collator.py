@@ -7,6 +7,7 @@ import pickle
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from axolotl.utils.collators import (
@@ -17,9 +18,9 @@ from axolotl.utils.collators import (
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs, group_numbers, start_pairs, tile
-from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
+from axolotl_dskd.data.collator import LOGPROBS, PREPARED_COLUMNS, DualCollator, samples_of
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
-from axolotl_dskd.types import DualBatch, Matches, supervised_mask
+from axolotl_dskd.types import DualBatch, Matches, Written, supervised_mask
 from tests.support import tiny
 
 PACKING = (BatchSamplerDataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq)
@@ -109,16 +110,20 @@ def test_matches_are_those_of_each_sample_in_the_tokens_of_the_whole_batch(kind:
 
 def test_what_is_put_into_a_batch_comes_out_of_it_and_leaves_the_rest() -> None:
     batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(_rows()))
+    written = Written(torch.ones(4).bool(), torch.zeros(7), pairs=torch.tensor([[0, 1]]))
     batch = replace(batch, cached=torch.ones(4).bool(), cached_states=torch.zeros(9, 2))
+    batch = replace(batch, written=written)
     inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "more": torch.ones(1)}
     before = dict(inputs)
     batch.put_into(inputs)
-    assert len(_ours(inputs)) == len(fields(DualBatch)) - 3 + len(fields(Matches))
+    assert len(_ours(inputs)) == len(fields(DualBatch)) - 4 + len(fields(Matches)) + 3
     again = DualBatch.pop_from(inputs)
     assert inputs == before
-    for part, other in ((batch, again), (batch.matches, again.matches)):
+    assert again.written is not None
+    parts = ((batch, again), (batch.matches, again.matches), (written, again.written))
+    for part, other in parts:
         for f in fields(part):
-            if f.name != "matches":
+            if f.name not in ("matches", "written"):
                 assert getattr(part, f.name) is getattr(other, f.name), f.name
 
 
@@ -258,3 +263,28 @@ def test_teacher_positions_are_masked_like_the_student_ones() -> None:
     batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(_rows()))
     mask = supervised_mask(batch.teacher_labels, batch.teacher_segment_ids())
     assert mask.sum(1).tolist() == [len(row["teacher_labels"]) - 1 for row in _rows()]
+
+
+@pytest.mark.parametrize(("kind", "side", "multiple"), CASES)
+def test_samples_taken_out_of_a_batch_and_collated_again_are_that_batch(
+    kind: type, side: str, multiple: int | None
+) -> None:
+    collator = _collator(kind, side, pad_to_multiple_of=multiple)
+    batch = collator(_features(kind))
+    again = collator.again(samples_of(batch))
+    assert again.keys() == batch.keys()
+    for name, tensor in batch.items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_written_answers_bring_their_logprobs() -> None:
+    rows = _rows()
+    count = len(rows[1]["dskd_byte_spans"]) // 8
+    numbers = np.linspace(-3, -1, count, dtype="<f4")
+    rows[1] = rows[1] | {LOGPROBS: numbers.tobytes()}
+    batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(rows))
+    assert batch.written is not None
+    assert batch.written.samples.tolist() == [k == 1 for k in range(len(rows))]
+    tokens = batch.student_side(batch.student_mask())
+    assert torch.equal(batch.written.logprobs[tokens.sample_ids == 1], torch.from_numpy(numbers))
+    assert float(batch.written.logprobs[tokens.sample_ids != 1].abs().sum()) == 0

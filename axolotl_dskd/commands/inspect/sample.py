@@ -107,7 +107,8 @@ def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> 
         ValueError: a dataset cannot be loaded or prepared; the message says which and why.
     """
     cfg = DictDefault({**cfg, "dataset_num_proc": 1})
-    reconcile = make_reconcile(cfg, config, tokenizer)
+    truncates = (cfg.excess_length_strategy or "drop").lower() == "truncate"
+    reconcile = make_reconcile(config, tokenizer, truncate_teacher=truncates)
     samples = []
     for dataset_config in datasets_with_name_generator(cfg.datasets):
         name = str(dataset_config.path)

@@ -1,0 +1,196 @@
+"""Prepared rows with another answer: prompts taken out of them, and rows made of what was written.
+
+The writer's side keeps the very ids that it wrote; the bytes of these go into the other side's own
+template, in place of the row's answer there, and both through the same `Reconcile` as data.
+Knows rows and tokenizers; not who writes, when, or what is learned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from axolotl_dskd.data.collator import LOGPROBS
+from axolotl_dskd.data.reconcile import CUT, KEPT, STATUS, Reconcile
+from axolotl_dskd.data.runs import supervised_runs
+from axolotl_dskd.data.text_in_place import TextInPlace
+from axolotl_dskd.types import IGNORE_INDEX
+
+Row = dict[str, Any]
+Who = Literal["student", "teacher"]
+#: Ids behind an answer up to the last supervised one, and their labels.
+End = tuple[tuple[int, ...], tuple[int, ...]]
+
+#: Why there is no row of an answer, beside what `Reconcile` says.
+NOTHING_WRITTEN = "nothing written"
+
+_SIDES: tuple[Who, Who] = ("student", "teacher")
+_IDS = {"student": "input_ids", "teacher": "teacher_input_ids"}
+_LABELS = {"student": "labels", "teacher": "teacher_labels"}
+
+
+@dataclass(frozen=True)
+class HalfPrompt:
+    """One side of a row without its last supervised answer.
+
+    Attributes:
+        ids: up to the answer, what the template writes before it included.
+        text: of the row's own answer.
+        end: what followed it.
+    """
+
+    ids: list[int]
+    text: bytes
+    end: End
+
+    @classmethod
+    def of(cls, ids: Sequence[int], labels: Sequence[int], table: list[bytes]) -> HalfPrompt | None:
+        """None where no text is supervised."""
+        runs = supervised_runs(ids, labels, table)
+        answers = [run for run in runs if run.text]
+        if not answers:
+            return None
+        positions = answers[-1].positions.tolist()
+        stop = 1 + max(i for i in positions if table[ids[i]])
+        behind = slice(stop, 1 + int(runs[-1].positions[-1]))
+        end = tuple(ids[behind]), tuple(labels[behind])
+        return cls(list(ids[: positions[0]]), answers[-1].text, end)
+
+
+#: A prompt, for each side.
+Prompt = dict[Who, HalfPrompt]
+
+
+class AnsweredRows:
+    """Takes prompts out of rows and puts answers in.
+
+    Args:
+        reconcile: of the pair.
+        student, teacher: the tokenizers.
+        rows: some prepared rows, from which it learns how answers end on each side.
+
+    Attributes:
+        prompts: how many of these rows have a prompt.
+        end_ids: by side, the tokens that end an answer: its own end of sequence, and what ends the
+            answers of its rows.
+    """
+
+    def __init__(
+        self, reconcile: Reconcile, student: Any, teacher: Any, rows: Iterable[Row]
+    ) -> None:
+        self.reconcile = reconcile
+        self._tables = {"student": reconcile.student_bytes, "teacher": reconcile.teacher_bytes}
+        tokenizers = {"student": student, "teacher": teacher}
+        self._encode = {s: TextInPlace(tokenizers[s], self._tables[s]) for s in _SIDES}
+        prompts = [prompt for row in rows if (prompt := self.prompt(row)) is not None]
+        self.prompts = len(prompts)
+        self._usual: dict[str, End] = {}
+        self.end_ids: dict[str, list[int]] = {}
+        for side in _SIDES:
+            eos = tokenizers[side].eos_token_id
+            own = () if eos is None else (eos,)
+            ends = Counter(prompt[side].end for prompt in prompts if prompt[side].end[0])
+            self._usual[side] = ends.most_common(1)[0][0] if ends else (own, own)
+            first = {ids[0] for ids, _ in ends}
+            self.end_ids[side] = sorted({i for i in first if not self._tables[side][i]} | {*own})
+
+    def prompt(self, row: Row) -> Prompt | None:
+        """The row without its last supervised answer; None where it has none, or nothing before."""
+        halves = {
+            side: HalfPrompt.of(
+                _plain(row[_IDS[side]]), _plain(row[_LABELS[side]]), self._tables[side]
+            )
+            for side in _SIDES
+        }
+        found = {side: half for side, half in halves.items() if half is not None and half.ids}
+        return found if len(found) == len(_SIDES) else None
+
+    def row(
+        self,
+        prompt: Prompt,
+        ids: Sequence[int],
+        *,
+        ended: bool,
+        by: Who = "student",
+        logprobs: Sequence[float] | None = None,
+    ) -> Row | str:
+        """The columns of a row with an answer in place of its own, as `DualCollator` takes them;
+        or why there is none: nothing was written, or the statuses of `Reconcile`.
+
+        A cut answer supervises what was written. What follows a token that stands for no text, or
+        bytes that are no UTF-8, is left out: the other side cannot read it.
+
+        Args:
+            prompt: what was answered.
+            ids: what the writer wrote, its end token included.
+            ended: the last of them is an end token.
+            by: whose ids they are.
+            logprobs: of each of the ids, where the student wrote them.
+        """
+        other: Who = "teacher" if by == "student" else "student"
+        count, text = _readable(ids[: len(ids) - ended], self._tables[by])
+        if not text:
+            return NOTHING_WRITTEN
+        ended = ended and count == len(ids) - 1
+        said = tuple(ids[: count + ended])
+        answers = {by: (said, said), other: self._translated(prompt, by, other, text, ended)}
+        row: Row = {}
+        for side in _SIDES:
+            before, (tokens, labels) = prompt[side].ids, answers[side]
+            row[_IDS[side]] = [*before, *tokens]
+            row[_LABELS[side]] = [IGNORE_INDEX] * len(before) + list(labels)
+        changed = self.reconcile(row)
+        status = changed.pop(STATUS)
+        if status not in (KEPT, CUT):
+            return str(status)
+        row |= changed
+        if logprobs is not None:
+            start = len(prompt["student"].ids)
+            kept = [x for x, y in zip(logprobs, row["labels"][start:], strict=False) if y >= 0]
+            row[LOGPROBS] = np.array(kept, "<f4").tobytes()
+        return row
+
+    def _translated(
+        self, prompt: Prompt, by: Who, other: Who, text: bytes, ended: bool
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids and labels of an answer on the side that did not write it."""
+        # A space that one side's tokenizer or template writes before an answer, as in the row.
+        spaces = {side: prompt[side].text.startswith(b" ") for side in _SIDES}
+        if spaces[by] and not spaces[other]:
+            text = text.removeprefix(b" ")
+        elif spaces[other] and not spaces[by]:
+            text = b" " + text
+        ids = tuple(self._encode[other](prompt[other].ids, text))
+        end, end_labels = ((), ()) if not ended else prompt[other].end
+        if ended and not end:  # the row itself was cut
+            end, end_labels = self._usual[other]
+        return (*ids, *end), (*ids, *end_labels)
+
+
+def _readable(ids: Sequence[int], table: list[bytes]) -> tuple[int, bytes]:
+    """How many tokens of an answer stand for text that the other side can read, and that text."""
+    pieces: list[bytes] = []
+    for index in ids:
+        if index >= len(table) or not table[index]:
+            break
+        pieces.append(table[index])
+    text = b"".join(pieces)
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        # The token in which the broken character begins stays: its first bytes may be whole ones.
+        text = text[: error.start]
+        size = count = 0
+        while size < len(text):
+            size += len(pieces[count])
+            count += 1
+        return count, text
+    return len(pieces), text
+
+
+def _plain(values: Any) -> list[int]:
+    return list(map(int, values))
