@@ -16,7 +16,7 @@ from torch import Tensor
 from axolotl_dskd.losses.elementwise import wide
 from axolotl_dskd.objectives.dual_space.align import Exchanged, rows_of
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Matches, Term, View
+from axolotl_dskd.types import IGNORE_INDEX, Matches, Term, View
 
 #: One exact pair in so many is looked at, by where in its text it begins: so which they are does
 #: not depend on batches, and it costs next to nothing.
@@ -39,7 +39,8 @@ def label_losses(
     assert student.head is not None and teacher.head is not None and teacher.hidden is not None
     pairs = matches.exact
     t2s = rows_of(pairs[:, 0], exchanged.student_rows, len(student))
-    few = (matches.spans[pairs[:, 0], 0] % ONE_IN == 0) & (t2s >= 0)
+    known = student.references[pairs[:, 0]] != IGNORE_INDEX
+    few = (matches.spans[pairs[:, 0], 0] % ONE_IN == 0) & (t2s >= 0) & known
     ours, theirs = pairs[few].unbind(1)
     ids = student.tokens.sample_ids[ours]
     losses = {
