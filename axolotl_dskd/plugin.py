@@ -28,9 +28,9 @@ class DSKDPlugin(BasePlugin):
         return "axolotl_dskd.config.DSKDArgs"
 
     def get_trainer_cls(self, cfg: Any) -> Any:
-        """The distilling trainer, where there is something to distil."""
+        """The distilling trainer; with `kd_ratio: 0` it fine-tunes on the same rows."""
         config = DSKDConfig.of(cfg)
-        if config is None or not config.uses_teacher:
+        if config is None:
             return None
         from axolotl_dskd.training.trainer import DSKDTrainer
 

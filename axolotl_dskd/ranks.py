@@ -62,6 +62,15 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def gather_objects(mine: Any) -> list[Any]:
+    """Every rank's object, in the order of ranks."""
+    if world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def raise_together(problem: str | None, device: torch.device) -> None:
     """Stop every rank if one of them has a problem.
 
@@ -74,15 +83,9 @@ def raise_together(problem: str | None, device: torch.device) -> None:
     Raises:
         ValueError: on every rank, with the problems of all of them.
     """
-    if world_size() == 1:
-        problems = [problem]
-    else:
-        found = torch.tensor(float(problem is not None), device=device)
-        dist.all_reduce(found)
-        if not found:
-            return
-        problems = [None] * world_size()
-        dist.all_gather_object(problems, problem)
+    if not sum_over_ranks(torch.tensor(float(problem is not None), device=device)):
+        return
+    problems = gather_objects(problem)
     named = [
         text if world_size() == 1 else f"rank {rank}: {text}"
         for rank, text in enumerate(problems)

@@ -27,6 +27,7 @@ ALLOWED = {
     "losses": set(),
     "models": {"ranks"},
     "generation": {"ranks"},
+    "evaluation": {"losses", "ranks"},
     "data": {"config"},
     "samples": {"config"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
@@ -34,11 +35,11 @@ ALLOWED = {
     "planning": {"config", "losses", "models", "objectives", "teacher"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
-        *("config", "data", "losses", "machine", "models", "objectives"),
+        *("config", "data", "evaluation", "losses", "machine", "models", "objectives"),
         *("ranks", "samples", "teacher"),
     },
     "commands": {
-        *("cache", "config", "data", "losses", "machine", "models", "objectives"),
+        *("cache", "config", "data", "evaluation", "losses", "machine", "models", "objectives"),
         *("planning", "progress", "teacher"),
     },
 }

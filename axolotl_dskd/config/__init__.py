@@ -5,6 +5,7 @@ The only place where defaults are stated. Imports nothing else of the package.
 
 from axolotl_dskd.config.block import PLUGIN_NAME, DSKDArgs, DSKDConfig
 from axolotl_dskd.config.cache import CacheConfig
+from axolotl_dskd.config.evaluation import EvaluationConfig
 from axolotl_dskd.config.objectives import (
     ChunkLikelihoodConfig,
     DivergenceKeys,
@@ -31,6 +32,7 @@ __all__ = [
     "DivergenceKeys",
     "DivergenceName",
     "DualSpaceConfig",
+    "EvaluationConfig",
     "GOLDConfig",
     "MinEditConfig",
     "ObjectiveConfig",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from axolotl_dskd.config.base import Block
+from axolotl_dskd.config.evaluation import EvaluationConfig
 from axolotl_dskd.config.objectives import DualSpaceConfig, ObjectiveConfig, objective_config
 from axolotl_dskd.config.refusals import refusals, refuse_moved_keys
 from axolotl_dskd.config.samples import SamplesConfig
@@ -31,6 +32,9 @@ class DSKDConfig(Block):
     )
     kd_ratio: float = Field(
         0.5, ge=0, le=1, description="0 is supervised fine-tuning only, 1 distillation only."
+    )
+    evaluation: EvaluationConfig = Field(
+        default_factory=EvaluationConfig, description="What evaluations measure and keep."
     )
     chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",

@@ -1,7 +1,8 @@
 """Where Axolotl's supervised data pipeline is made to prepare both sides of a row.
 
 Axolotl has no hook inside its pipeline, so three of its functions are wrapped, once per process.
-Each wrapper passes straight through for a config without a `dskd:` block (or with `kd_ratio: 0`).
+Each wrapper passes straight through for a config without a `dskd:` block. With `kd_ratio: 0` rows
+are prepared as for a distillation, so that plain fine-tuning can be compared with one.
 """
 
 from __future__ import annotations
@@ -31,11 +32,6 @@ from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, teacher_positio
 LOG = get_logger(__name__)
 
 _MARK = "_dskd_wrapped"
-
-
-def _active(cfg: Any) -> DSKDConfig | None:
-    config = DSKDConfig.of(cfg)
-    return config if config is not None and config.uses_teacher else None
 
 
 class _Captured(Exception):
@@ -197,7 +193,7 @@ class _Hooks:
         def get_dataset_wrapper(*args: Any, **kwargs: Any) -> Any:
             names = ("dataset_config", "tokenizer", "cfg", "dataset_base_type", "dataset")
             call = {**dict(zip(names, args, strict=False)), **kwargs}
-            config = _active(call["cfg"])
+            config = DSKDConfig.of(call["cfg"])
             if config is None:
                 return original(*args, **kwargs)
             self.student_tokenizer = call["tokenizer"]
@@ -209,7 +205,7 @@ class _Hooks:
         @wraps(original)
         def generate_dataset_hash_from_config(cfg: Any, *args: Any, **kwargs: Any) -> str:
             key = original(cfg, *args, **kwargs)
-            config = _active(cfg)
+            config = DSKDConfig.of(cfg)
             if config is None:
                 return key
             return hashlib.md5(
@@ -223,7 +219,7 @@ class _Hooks:
         @wraps(original)
         def handle_long_seq_in_dataset(dataset: Any, sequence_len: int, cfg: Any) -> Any:
             dataset = original(dataset, sequence_len, cfg)
-            config = _active(cfg)
+            config = DSKDConfig.of(cfg)
             if config is None:
                 return dataset
             assert self.student_tokenizer is not None, "rows come before any dataset"

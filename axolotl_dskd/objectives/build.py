@@ -10,6 +10,11 @@ from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
 
 
+def chunk_budget(config: DSKDConfig, memory: int) -> Budget:
+    """How many tokens' logits a run may hold at once; memory as in `build_objective`."""
+    return Budget(None if config.chunk_tokens == "auto" else config.chunk_tokens, memory)
+
+
 def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int) -> Objective[Any]:
     """The objective of a run; loads no weights.
 
@@ -30,6 +35,5 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
             f"dskd.objective: {kind.__module__} defines the keys of {config.objective.name!r}, but "
             "no subclass of Objective with `config=` that class."
         )
-    tokens = None if config.chunk_tokens == "auto" else config.chunk_tokens
-    setting = Setting(config.kd_ratio, Budget(tokens, memory), seed)
+    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed)
     return Objective.known[kind](config.objective, facts, setting)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from axolotl_dskd.evaluation import bits_per_byte
 from axolotl_dskd.ranks import sum_over_ranks
 from axolotl_dskd.types import LossOutput, Per
 
@@ -22,25 +23,30 @@ class MetricSums:
         self.per = dict(per)
         self.sums: dict[str, Tensor] = {}
         self.counts = dict.fromkeys(self.per, 0)
-        self.tokens = self.references = 0
+        self.tokens = self.references = self.text_bytes = 0
 
-    def add(self, out: LossOutput) -> None:
-        """Count one batch in."""
+    def add(self, out: LossOutput, text_bytes: int) -> None:
+        """Count one batch in.
+
+        Args:
+            text_bytes: of its supervised text.
+        """
         assert out.terms.keys() <= self.per.keys(), out.terms.keys() - self.per.keys()
         for name, value in out.sums().items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
             self.counts[name] += len(out.terms[name].values)
         self.tokens += out.tokens
         self.references += out.tokens if out.references is None else out.references
+        self.text_bytes += text_bytes
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Every term's mean, by its name with `dskd/` in front; nothing where there is no token."""
-        numbers = [float(self.tokens), float(self.references)]
+        numbers = [float(self.tokens), float(self.references), float(self.text_bytes)]
         for name in self.per:  # the same layout on every rank
             total = float(self.sums.get(name, 0.0))
             numbers += (total, float(self.counts[name]), float(name in self.sums))
         packed = torch.tensor(numbers, dtype=torch.float64, device=device)
-        tokens, references, *rest = sum_over_ranks(packed).tolist()
+        tokens, references, text_bytes, *rest = sum_over_ranks(packed).tolist()
         if not tokens:
             return {}
         means = {}
@@ -49,4 +55,6 @@ class MetricSums:
             by = {"value": max(count, 1.0), "student_token": tokens, "reference_token": references}
             if seen and by[per]:
                 means[f"dskd/{name}"] = total / by[per]
+                if name == "ce" and text_bytes:
+                    means["dskd/bits_per_byte"] = bits_per_byte(total, text_bytes)
         return means | {"dskd/supervised_tokens": tokens}

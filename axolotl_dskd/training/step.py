@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from axolotl_dskd.evaluation import Measured, measure
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.objectives import Objective
@@ -56,6 +57,10 @@ class Step:
         distillation: None where there is no teacher: then the loss is the cross-entropy.
         budget: of the cross-entropy's chunks.
         follow: told the head as it is now, on every rank, also on one without supervised tokens.
+        evaluates: whether to measure the student, too.
+
+    Attributes:
+        measured: after the forward of a step that evaluates.
     """
 
     def __init__(
@@ -65,12 +70,16 @@ class Step:
         distillation: Distillation | None,
         budget: Budget,
         follow: Callable[[OutputHead], None],
+        *,
+        evaluates: bool = False,
     ) -> None:
         self.batch = batch
         self.student = student
         self.distillation = distillation
         self.budget = budget
         self.follow = follow
+        self.evaluates = evaluates
+        self.measured: Measured | None = None
         self._refusal: str | None = None
 
     def at_head(self, hidden_BLd: Tensor) -> LossOutput:
@@ -81,6 +90,8 @@ class Step:
         view = replace(self.student.view(tokens, hidden_BLd[mask_BL], needs), written=written)
         assert view.head is not None
         self.follow(view.head)
+        if self.evaluates:
+            self.measured = measure(view, self.budget)
         if self.distillation is None:
             return cross_entropy(view, self.budget)
         try:

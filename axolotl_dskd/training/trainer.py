@@ -19,16 +19,18 @@ from torch import Tensor, nn
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
+from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.data.tokenizers import (
     exact_share,
     load_teacher_tokenizer,
     longest_supervised,
     vocabulary_size,
 )
+from axolotl_dskd.evaluation import RowScores, TextBytes, means
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.models.student import Student
-from axolotl_dskd.objectives import Facts, Pair, build_objective
+from axolotl_dskd.objectives import Facts, Objective, Pair, build_objective, chunk_budget
 from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
@@ -36,6 +38,7 @@ from axolotl_dskd.samples import open_samples
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
 from axolotl_dskd.training.callbacks import Begin, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.metrics import MetricSums
+from axolotl_dskd.training.recorder import Recorder, lower_is_better
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Step
 from axolotl_dskd.types import DualBatch, LossOutput
@@ -47,7 +50,7 @@ LITTLE = 0.25
 
 
 class DSKDTrainer(AxolotlTrainer):
-    """Trains the student with the configured objective.
+    """Trains the student with the configured objective, or, with `kd_ratio: 0`, without a teacher.
 
     The teacher is loaded when training starts, so that a trainer which only evaluates (`axolotl
     evaluate`) never holds it and reports the student's plain cross-entropy.
@@ -73,15 +76,17 @@ class DSKDTrainer(AxolotlTrainer):
                     teacher_pad_id=teacher.pad_token_id or 0,
                 )
                 self._collators.append(kwargs[key])
+        lower_is_better(kwargs["args"])
         super().__init__(*args, **kwargs)
         sizes = vocabulary_size(student), vocabulary_size(teacher)
-        share, longest = exact_share(self.train_dataset), longest_supervised(self._datasets())
-        facts = Facts(student, teacher, sizes, share, longest)
-        device = self.accelerator.device
-        self.objective = build_objective(
-            self.dskd, facts, memory=total_memory(device), seed=self.args.seed
-        )
-        LOG.info(self.objective.describe())
+        memory = total_memory(self.accelerator.device)
+        self.objective: Objective[Any] | None = None
+        if self.dskd.uses_teacher:
+            share, longest = exact_share(self.train_dataset), longest_supervised(self._datasets())
+            facts = Facts(student, teacher, sizes, share, longest)
+            self.objective = build_objective(self.dskd, facts, memory=memory, seed=self.args.seed)
+            LOG.info(self.objective.describe())
+        self._budget = chunk_budget(self.dskd, memory)
         # Hugging Face's own hook for a loss of sums: no division by accumulation steps, no labels
         # for the model (so no patched forward computes a loss of its own).
         self.compute_loss_func = self._divided
@@ -90,9 +95,12 @@ class DSKDTrainer(AxolotlTrainer):
         self.distillation: Distillation | None = None
         self.sidecar: Sidecar | None = None
         self._sums: dict[str, MetricSums] = defaultdict(self._no_sums)
+        self._text_bytes = TextBytes(token_bytes(student))
+        self._rows = RowScores()
+        self._recorder = Recorder(self) if self.dskd.evaluation.record else None
         self._step: Step | None = None
         self._at_head: list[LossOutput] = []
-        self._share_is_said = False
+        self._is_set_up = self._share_is_said = False
         self._problem: str | None = None
         self._followed_step: int | None = None
         #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
@@ -101,43 +109,47 @@ class DSKDTrainer(AxolotlTrainer):
     # ---- set-up ------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the teacher, begin the objective, then train as Axolotl does."""
+        """Load the teacher, if there is one, begin the objective, then train as Axolotl does."""
         checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
         if isinstance(checkpoint, str):  # before a teacher is loaded for nothing
             check_checkpoint(checkpoint)
-        if self.distillation is None:
-            self._set_up_distillation()
+        if not self._is_set_up:
+            self._is_set_up = True
+            self.student.check(training_has_begun=False)
+            self.add_callback(Begin(self._begin))
+            if self.objective is not None:
+                self._set_up_distillation(self.objective)
+        if self._recorder is not None:
+            self._recorder.rows()
         return super().train(*args, **kwargs)
 
-    def _set_up_distillation(self) -> None:
-        beside = self.objective.beside
+    def _set_up_distillation(self, objective: Objective[Any]) -> None:
+        beside = objective.beside
         if self.is_deepspeed_enabled and beside is not None and beside.warmup_steps:
             # Not in the file that was validated, but in one of accelerate's.
             raise ValueError(
                 "dskd.objective.projector.warmup_steps does not work under DeepSpeed, which "
                 "updates the student within its backward. Remove it."
             )
-        self.student.check(training_has_begun=False)
         device = self.accelerator.device
-        spec = TeacherSpec(self.dskd.teacher, self.objective.facts.vocab_sizes[1], device)
+        spec = TeacherSpec(self.dskd.teacher, objective.facts.vocab_sizes[1], device)
         teacher = open_teacher(spec, self._run())
         teacher.begin()
         for collator in self._collators:
             collator.read_cached = teacher.reader()
         with self.student.gathered() as (head, embedding):
             self.student.check_sizes(
-                head, embedding, compares_embeddings=self.objective.needs.embeddings
+                head, embedding, compares_embeddings=objective.needs.embeddings
             )
             heads, embeddings = (head, teacher.head), (embedding, teacher.embedding)
-            self.objective.begin(Pair(heads, embeddings, device))
+            objective.begin(Pair(heads, embeddings, device))
         self.sidecar = Sidecar(
-            self.objective.config.name,
-            self.objective.module,
-            self.objective.beside,
+            objective.config.name,
+            objective.module,
+            objective.beside,
             max_grad_norm=self.args.max_grad_norm,
         )
-        self.distillation = Distillation(teacher, self.objective)
-        self.add_callback(Begin(self._begin))
+        self.distillation = Distillation(teacher, objective)
         self.add_callback(TeacherEpochs(teacher))
         self.add_callback(
             StepSidecar(
@@ -212,8 +224,14 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> Any:
         """The student's forward without logits; the loss is computed where its head would be."""
         batch = DualBatch.pop_from(inputs)
-        budget = self.objective.setting.budget
-        step = Step(batch, self.student, self.distillation, budget, self._follow)
+        step = Step(
+            batch,
+            self.student,
+            self.distillation,
+            self._budget,
+            self._follow,
+            evaluates=not self.model.training,
+        )
         self._step = step
         try:
             with captured_head_input(self.model, step.at_head) as self._at_head:
@@ -234,12 +252,24 @@ class DSKDTrainer(AxolotlTrainer):
         if self.accelerator.sync_gradients or not self.model.training:
             raise_together(self._problem, self.accelerator.device)
         if problem is None:
-            self._sums["train" if self.model.training else "eval"].add(out)
+            self._count_in(out)
         self._loss_scale = self.student.loss_scale
         count = max(out.tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
         # Through the outputs, which reach every parameter and where sharded backwards begin.
         return loss + (0.0 * outputs["logits"].float()).sum()
+
+    def _count_in(self, out: LossOutput) -> None:
+        """Add a batch to the metrics."""
+        assert self._step is not None
+        batch, measured = self._step.batch, self._step.measured
+        labels = batch.student_side(batch.student_mask()).labels
+        text_bytes = self._text_bytes(batch.matches.spans, labels)
+        self._sums["eval" if self._step.evaluates else "train"].add(out, int(text_bytes.sum()))
+        if self._recorder is not None and not self._step.evaluates:
+            self._recorder.learned_tokens += out.tokens
+        if measured is not None and len(labels):
+            self._rows.add(batch, measured, text_bytes)
 
     def _follow(self, head: OutputHead) -> None:
         """Once in a step, and where the head is whole."""
@@ -247,12 +277,13 @@ class DSKDTrainer(AxolotlTrainer):
         if self.distillation is None or step == self._followed_step:
             return
         self._followed_step = step
-        self.objective.follow(step, head)
+        self.distillation.objective.follow(step, head)
 
     # ---- metrics -----------------------------------------------------------------------------
 
     def _no_sums(self) -> MetricSums:
-        return MetricSums(CROSS_ENTROPY if self.distillation is None else self.objective.terms)
+        found = self.distillation
+        return MetricSums(CROSS_ENTROPY if found is None else found.objective.terms)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to training logs."""
@@ -263,6 +294,8 @@ class DSKDTrainer(AxolotlTrainer):
             terms = {name.removeprefix("dskd/"): mean for name, mean in means.items()}
             if self.distillation is not None and (remark := self.objective.remark(terms)):
                 LOG.warning(remark)
+            if self._recorder is not None:
+                self._recorder.log(logs)
         super().log(logs, start_time)
 
     def _report_share(self, logs: dict[str, float]) -> None:
@@ -279,12 +312,17 @@ class DSKDTrainer(AxolotlTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the means over the evaluation set to its metrics."""
         self._sums.pop("eval", None)
+        self._rows = RowScores()
         if self.distillation is None:
             LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        means = self._sums.pop("eval", self._no_sums()).means(self.accelerator.device)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        found = self._sums.pop("eval", self._no_sums()).means(self.accelerator.device)
+        rows = self._rows.gathered()
+        found |= means(rows)
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        if self._recorder is not None:
+            self._recorder.evaluation(prefix, output.metrics, rows)
         return output
 
     # ---- checkpoints -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def losses(trainer: Any) -> list[float]:
 
 
 #: Keys of `dskd:` that are not the objective's.
-_OUTER = ("teacher", "samples", "kd_ratio", "chunk_tokens")
+_OUTER = ("teacher", "samples", "kd_ratio", "chunk_tokens", "evaluation")
 
 
 def dskd(folder: Path, **keys: Any) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""What a trainer keeps of a run beside its log, and which checkpoint it takes for the best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from axolotl_dskd.evaluation import Row, append_line, rows_digest
+from axolotl_dskd.ranks import sum_over_ranks
+
+
+def lower_is_better(args: Any) -> None:
+    """Let `metric_for_best_model: eval_dskd/bits_per_byte` pick the fewest.
+
+    transformers takes every metric whose name does not end in "loss" for one where more is better,
+    and Axolotl does not hand `greater_is_better: false` on.
+
+    Args:
+        args: the training arguments; changed in place.
+    """
+    if str(args.metric_for_best_model).endswith("dskd/bits_per_byte"):
+        args.greater_is_better = False
+
+
+class Recorder:
+    """Writes `dskd-record.jsonl` into the run's folder, on the first rank.
+
+    Every rank must call it alike.
+
+    Args:
+        trainer: whose data sets, state and folder they are.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        #: Supervised tokens of this rank that were learned from.
+        self.learned_tokens = 0
+
+    def rows(self) -> None:
+        """Which rows the run trains on, in which order."""
+        dataset = self.trainer.train_dataset
+        self._say({"train": {"rows": len(dataset), "digest": rows_digest(dataset)}})
+
+    def evaluation(self, prefix: str, metrics: dict[str, float], rows: dict[str, Row]) -> None:
+        """What an evaluation found.
+
+        Args:
+            prefix: of its metrics.
+            metrics: by name, with the prefix.
+            rows: of all ranks, by key.
+        """
+        state, device = self.trainer.state, self.trainer.accelerator.device
+        learned = sum_over_ranks(torch.tensor(float(self.learned_tokens), device=device))
+        self._say(
+            {
+                "evaluation": prefix,
+                "step": state.global_step,
+                "epoch": state.epoch or 0,
+                "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float)},
+                "learned_tokens": int(learned),
+                "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+                "rows": {key: row.as_list() for key, row in rows.items()},
+            }
+        )
+
+    def log(self, logs: dict[str, float]) -> None:
+        """What the trainer logs."""
+        state = self.trainer.state
+        numbers = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+        self._say({"log": numbers, "step": state.global_step, "max_steps": state.max_steps})
+
+    def _say(self, record: dict[str, Any]) -> None:
+        if self.trainer.args.process_index == 0:
+            append_line(self.trainer.args.output_dir, record)

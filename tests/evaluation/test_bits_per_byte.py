@@ -1,0 +1,182 @@
+"""Bits per byte: against a plain computation, and in training, evaluation and best checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from axolotl_dskd.evaluation import read_record
+from tests.support import tiny
+from tests.support.ranks import run
+from tests.support.runs import dskd, steps
+
+Train = Callable[[dict[str, Any]], Any]
+HELD_OUT = 6
+
+
+def plain_bits_per_byte(folder: Path, rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Of the answers of all turns with their end tokens, over the bytes of the answers; and the
+    share of tokens that are the model's first choice."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    nats, text_bytes, right, tokens = 0.0, 0, 0, 0
+    for row in rows:
+        turns = row["messages"]
+        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        with torch.no_grad():
+            log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for k in range(1, len(turns), 2):
+            begin = len(
+                tokenizer.apply_chat_template(
+                    turns[:k], add_generation_prompt=True, return_dict=True
+                )["input_ids"]
+            )
+            end = ids.index(tokenizer.eos_token_id, begin) + 1
+            for place in range(begin, end):
+                nats -= float(log_p[place - 1, ids[place]])
+                right += int(log_p[place - 1].argmax()) == ids[place]
+                tokens += 1
+            text_bytes += len(turns[k]["content"].encode())
+    return nats / math.log(2) / text_bytes, right / tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair with two tokenizers, and rows held out, a multiple of no batch."""
+    folder = tmp_path_factory.mktemp("bits")
+    tiny.save_pair(folder)
+    rows = tiny.chat_rows(30)[-HELD_OUT:]
+    for row in rows:  # nothing of what training learns by heart
+        for turn in row["messages"][1::2]:
+            turn["content"] = turn["content"][::-1]
+    tiny.write_rows(folder / "held-out.jsonl", rows)
+    return folder
+
+
+def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
+    """Learns by heart so quickly that later checkpoints are worse than the first."""
+    held_out = {
+        "path": str(folder / "held-out.jsonl"),
+        "ds_type": "json",
+        "type": "chat_template",
+        "split": "train",
+    }
+    block = dskd(folder, evaluation={"record": True})
+    defaults = {
+        "test_datasets": [held_out],
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "save_strategy": None,
+        "save_total_limit": 20,
+        "output_dir": str(folder / name),
+        "dskd": block,
+    }
+    return tiny.base_config(folder, **{**defaults, **overrides})
+
+
+def held_out_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "held-out.jsonl").read_text().splitlines()]
+
+
+def found(trainer: Any) -> list[float]:
+    history = trainer.state.log_history
+    return [e["eval_dskd/bits_per_byte"] for e in history if "eval_loss" in e]
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, train: Train) -> Any:
+    """A training that picks its best checkpoint."""
+    made = config(
+        folder,
+        "best",
+        max_steps=12,
+        learning_rate=2e-2,
+        metric_for_best_model="eval_dskd/bits_per_byte",
+        load_best_model_at_end=True,
+        early_stopping_patience=20,
+    )
+    return train(made)[1]
+
+
+def test_it_is_the_likelihood_of_the_answers_over_their_bytes(folder: Path, trained: Any):
+    """Before the first step, of the student as it came."""
+    bits, accuracy = plain_bits_per_byte(folder / "student", held_out_rows(folder))
+    first = next(e for e in trained.state.log_history if "eval_loss" in e)
+    assert first["eval_dskd/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert first["eval_dskd/accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    checkpoint = folder / "best" / "checkpoint-4"
+    at_four = [e for e in trained.state.log_history if e.get("step") == 4 and "eval_loss" in e]
+    bits, _ = plain_bits_per_byte(checkpoint, held_out_rows(folder))
+    assert at_four[0]["eval_dskd/bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_the_best_model_has_the_fewest(folder: Path, trained: Any):
+    values = found(trained)
+    assert min(values[1:]) < values[-1], "learns by heart too slowly for this test"
+    assert trained.state.best_metric == pytest.approx(min(values[1:]))
+    bits, _ = plain_bits_per_byte(folder / "best", held_out_rows(folder))
+    assert bits == pytest.approx(min(values[1:]), rel=1e-5)
+
+
+def test_training_logs_it_of_its_own_rows(trained: Any):
+    for entry in steps(trained):
+        nats = entry["dskd/ce"] * entry["dskd/supervised_tokens"]
+        text_bytes = nats / math.log(2) / entry["dskd/bits_per_byte"]
+        assert text_bytes == pytest.approx(round(text_bytes), rel=1e-5)
+        assert text_bytes > entry["dskd/supervised_tokens"]
+
+
+def test_rows_add_up_to_it(folder: Path, trained: Any):
+    first, *lines = read_record(folder / "best")
+    assert first["train"]["rows"] == 16
+    assert [line["log"]["dskd/ce"] for line in lines if "log" in line] == [
+        entry["dskd/ce"] for entry in steps(trained)
+    ]
+    evaluations = [line for line in lines if "evaluation" in line]
+    assert len(evaluations) == len(found(trained))
+    for record, bits in zip(evaluations, found(trained), strict=True):
+        assert len(record["rows"]) == HELD_OUT
+        nats, text_bytes, *_ = map(sum, zip(*record["rows"].values(), strict=True))
+        assert nats / math.log(2) / text_bytes == pytest.approx(bits, rel=1e-9)
+
+
+@pytest.mark.parametrize("block", [{}, {"kd_ratio": 0.0}], ids=["dual space", "no teacher"])
+def test_axolotl_evaluate_gives_the_number_of_the_training(
+    folder: Path, trained: Any, validated: Callable[[dict[str, Any]], Any], block: dict[str, Any]
+):
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.common.datasets import load_datasets
+    from axolotl.evaluate import evaluate
+
+    same = config(folder, "evaluated", dskd=dskd(folder, **block))
+    meta = load_datasets(cfg=validated(same), cli_args=TrainerCliArgs())
+    metrics = evaluate(cfg=validated(same), dataset_meta=meta)
+    assert metrics["eval_dskd/bits_per_byte"] == pytest.approx(found(trained)[0], rel=1e-6)
+    assert metrics["train_dskd/bits_per_byte"] > 0
+
+
+def test_packing_and_ranks_do_not_change_it(folder: Path, trained: Any):
+    """Of six rows, two ranks with batches of four see two twice."""
+    packed = config(
+        folder,
+        "packed",
+        max_steps=1,
+        micro_batch_size=1,
+        sequence_len=2048,
+        sample_packing=True,
+        eval_sample_packing=True,
+    )
+    ranks = config(folder, "ranks", max_steps=1)
+    [one] = run(1, {"do": "train", "config": packed})
+    [two] = run(2, {"do": "train", "config": ranks})
+    for result in (one, two):
+        first = result["evaluations"][0]
+        assert first["eval_dskd/bits_per_byte"] == pytest.approx(found(trained)[0], rel=1e-5)
