@@ -41,18 +41,7 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
     """
     from axolotl.cli import config as axolotl_config
 
-    raw = _yaml(path)
-    if not isinstance(raw, dict):
-        raise click.ClickException(
-            f"{path} is no configuration: its top level is {type(raw).__name__ if raw else 'empty'}"
-            ", not `key: value` lines."
-        )
-    named = [str(p).replace(":", ".") for p in raw.get("plugins") or []]
-    if raw.get("dskd") and not any(p.endswith("DSKDPlugin") for p in named):
-        raise click.ClickException(
-            f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
-            f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
-        )
+    _raw(path)
     start_log, start_ranks = axolotl_config.prepare_debug_log, axolotl_config.prepare_optim_env
     # One would delete the log that the last training left in output_dir, the other set up the ranks
     # that the file asks for (DeepSpeed opens a process group), where this process is alone.
@@ -66,12 +55,34 @@ def read_config(path: Path) -> tuple[Any, DSKDConfig]:
         axolotl_config.prepare_debug_log = start_log
         axolotl_config.prepare_optim_env = start_ranks
     config = DSKDConfig.of(cfg)
-    if config is None:
+    assert config is not None
+    return cfg, config
+
+
+def _raw(path: Path) -> dict[str, Any]:
+    """A configuration file as it is, checked to name the plugin and to have a `dskd:` block.
+
+    Raises:
+        click.ClickException: it is none, or lacks one of the two.
+    """
+    raw = _yaml(path)
+    if not isinstance(raw, dict):
+        raise click.ClickException(
+            f"{path} is no configuration: its top level is {type(raw).__name__ if raw else 'empty'}"
+            ", not `key: value` lines."
+        )
+    if not raw.get("dskd"):
         raise click.ClickException(
             f"{path} has no `dskd:` block. Add the plugin and\n"
             "dskd:\n  teacher:\n    base_model: <hub id or folder>"
         )
-    return cfg, config
+    named = [str(p).replace(":", ".") for p in raw.get("plugins") or []]
+    if not any(p.endswith("DSKDPlugin") for p in named):
+        raise click.ClickException(
+            f"{path} has a `dskd:` block but does not name the plugin, so Axolotl would fine-tune "
+            f"without a teacher. Add\nplugins:\n  - {PLUGIN_NAME}"
+        )
+    return raw
 
 
 def _yaml(path: Path) -> Any:
@@ -224,6 +235,32 @@ def inspect(**options: Any) -> None:
         from axolotl_dskd.commands.inspect import run_inspect
 
         run_inspect(read_config, **options)
+
+
+@main.command()
+@_config
+@click.option("--runs", metavar="NAMES", help="Methods or runs of `compare:`, such as sft,dskd.")
+@click.option("--seeds", metavar="NUMBERS", help="Such as 1,2,3; default: the YAML's seed.")
+@click.option("--held-out", metavar="FILE|SHARE", help="Rows to compare on; default: the YAML's.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where all goes.")
+@click.option("--jobs", type=click.IntRange(1), help="Runs at a time; default: one per GPU.")
+@click.option("--gpus-per-run", default=1, show_default=True, type=click.IntRange(1))
+def compare(**options: Any) -> None:
+    """Train CONFIG with several methods and seeds, and compare them on held-out rows.
+
+    What each run changes under `dskd:` stands in CONFIG's `compare:` block, or is a method's name:
+    sft (no teacher), dskd (as configured), or an objective. All else is the same. Each run is an
+    `axolotl train` of its own; those that are finished are not trained again, so the same command
+    goes on where it was interrupted.
+    """
+    from axolotl_dskd.commands.compare import run_compare
+
+    try:
+        run_compare(_raw, **options)
+    except KeyboardInterrupt:
+        raise _Interrupted(
+            "interrupted. Finished runs are kept; the same command goes on from there."
+        ) from None
 
 
 @contextmanager

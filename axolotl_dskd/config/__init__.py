@@ -5,6 +5,7 @@ The only place where defaults are stated. Imports nothing else of the package.
 
 from axolotl_dskd.config.block import PLUGIN_NAME, DSKDArgs, DSKDConfig
 from axolotl_dskd.config.cache import CacheConfig
+from axolotl_dskd.config.compare import CompareConfig
 from axolotl_dskd.config.evaluation import EvaluationConfig
 from axolotl_dskd.config.objectives import (
     ChunkLikelihoodConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "PLUGIN_NAME",
     "CacheConfig",
     "ChunkLikelihoodConfig",
+    "CompareConfig",
     "DSKDArgs",
     "DSKDConfig",
     "DivergenceKeys",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from axolotl_dskd.config.base import Block
+from axolotl_dskd.config.compare import CompareConfig
 from axolotl_dskd.config.evaluation import EvaluationConfig
 from axolotl_dskd.config.objectives import DualSpaceConfig, ObjectiveConfig, objective_config
 from axolotl_dskd.config.refusals import refusals, refuse_moved_keys
@@ -75,6 +76,7 @@ class DSKDArgs(BaseModel):
     """What the plugin adds to Axolotl's schema (method names unique: the classes are merged)."""
 
     dskd: DSKDConfig | None = Field(None, description=DSKDConfig.__doc__)
+    compare: CompareConfig | None = Field(None, description=CompareConfig.__doc__)
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from axolotl_dskd.evaluation import bits_per_byte
+from axolotl_dskd.evaluation.rows import bits_per_byte
 from axolotl_dskd.ranks import sum_over_ranks
 from axolotl_dskd.types import LossOutput, Per
 

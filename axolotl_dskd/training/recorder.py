@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from axolotl_dskd.evaluation import Row, append_line, rows_digest
+from axolotl_dskd.evaluation.record import append_line, rows_digest
+from axolotl_dskd.evaluation.rows import Row
 from axolotl_dskd.ranks import sum_over_ranks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from axolotl_dskd.evaluation import Measured, measure
+from axolotl_dskd.evaluation.measure import Measured, measure
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.objectives import Objective

@@ -26,7 +26,9 @@ from axolotl_dskd.data.tokenizers import (
     longest_supervised,
     vocabulary_size,
 )
-from axolotl_dskd.evaluation import RowScores, TextBytes, means
+from axolotl_dskd.evaluation.measure import TextBytes
+from axolotl_dskd.evaluation.rows import means
+from axolotl_dskd.evaluation.scores import RowScores
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.models.student import Student

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_dskd.evaluation import read_record
+from axolotl_dskd.evaluation.record import read_record
 from tests.support import tiny
 from tests.support.ranks import run
 from tests.support.runs import dskd, steps

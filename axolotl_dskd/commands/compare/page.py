@@ -1,0 +1,70 @@
+"""A comparison as one HTML page: no script, nothing loaded from elsewhere, light and dark.
+
+Every text in it comes from configurations and paths; the template escapes all of it by itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from axolotl_dskd import __version__
+from axolotl_dskd.commands.compare.outcome import Outcome
+from axolotl_dskd.commands.compare.plan import Run
+from axolotl_dskd.commands.compare.summary import MOMENTS, Method, verdict
+from axolotl_dskd.progress import duration, quantity
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {
+    "bits": "{:.4f}".format,
+    "percent": "{:.1%}".format,
+    "signed": "{:+.1%}".format,
+    "number": "{:,}".format,
+    "duration": duration,
+    "size": lambda count: quantity(count, "bytes"),
+}
+
+
+def html_page(
+    results: dict[str, Any],
+    runs: Sequence[Run],
+    outcomes: Sequence[Outcome],
+    methods: Sequence[Method],
+    picture: bytes,
+) -> str:
+    """The whole page."""
+    return _ENVIRONMENT.get_template("page.html.jinja").render(
+        results=results,
+        outcomes=outcomes,
+        methods=methods,
+        moments=MOMENTS,
+        verdicts=[verdict(method, methods[0]) for method in methods[1:]],
+        picture=base64.b64encode(picture).decode(),
+        configs=_configs(runs),
+        version=__version__,
+    )
+
+
+def _configs(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Each run's name and configuration: whole the first time, then what differs from that."""
+    first, *others = [(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs]
+    lines = first[1].splitlines()
+    return [
+        first,
+        *(
+            (name, "\n".join(difflib.unified_diff(lines, text.splitlines(), lineterm="", n=1)))
+            for name, text in others
+        ),
+    ]

@@ -1,0 +1,204 @@
+"""From one YAML to the configurations of all runs: what differs is under `dskd:`, and the seed.
+
+Knows files and configurations; loads no model and no Axolotl, so that what is wrong is said at
+once.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from axolotl_dskd.config import CompareConfig, DSKDConfig, ObjectiveConfig
+
+Config = dict[str, Any]
+
+#: Packages whose version may change a result.
+PACKAGES = ("axolotl-dskd", "axolotl", "torch", "transformers")
+#: Larger files are known by their size and time.
+_HASHED_BYTES = 64 << 20
+_SAVING = ("save_strategy", "save_steps", "saves_per_epoch")
+_PICKS_A_CHECKPOINT = ("metric_for_best_model", "early_stopping_patience", "load_best_model_at_end")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        method: the run's name in the comparison.
+        seed: of everything that is drawn.
+        config: Axolotl's, complete.
+        folder: where its configuration, log, result and model go.
+        digest: of all that decides its result.
+    """
+
+    method: str
+    seed: int
+    config: Config
+    folder: Path
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """Of the run among all."""
+        return f"{self.method}-seed{self.seed}"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a teacher takes part."""
+        return DSKDConfig.model_validate(self.config["dskd"]).uses_teacher
+
+
+def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
+    """All runs, seed by seed.
+
+    Args:
+        base: the YAML, without its `compare:`.
+        compare: what to compare.
+        out: folder of the comparison.
+
+    Raises:
+        ValueError: an unknown method, a run whose `dskd:` block is refused, two runs that are the
+            same, nothing held out.
+    """
+    if not compare.runs:
+        raise ValueError(
+            "nothing to compare. Name the runs, such as --runs sft,dual_space, or write\n"
+            "compare:\n  runs: {sft: {}, dual_space: {}}"
+        )
+    base = _held_out(copy.deepcopy(base), compare.held_out)
+    blocks = {name: _block(base, name, changes) for name, changes in compare.runs.items()}
+    typed = [DSKDConfig.model_validate(block) for block in blocks.values()]
+    for k, name in enumerate(blocks):
+        if typed[k] in typed[:k]:
+            same = list(blocks)[typed.index(typed[k])]
+            raise ValueError(f"the runs {same} and {name} are one: they change the same keys.")
+    files = _input_files(base, typed[0])
+    runs = []
+    for seed in compare.seeds or [base.get("seed") or 42]:
+        for name, block in blocks.items():
+            config = _run_config(base, block, seed)
+            made = json.dumps([config, files, _versions()], sort_keys=True, default=str)
+            digest = hashlib.sha256(made.encode()).hexdigest()
+            folder = out / f"{name}-seed{seed}"
+            config |= {
+                "output_dir": str(folder / "model"),
+                "dataset_prepared_path": str(out / "prepared" / f"seed{seed}"),
+            }
+            config["dskd"]["teacher"].setdefault("cache", _cache(block, out))
+            runs.append(Run(name, seed, config, folder, digest))
+    return runs
+
+
+def merged(base: Config, changes: Config) -> Config:
+    """`base` with the keys of `changes`, block by block."""
+    both = dict(base)
+    for key, value in changes.items():
+        inner = both.get(key)
+        both[key] = (
+            merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        )
+    return both
+
+
+def _block(base: Config, name: str, changes: Config) -> Config:
+    """A run's `dskd:` block."""
+    block = copy.deepcopy(base["dskd"])
+    if isinstance(block.get("objective"), str):
+        block["objective"] = {"name": block["objective"]}
+    configured = block.get("objective", {}).get("name", "dual_space")
+    changes = copy.deepcopy(changes)
+    if isinstance(changes.get("objective"), str):
+        changes["objective"] = {"name": changes["objective"]}
+    if name == "sft":
+        changes.setdefault("kd_ratio", 0)
+    elif name in ObjectiveConfig.known:
+        changes["objective"] = {"name": name} | changes.get("objective", {})
+    elif not changes and name != "dskd":
+        known = sorted({"sft", "dskd", *ObjectiveConfig.known})
+        close = difflib.get_close_matches(name, known, n=1)
+        raise ValueError(
+            f"there is no method {name!r}.{f' Did you mean {close[0]}?' if close else ''} Known: "
+            f"{', '.join(known)}; a run of another name must say what it changes under `dskd:`."
+        )
+    if changes.get("objective", {}).get("name", configured) != configured:
+        block.pop("objective", None)  # its keys are another objective's
+    block = merged(block, changes)
+    try:
+        DSKDConfig.model_validate(block)
+    except ValueError as error:
+        raise ValueError(f"the run {name} is refused: {error}") from error
+    block["evaluation"] = merged(block.get("evaluation", {}), {"record": True})
+    return block
+
+
+def _run_config(base: Config, block: Config, seed: int) -> Config:
+    config = copy.deepcopy(base) | {"dskd": copy.deepcopy(block), "seed": seed}
+    if not any(config.get(key) for key in ("eval_strategy", "eval_steps", "evals_per_epoch")):
+        config["eval_strategy"] = "epoch"
+    if not any(config.get(key) for key in _PICKS_A_CHECKPOINT):
+        config = {key: value for key, value in config.items() if key not in _SAVING}
+        config["save_strategy"] = "no"  # the final model alone
+    return config
+
+
+def _held_out(base: Config, held_out: str | float | None) -> Config:
+    """The configuration with rows to evaluate on."""
+    if isinstance(held_out, str):
+        path = Path(held_out).expanduser()
+        if not path.is_file():
+            raise ValueError(f"the held-out file {held_out} does not exist. Write its path.")
+        first = base["datasets"][0]
+        like = {k: v for k, v in first.items() if k not in ("path", "data_files", "shards")}
+        rows = like | {"path": str(path), "ds_type": "json", "split": "train"}
+        return base | {"test_datasets": [rows], "val_set_size": 0}
+    if held_out is not None:
+        whole = int(held_out) if held_out >= 1 else held_out
+        return {k: v for k, v in base.items() if k != "test_datasets"} | {"val_set_size": whole}
+    if not base.get("test_datasets") and not base.get("val_set_size"):
+        raise ValueError(
+            "no rows are held out, so there is nothing to compare on. Name a file with --held-out "
+            "rows.jsonl, or a share of the data with --held-out 0.1; or set val_set_size."
+        )
+    return base
+
+
+def _cache(block: Config, out: Path) -> Config:
+    """One teacher cache for all runs; as exact as the teacher itself."""
+    dtype = "float32" if block["teacher"].get("dtype") == "float32" else "auto"
+    return {"path": str(out / "teacher-cache"), "dtype": dtype}
+
+
+def _versions() -> list[str]:
+    return [f"{package} {version(package)}" for package in PACKAGES]
+
+
+def _input_files(base: Config, dskd: DSKDConfig) -> list[list[Any]]:
+    """Local files that the runs read, each with what tells it from another version of it."""
+    names = [base.get("base_model"), base.get("tokenizer_config"), dskd.teacher.base_model]
+    names += [dskd.teacher.adapter, dskd.teacher.tokenizer]
+    for dataset in [*(base.get("datasets") or []), *(base.get("test_datasets") or [])]:
+        names.append(dataset.get("path"))
+    found = []
+    for path in sorted({Path(str(name)) for name in names if name}):
+        inside = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+        for file in inside:
+            if file.is_file():
+                found.append([str(file), _identity(file)])
+    return found
+
+
+def _identity(file: Path) -> list[Any]:
+    status = file.stat()
+    if status.st_size > _HASHED_BYTES:
+        return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, xxhash.xxh3_128_hexdigest(file.read_bytes())]

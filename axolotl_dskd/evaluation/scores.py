@@ -1,0 +1,47 @@
+"""What one evaluation finds, gathered by row over batches and ranks.
+
+A row is known by its tokens. So packs, the order of rows and the rows that a distributed sampler
+repeats to fill its last batch change nothing: a row counts once, also one that the data have
+twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import xxhash
+from torch import Tensor
+
+from axolotl_dskd.evaluation.measure import Measured
+from axolotl_dskd.evaluation.rows import Row
+from axolotl_dskd.ranks import gather_objects
+from axolotl_dskd.types import DualBatch
+
+
+class RowScores:
+    """What one evaluation has found so far, by row."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+
+    def add(self, batch: DualBatch, measured: Measured, text_bytes: Tensor) -> None:
+        """Count a batch in.
+
+        Args:
+            measured: of its supervised student tokens.
+            text_bytes: [N] of the same tokens.
+        """
+        sample_ids = batch.segment_ids[batch.student_mask()]
+        samples = int(batch.segment_ids.max()) + 1
+        columns = (measured.nats, text_bytes, torch.ones_like(measured.nats), measured.right)
+        values = torch.stack([column.double() for column in columns], 1)
+        sums = values.new_zeros(samples, len(columns)).index_add_(0, sample_ids, values).tolist()
+        flat, owners = batch.input_ids.flatten().cpu(), batch.segment_ids.flatten().cpu()
+        for sample, (nats, size, tokens, right) in enumerate(sums):
+            if tokens:
+                key = xxhash.xxh3_64_hexdigest(flat[owners == sample].numpy().tobytes())
+                self.rows[key] = Row(nats, int(size), int(tokens), right)
+
+    def gathered(self) -> dict[str, Row]:
+        """Those of all ranks, in the order of their keys."""
+        rows = {key: row for part in gather_objects(self.rows) for key, row in part.items()}
+        return dict(sorted(rows.items()))

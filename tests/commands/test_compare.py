@@ -1,0 +1,251 @@
+"""`axolotl-dskd compare`: plans, killed and resumed comparisons, failures, the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from axolotl_dskd.commands.cli import main
+from axolotl_dskd.commands.compare.outcome import Outcome, Point
+from axolotl_dskd.commands.compare.plan import plan_runs
+from axolotl_dskd.commands.compare.summary import compared, summarise
+from axolotl_dskd.config import CompareConfig
+from axolotl_dskd.evaluation.rows import Row, bits_per_byte
+from tests.support import tiny
+
+#: A process that compares, whose trainings are quick: they write the record of a training.
+DRIVER = """
+import sys
+from axolotl_dskd.commands.compare import launch
+launch.train_command = lambda config, several: [
+    sys.executable, "-m", "tests.support.recorded_training", str(config)
+]
+from axolotl_dskd.commands.cli import main
+main()
+"""
+#: What no two comparisons have alike.
+COSTS = {"seconds", "host_bytes", "gpu_bytes"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    for name in ("student", "teacher"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+    tiny.write_rows(folder / "held-out.jsonl", tiny.chat_rows(4))
+    config = tiny.base_config(folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def command(folder: Path, out: str, *options: str) -> list[str]:
+    named = ["--held-out", str(folder / "held-out.jsonl"), "--out", str(folder / out)]
+    return ["compare", str(folder / "config.yaml"), *named, *options]
+
+
+def started(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"} | environment,
+    )
+
+
+def finished(arguments: list[str]) -> tuple[int, str]:
+    process = started(arguments)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def without_costs(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {k: without_costs(v) for k, v in content.items() if k not in COSTS}
+    return [without_costs(v) for v in content] if isinstance(content, list) else content
+
+
+def results(folder: Path, out: str) -> Any:
+    return without_costs(json.loads((folder / out / "results.json").read_text()))
+
+
+TWO_BY_TWO = ("--runs", "sft,uld", "--seeds", "1,2")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> str:
+    """What an uninterrupted comparison printed."""
+    code, output = finished(command(folder, "whole", *TWO_BY_TWO))
+    assert code == 0, output
+    return output
+
+
+def test_a_comparison_killed_three_times_ends_with_the_same_results(folder: Path, whole: str):
+    chance = random.Random(7)
+    out, kept = folder / "killed", []
+    for _ in range(3):
+        before = set(out.glob("*/log.txt"))
+        process = started(command(folder, "killed", *TWO_BY_TWO))
+        while not set(out.glob("*/log.txt")) - before:
+            time.sleep(0.02)
+        time.sleep(1.8 * chance.random())
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kept.append({p: p.stat().st_mtime_ns for p in out.glob("*/result.json")})
+    code, output = finished(command(folder, "killed", *TWO_BY_TWO))
+    assert code == 0, output
+    assert results(folder, "killed") == results(folder, "whole")
+    assert 0 < len(kept[-1]) < 4, "no kill came between two runs; choose other moments"
+    for path, when in kept[-1].items():
+        assert path.stat().st_mtime_ns == when
+    assert output.count("finished before") == len(kept[-1])
+
+
+def test_a_second_comparison_does_not_touch_what_a_killed_one_left_running(folder: Path):
+    """Its training outlives it."""
+    process = started(command(folder, "orphan", *TWO_BY_TWO), RECORDED_TRAINING_PAUSE="30")
+    record = folder / "orphan" / "sft-seed1" / "model" / "dskd-record.jsonl"
+    while not record.exists():
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    code, output = finished(command(folder, "orphan", *TWO_BY_TWO))
+    assert code == 1
+    assert "still at work" in output
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_changed_data_are_trained_on_again(folder: Path, whole: str):
+    before = {p: p.stat().st_mtime_ns for p in (folder / "whole").glob("*/result.json")}
+    rows = folder / "rows.jsonl"
+    content = rows.read_text()
+    rows.write_text(content + "\n")
+    try:
+        runs = plan_runs(
+            yaml.safe_load((folder / "config.yaml").read_text()),
+            CompareConfig(
+                runs={"sft": {}, "uld": {}}, seeds=[1, 2], held_out=str(folder / "held-out.jsonl")
+            ),
+            folder / "whole",
+        )
+    finally:
+        rows.write_text(content)
+    digests = {json.loads(path.read_text())["digest"] for path in before}
+    assert len(digests) == 4
+    assert not digests & {run.digest for run in runs}
+
+
+def test_a_failed_run_shows_its_log_and_the_others_go_on(folder: Path):
+    code, output = finished(command(folder, "failing", "--runs", "sft,gold", "--seeds", "1"))
+    assert code == 1
+    assert "the weights of gold are damaged" in output
+    assert str(folder / "failing" / "gold-seed1" / "log.txt") in output
+    assert "1 of 2 runs failed: gold-seed1" in output
+    assert [run["method"] for run in results(folder, "failing")["runs"]] == ["sft"]
+
+
+def test_the_page_loads_nothing_and_escapes_what_it_says(folder: Path):
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    evil = "<script>alert(1)</script>"
+    config["compare"] = {"runs": {"sft": {}, evil: {"kd_ratio": 0.25}}}
+    (folder / "evil.yaml").write_text(yaml.safe_dump(config))
+    arguments = command(folder, "evil")
+    code, output = finished(["compare", str(folder / "evil.yaml"), *arguments[2:]])
+    assert code == 0, output
+    page = (folder / "evil" / "compare.html").read_text()
+    assert evil not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert not re.findall(r"https?:|<script|<link|@import|url\(", page)
+    assert re.findall(r'src="([^"]{22})', page) == ["data:image/png;base64,"]
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def invoke(folder: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["compare", str(folder / "config.yaml"), *options])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--runs", "sft,uldd", "--held-out", "0.5"), "no method 'uldd'. Did you mean uld?"),
+        (("--runs", "sft,uld"), "no rows are held out"),
+        (("--runs", "sft", "--held-out", "missing.jsonl"), "missing.jsonl does not exist"),
+        (("--held-out", "0.5"), "nothing to compare"),
+        (("--runs", "sft", "--held-out", "0.5", "--seeds", "one"), "--seeds one: write whole"),
+        (("--runs", "dskd,dual_space", "--held-out", "0.5"), "dskd and dual_space are one"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_words(
+    folder: Path, options: tuple[str, ...], words: str
+):
+    result = invoke(folder, *options)
+    assert result.exit_code == 1
+    assert words in " ".join(result.output.split())
+
+
+def test_runs_differ_in_the_dskd_block_alone(folder: Path):
+    base = yaml.safe_load((folder / "config.yaml").read_text())
+    base["dskd"]["objective"] = {"name": "dual_space", "temperature": 3.0}
+    changes = {"objective": {"projector": {"learning_rate": 1e-4}}}
+    compare = CompareConfig(
+        runs={"sft": {}, "dskd": {}, "slow": changes, "uld": {}}, seeds=[1, 2], held_out=0.5
+    )
+    runs = plan_runs(base, compare, folder / "plan")
+    assert [run.name for run in runs[:4]] == ["sft-seed1", "dskd-seed1", "slow-seed1", "uld-seed1"]
+    own = {"dskd", "output_dir"}
+    for run in runs[:4]:
+        same = run.config.keys() - own
+        assert {k: run.config[k] for k in same} == {k: runs[0].config[k] for k in same}
+    sft, dskd, slow, uld = (run.config["dskd"] for run in runs[:4])
+    assert sft["kd_ratio"] == 0
+    assert slow["objective"] == dskd["objective"] | {"projector": {"learning_rate": 1e-4}}
+    assert uld["objective"] == {"name": "uld"}
+    assert len({json.dumps(block["teacher"]) for block in (sft, dskd, slow, uld)}) == 1
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+def outcome(method: str, seed: int, nats: dict[str, float]) -> Outcome:
+    rows = {key: Row(value, 10, 4, 1.0) for key, value in nats.items()}
+    bits = bits_per_byte(sum(nats.values()), 10 * len(nats))
+    point = Point(1, 1.0, {"dskd/bits_per_byte": bits, "dskd/accuracy": 0.25}, rows)
+    return Outcome(method, seed, "", "", 1, 1.0, 1, 0, [point], [])
+
+
+def test_a_difference_in_every_row_is_one_and_noise_is_none():
+    draws = np.random.default_rng(3)
+    base = dict(zip(map(str, range(200)), draws.uniform(5, 15, 200).tolist(), strict=True))
+    lower = {key: 0.95 * value for key, value in base.items()}
+    noisy = {key: value + float(draws.normal(0, 3)) for key, value in base.items()}
+    first = [outcome("sft", seed, base) for seed in (1, 2)]
+    better = compared([outcome("better", seed, lower) for seed in (1, 2)], first, "last")
+    same = compared([outcome("noisy", seed, noisy) for seed in (1, 2)], first, "last")
+    assert better is not None
+    assert better.relative == pytest.approx(-0.05)
+    assert better.low == pytest.approx(-0.05)
+    assert (better.verdict, better.wins, better.seeds) == ("fewer", 2, 2)
+    assert same is not None
+    assert same.verdict == "no difference"
+    assert same.low < 0 < same.high
+
+
+def test_methods_without_a_common_seed_are_not_compared():
+    methods = summarise([outcome("sft", 1, {"a": 1.0}), outcome("uld", 2, {"a": 1.0})])
+    assert methods[1].against == {}
