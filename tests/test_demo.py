@@ -1,21 +1,18 @@
-"""The demo's parts: data, teacher, student, score, configs, verdict."""
+"""The demo's parts: data, teacher, student, score. Its comparison is `axolotl-dskd compare`."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import logging
 import math
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import tiny
@@ -29,13 +26,10 @@ def rows(name: str) -> list[list[dict[str, str]]]:
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The demo's modules; what importing its runner changes in the process is undone."""
+    """The demo's modules."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for key in ("CUDA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(key, "")
-    names = ("score", "student", "teacher", "run")
+    names = ("score", "student", "teacher")
     modules = {name: importlib.import_module(name) for name in names}
-    logging.disable(logging.NOTSET)
     yield modules
     for name in names:
         sys.modules.pop(name, None)
@@ -50,36 +44,6 @@ def test_the_data_are_enough_rows_with_answers_and_a_held_out_part():
         assert all(m["content"].strip() for m in messages)
     prompts = [m[0]["content"] for m in train + heldout]
     assert len(set(prompts)) == len(prompts)
-
-
-def test_the_two_runs_differ_in_the_plugin_alone(demo: dict[str, ModuleType], tmp_path: Path):
-    base = yaml.safe_load((FOLDER.parent / "quickstart-cpu.yaml").read_text())
-    configs = demo["run"].run_configs(base, tmp_path, seed=1, epochs=None)
-    assert "dskd" in configs["dskd"]
-    assert not {"dskd", "plugins"} & configs["sft"].keys()
-    folders = {"output_dir", "dataset_prepared_path", "plugins", "dskd"}
-    same = configs["dskd"].keys() - folders
-    assert {k: configs["sft"][k] for k in same} == {k: configs["dskd"][k] for k in same}
-
-
-def scored(bits: float) -> dict[str, Any]:
-    return {"bits_per_byte": bits, "agreement": 0.1, "epoch": 1}
-
-
-@pytest.mark.parametrize(
-    ("sft", "dskd", "words"),
-    [
-        (2.0, 1.9, "DSKD is 5.0% below SFT at the best epoch"),
-        (2.0, 2.1, "distillation did not win at the best epoch: DSKD is 5.0% above SFT"),
-        (2.0, 2.0, "the two do not differ at the best epoch"),
-    ],
-)
-def test_the_verdict_says_who_won(demo: dict[str, ModuleType], sft: float, dskd: float, words: str):
-    runs = [
-        {"method": method, "seed": 1, "best": scored(bits), "last": scored(bits)}
-        for method, bits in (("sft", sft), ("dskd", dskd))
-    ]
-    assert words in demo["run"].verdict(runs, [1])
 
 
 def test_the_score_is_the_models_likelihood_of_the_answers(
