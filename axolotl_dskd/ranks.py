@@ -25,7 +25,12 @@ def world_size() -> int:
 
 def is_first() -> bool:
     """Whether this is rank 0."""
-    return world_size() == 1 or dist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """The number of this rank, from 0."""
+    return 0 if world_size() == 1 else dist.get_rank()
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ ALLOWED = {
     "losses": set(),
     "models": {"ranks"},
     "generation": {"ranks"},
-    "evaluation": {"losses", "ranks"},
+    "evaluation": {"config", "generation", "losses", "ranks"},
     "data": {"config"},
     "samples": {"config"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
@@ -35,8 +35,8 @@ ALLOWED = {
     "planning": {"config", "losses", "models", "objectives", "teacher"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
-        *("config", "data", "evaluation", "losses", "machine", "models", "objectives"),
-        *("ranks", "samples", "teacher"),
+        *("config", "data", "evaluation", "generation", "losses", "machine", "models"),
+        *("objectives", "ranks", "samples", "teacher"),
     },
     "commands": {
         *("cache", "config", "data", "evaluation", "losses", "machine", "models", "objectives"),

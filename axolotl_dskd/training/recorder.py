@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from axolotl_dskd.evaluation.answers import Answered, as_dicts
 from axolotl_dskd.evaluation.record import append_line, rows_digest
 from axolotl_dskd.evaluation.rows import Row
 from axolotl_dskd.ranks import sum_over_ranks
@@ -43,13 +45,20 @@ class Recorder:
         dataset = self.trainer.train_dataset
         self._say({"train": {"rows": len(dataset), "digest": rows_digest(dataset)}})
 
-    def evaluation(self, prefix: str, metrics: dict[str, float], rows: dict[str, Row]) -> None:
+    def evaluation(
+        self,
+        prefix: str,
+        metrics: dict[str, float],
+        rows: dict[str, Row],
+        answered: Sequence[Answered],
+    ) -> None:
         """What an evaluation found.
 
         Args:
             prefix: of its metrics.
             metrics: by name, with the prefix.
             rows: of all ranks, by key.
+            answered: the student's answers.
         """
         state, device = self.trainer.state, self.trainer.accelerator.device
         learned = sum_over_ranks(torch.tensor(float(self.learned_tokens), device=device))
@@ -62,6 +71,7 @@ class Recorder:
                 "learned_tokens": int(learned),
                 "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
                 "rows": {key: row.as_list() for key, row in rows.items()},
+                "answers": as_dicts(answered),
             }
         )
 

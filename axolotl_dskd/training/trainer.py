@@ -26,6 +26,7 @@ from axolotl_dskd.data.tokenizers import (
     longest_supervised,
     vocabulary_size,
 )
+from axolotl_dskd.evaluation import answers
 from axolotl_dskd.evaluation.measure import TextBytes
 from axolotl_dskd.evaluation.rows import means
 from axolotl_dskd.evaluation.scores import RowScores
@@ -38,6 +39,7 @@ from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import open_samples
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
+from axolotl_dskd.training.answering import Answering
 from axolotl_dskd.training.callbacks import Begin, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.metrics import MetricSums
 from axolotl_dskd.training.recorder import Recorder, lower_is_better
@@ -97,7 +99,11 @@ class DSKDTrainer(AxolotlTrainer):
         self.distillation: Distillation | None = None
         self.sidecar: Sidecar | None = None
         self._sums: dict[str, MetricSums] = defaultdict(self._no_sums)
-        self._text_bytes = TextBytes(token_bytes(student))
+        table = token_bytes(student)
+        self._text_bytes = TextBytes(table)
+        self._answering = Answering(
+            self.dskd.evaluation, self.student, student, table, self.args.seed
+        )
         self._rows = RowScores()
         self._recorder = Recorder(self) if self.dskd.evaluation.record else None
         self._step: Step | None = None
@@ -321,10 +327,12 @@ class DSKDTrainer(AxolotlTrainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         found = self._sums.pop("eval", self._no_sums()).means(self.accelerator.device)
         rows = self._rows.gathered()
-        found |= means(rows)
+        dataloader: Any = kwargs.get("dataloader", args[0] if args else None)
+        answered = self._answering(prefix, dataloader.dataset)
+        found |= means(rows) | answers.means(answered)
         output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         if self._recorder is not None:
-            self._recorder.evaluation(prefix, output.metrics, rows)
+            self._recorder.evaluation(prefix, output.metrics, rows, answered)
         return output
 
     # ---- checkpoints -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Bits per byte: against a plain computation, and in training, evaluation and best checkpoints."""
+"""Bits per byte and answers: against plain computations, in training, `evaluate`, best models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_dskd.evaluation.answers import RougeL
 from axolotl_dskd.evaluation.record import read_record
 from tests.support import tiny
 from tests.support.ranks import run
@@ -68,7 +69,8 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
         "type": "chat_template",
         "split": "train",
     }
-    block = dskd(folder, evaluation={"record": True})
+    answers = {"answers": 4, "answers_every": 3, "max_new_tokens": 12}
+    block = dskd(folder, evaluation={"record": True, **answers})
     defaults = {
         "test_datasets": [held_out],
         "eval_strategy": "steps",
@@ -84,6 +86,11 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
 
 def held_out_rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "held-out.jsonl").read_text().splitlines()]
+
+
+def lines_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    """What a run has recorded of its evaluations."""
+    return [line for line in read_record(folder / name) if "evaluation" in line]
 
 
 def found(trainer: Any) -> list[float]:
@@ -140,12 +147,40 @@ def test_rows_add_up_to_it(folder: Path, trained: Any):
     assert [line["log"]["dskd/ce"] for line in lines if "log" in line] == [
         entry["dskd/ce"] for entry in steps(trained)
     ]
-    evaluations = [line for line in lines if "evaluation" in line]
+    evaluations = lines_of(folder, "best")
     assert len(evaluations) == len(found(trained))
     for record, bits in zip(evaluations, found(trained), strict=True):
         assert len(record["rows"]) == HELD_OUT
         nats, text_bytes, *_ = map(sum, zip(*record["rows"].values(), strict=True))
         assert nats / math.log(2) / text_bytes == pytest.approx(bits, rel=1e-9)
+
+
+def test_answers_are_the_students_own_and_written_at_every_third_evaluation(
+    folder: Path, trained: Any
+):
+    evaluations = lines_of(folder, "best")
+    turns = [k for k, line in enumerate(evaluations) if line["answers"]]
+    assert turns == list(range(0, len(evaluations), 3))
+    rouge = {"eval_dskd/rouge_l", "eval_dskd/rouge_l_sampled"}
+    assert all(rouge <= evaluations[k]["metrics"].keys() for k in turns)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    for row, found_here in zip(held_out_rows(folder), evaluations[0]["answers"], strict=False):
+        question, reference = row["messages"][:2]
+        assert found_here["reference"] == reference["content"]
+        ids = tokenizer.apply_chat_template(
+            [question], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )["input_ids"]
+        ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+        out = model.generate(ids, max_new_tokens=12, do_sample=False, **ends)[0, ids.shape[1] :]
+        assert found_here["greedy"] == tokenizer.decode(out, skip_special_tokens=True)
+    assert any(a["greedy"] != a["sampled"] for a in evaluations[0]["answers"])
+
+
+def test_rouge_l_is_the_share_of_words_in_the_same_order():
+    score = RougeL()
+    assert score("The cat sat on the mat.", "the cats on the mat") == pytest.approx(10 / 11)
+    assert score("one two", "three") == 0
 
 
 @pytest.mark.parametrize("block", [{}, {"kd_ratio": 0.0}], ids=["dual space", "no teacher"])
@@ -156,11 +191,15 @@ def test_axolotl_evaluate_gives_the_number_of_the_training(
     from axolotl.common.datasets import load_datasets
     from axolotl.evaluate import evaluate
 
-    same = config(folder, "evaluated", dskd=dskd(folder, **block))
+    evaluation = {"answers": 4, "max_new_tokens": 12}
+    same = config(folder, "evaluated", dskd=dskd(folder, evaluation=evaluation, **block))
     meta = load_datasets(cfg=validated(same), cli_args=TrainerCliArgs())
     metrics = evaluate(cfg=validated(same), dataset_meta=meta)
     assert metrics["eval_dskd/bits_per_byte"] == pytest.approx(found(trained)[0], rel=1e-6)
     assert metrics["train_dskd/bits_per_byte"] > 0
+    first = next(e for e in trained.state.log_history if "eval_loss" in e)
+    for name in ("eval_dskd/rouge_l", "eval_dskd/rouge_l_sampled"):
+        assert metrics[name] == pytest.approx(first[name])
 
 
 def test_packing_and_ranks_do_not_change_it(folder: Path, trained: Any):
@@ -180,3 +219,6 @@ def test_packing_and_ranks_do_not_change_it(folder: Path, trained: Any):
     for result in (one, two):
         first = result["evaluations"][0]
         assert first["eval_dskd/bits_per_byte"] == pytest.approx(found(trained)[0], rel=1e-5)
+    answered = [lines_of(folder, name)[0]["answers"] for name in ("best", "packed", "ranks")]
+    assert len(answered[0]) == 4
+    assert answered[0] == answered[1] == answered[2]

@@ -1,0 +1,56 @@
+"""The student's answers at evaluations: every k-th one, by the model that is being trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl_dskd.config import EvaluationConfig
+from axolotl_dskd.evaluation.answers import Answered, answer, end_ids, held_out_prompts
+from axolotl_dskd.generation import TransformersWriter
+from axolotl_dskd.models.student import Student
+
+
+class Answering:
+    """Lets the student answer held-out prompts.
+
+    Args:
+        config: how many, how often, how.
+        student: whole or sharded.
+        tokenizer: its own.
+        token_bytes: bytes of each of its ids.
+        seed: the run's.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        student: Student,
+        tokenizer: Any,
+        token_bytes: list[bytes],
+        seed: int,
+    ) -> None:
+        self.config, self.student, self.tokenizer = config, student, tokenizer
+        self.token_bytes, self.seed = token_bytes, seed
+        self.evaluations: dict[str, int] = {}
+
+    def __call__(self, prefix: str, dataset: Any) -> list[Answered]:
+        """The answers of an evaluation; none where it is not its turn.
+
+        Args:
+            prefix: of the evaluation's metrics; each set has turns of its own.
+            dataset: that is evaluated.
+        """
+        number = self.evaluations.get(prefix, 0)
+        self.evaluations[prefix] = number + 1
+        if not self.config.answers or number % self.config.answers_every:
+            return []
+        prompts = held_out_prompts(dataset, self.config.answers)
+        ends = end_ids(prompts, self.tokenizer.eos_token_id, self.token_bytes)
+        writer = TransformersWriter(
+            self.student.running,
+            end_ids=ends,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            vocab_size=self.student.vocab_size,
+            together=self.student.runs_together,
+        )
+        return answer(prompts, writer, self.config, self.tokenizer, self.seed)
