@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export AXOLOTL_DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install demo test test-fast gpu bench lint clean
+.PHONY: install demo compare test test-fast gpu bench lint clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,11 @@ $(INSTALLED): pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/python example_configs/demo/run.py
+
+# All methods on the demo's data; what `make demo` has trained is not trained again.
+compare: $(INSTALLED)
+	$(BIN)/python example_configs/demo/run.py --runs \
+	  sft,dual_space,uld,min_edit,sinkhorn,chunk_likelihood,gold,span_support
 
 test: $(INSTALLED)
 	$(PYTEST)

@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
-    parser.add_argument("--runs", default="sft,dskd", help="as of axolotl-dskd compare")
+    parser.add_argument("--runs", default="sft,dual_space", help="as of axolotl-dskd compare")
     return parser.parse_args()
 
 

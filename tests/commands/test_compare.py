@@ -169,7 +169,9 @@ def test_the_page_loads_nothing_and_escapes_what_it_says(folder: Path):
     page = (folder / "evil" / "compare.html").read_text()
     assert evil not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert not re.findall(r"https?:|<script|<link|@import|url\(", page)
+    assert not re.findall(r"<script|<link|<b>|@import|url\(|<[^>]*=\s*[\"']?https?:", page)
+    assert "&lt;img src=http://x&gt;" in page
+    assert "Say &lt;b&gt;hello&lt;/b&gt;." in page
     assert re.findall(r'src="([^"]{22})', page) == ["data:image/png;base64,"]
 
 
@@ -225,7 +227,7 @@ def test_runs_differ_in_the_dskd_block_alone(folder: Path):
 def outcome(method: str, seed: int, nats: dict[str, float]) -> Outcome:
     rows = {key: Row(value, 10, 4, 1.0) for key, value in nats.items()}
     bits = bits_per_byte(sum(nats.values()), 10 * len(nats))
-    point = Point(1, 1.0, {"dskd/bits_per_byte": bits, "dskd/accuracy": 0.25}, rows)
+    point = Point(1, 1.0, {"dskd/bits_per_byte": bits, "dskd/accuracy": 0.25}, rows, [])
     return Outcome(method, seed, "", "", 1, 1.0, 1, 0, [point], [])
 
 

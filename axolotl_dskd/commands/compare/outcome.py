@@ -21,12 +21,13 @@ RESULT = "result.json"
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation: when, its metrics by name without `eval_`, and its rows by key."""
+    """One evaluation: when, its metrics by name without `eval_`, rows by key, answers if any."""
 
     step: int
     epoch: float
     metrics: dict[str, float]
     rows: dict[str, Row]
+    answers: list[dict[str, Any]]
 
     @property
     def bits_per_byte(self) -> float:
@@ -74,6 +75,11 @@ class Outcome:
     def best(self) -> Point:
         """The evaluation with the fewest bits per byte among those that training led to."""
         return min(self.points[1:] or self.points, key=lambda point: point.bits_per_byte)
+
+    @property
+    def answered(self) -> Point | None:
+        """The last evaluation with answers."""
+        return next((point for point in reversed(self.points) if point.answers), None)
 
 
 def finish(run: Run, *, seconds: float, host_bytes: int) -> Outcome:
@@ -159,4 +165,5 @@ def write_json(path: Path, content: Any) -> None:
 def _point(line: dict[str, Any]) -> Point:
     rows = {key: Row(*values) for key, values in line["rows"].items()}
     metrics = {name.removeprefix("eval_"): value for name, value in line["metrics"].items()}
-    return Point(line["step"], round(line["epoch"], 3), metrics | means(rows), rows)
+    when = line["step"], round(line["epoch"], 3)
+    return Point(*when, metrics | means(rows), rows, line["answers"])

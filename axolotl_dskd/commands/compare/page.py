@@ -53,8 +53,19 @@ def html_page(
         verdicts=[verdict(method, methods[0]) for method in methods[1:]],
         picture=base64.b64encode(picture).decode(),
         configs=_configs(runs),
+        answers=_answers(outcomes),
         version=__version__,
     )
+
+
+def _answers(outcomes: Sequence[Outcome]) -> list[tuple[str, str, list[tuple[str, str, float]]]]:
+    """Prompts with their references and each run's last greedy answer and its Rouge-L."""
+    found: dict[tuple[str, str], list[tuple[str, str, float]]] = {}
+    for outcome in outcomes:
+        for one in outcome.answered.answers if outcome.answered else []:
+            key = one["prompt"], one["reference"]
+            found.setdefault(key, []).append((outcome.name, one["greedy"], one["rouge_l"]))
+    return [(prompt, reference, rows) for (prompt, reference), rows in found.items()]
 
 
 def _configs(runs: Sequence[Run]) -> list[tuple[str, str]]:

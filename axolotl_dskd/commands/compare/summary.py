@@ -53,6 +53,7 @@ class Method:
     Attributes:
         bits, accuracy: means at the best and at the last evaluation.
         spread: largest less smallest bits per byte over seeds.
+        rouge_l: mean of the last answers that each run wrote; None where one wrote none.
         against: the first method, at both moments; none for the first method itself.
     """
 
@@ -61,6 +62,7 @@ class Method:
     bits: dict[Moment, float]
     accuracy: dict[Moment, float]
     spread: dict[Moment, float]
+    rouge_l: float | None
     against: dict[Moment, Difference]
     seconds: float
     host_bytes: int
@@ -112,6 +114,8 @@ def _row_sums(pairs: Sequence[tuple[Point, ...]]) -> tuple[np.ndarray, np.ndarra
 def _method(name: str, runs: list[Outcome], first: list[Outcome]) -> Method:
     bits: dict[Moment, list[float]] = {m: [_at(o, m).bits_per_byte for o in runs] for m in MOMENTS}
     right = {m: [_at(o, m).metrics["dskd/accuracy"] for o in runs] for m in MOMENTS}
+    answered = [point for o in runs if (point := o.answered) is not None]
+    rouge = [point.metrics["dskd/rouge_l"] for point in answered]
     found = {m: compared(runs, first, m) for m in MOMENTS} if runs[0] is not first[0] else {}
     return Method(
         name=name,
@@ -119,6 +123,7 @@ def _method(name: str, runs: list[Outcome], first: list[Outcome]) -> Method:
         bits={m: float(np.mean(bits[m])) for m in MOMENTS},
         accuracy={m: float(np.mean(right[m])) for m in MOMENTS},
         spread={m: max(bits[m]) - min(bits[m]) for m in MOMENTS},
+        rouge_l=float(np.mean(rouge)) if len(rouge) == len(runs) else None,
         against={m: difference for m, difference in found.items() if difference is not None},
         seconds=float(np.mean([o.seconds for o in runs])),
         host_bytes=max(o.host_bytes for o in runs),

@@ -22,6 +22,9 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
     for moment in MOMENTS:
         for head in (moment, "first\nright", f"against\n{methods[0].name}"):
             table.add_column(head, justify="right", no_wrap=True)
+    answers = any(method.rouge_l is not None for method in methods)
+    if answers:
+        table.add_column("Rouge-L", justify="right")
     table.add_column("time", justify="right")
     table.add_column("memory", justify="right")
     for method in methods:
@@ -34,6 +37,8 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
             if difference is not None and difference.seeds > 1:
                 against += f" ({difference.wins}/{difference.seeds})"
             cells += [f"{method.bits[moment]:.4f}", f"{method.accuracy[moment]:.1%}", against]
+        if answers:
+            cells.append("" if method.rouge_l is None else f"{method.rouge_l:.3f}")
         memory = method.gpu_bytes or method.host_bytes
         table.add_row(method.name, *cells, duration(method.seconds), quantity(memory, "bytes"))
     console.print(table)
