@@ -14,7 +14,7 @@ from axolotl_dskd.commands.compare.launch import only_one, run_all
 from axolotl_dskd.commands.compare.outcome import check_same_rows, write_json
 from axolotl_dskd.commands.compare.page import html_page
 from axolotl_dskd.commands.compare.picture import curves
-from axolotl_dskd.commands.compare.plan import PACKAGES, plan_runs
+from axolotl_dskd.commands.compare.plan import plan_runs, versions
 from axolotl_dskd.commands.compare.reporter import Reporter
 from axolotl_dskd.commands.compare.summary import as_dict, summarise
 from axolotl_dskd.commands.compare.terminal import print_methods
@@ -59,7 +59,7 @@ def run_compare(
         results = {
             "config": raw,
             "compare": compare.model_dump(exclude_none=True),
-            "versions": _versions(),
+            "versions": versions(),
             "held_out_rows": len(outcomes[0].last.rows),
             "failed": [failure.name for failure in failures],
             "remarks": remarks,
@@ -127,16 +127,9 @@ def _places(jobs: int | None, gpus_per_run: int) -> list[str]:
     else:
         gpus = _names(visible)
     if not gpus:
-        return ["" for _ in range(jobs or 1)]
+        return [""] * (jobs or 1)
     if gpus_per_run > len(gpus):
         raise ValueError(f"--gpus-per-run {gpus_per_run}, but there are {len(gpus)} GPUs.")
     groups = [gpus[k : k + gpus_per_run] for k in range(0, len(gpus), gpus_per_run)]
     whole = [",".join(group) for group in groups if len(group) == gpus_per_run]
     return whole[: jobs or len(whole)]
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

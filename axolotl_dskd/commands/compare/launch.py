@@ -62,9 +62,9 @@ def run_all(
         else:
             waiting.append(run)
     running: list[_Running] = []
+    free = list(places)
     try:
         while waiting or running:
-            free = [place for place in places if place not in {r.place for r in running}]
             while free and waiting:
                 running.append(_start(waiting.pop(0), free.pop(0), lock))
             time.sleep(_PAUSE)
@@ -75,6 +75,7 @@ def run_all(
                     continue
                 one.process.returncode = os.waitstatus_to_exitcode(status)
                 running.remove(one)
+                free.append(one.place)
                 found = _end(one, usage.ru_maxrss * 1024)
                 if isinstance(found, Outcome):
                     outcomes[one.run.name] = found

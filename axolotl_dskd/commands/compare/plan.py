@@ -10,6 +10,8 @@ import copy
 import difflib
 import hashlib
 import json
+import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +23,10 @@ from axolotl_dskd.config import CompareConfig, DSKDConfig, ObjectiveConfig
 
 Config = dict[str, Any]
 
+#: Raised when what is kept of a run changes.
+_FORMAT = 1
 #: Packages whose version may change a result.
-PACKAGES = ("axolotl-dskd", "axolotl", "torch", "transformers")
+_PACKAGES = ("axolotl-dskd", "axolotl", "torch", "transformers")
 #: Larger files are known by their size and time.
 _HASHED_BYTES = 64 << 20
 _SAVING = ("save_strategy", "save_steps", "saves_per_epoch")
@@ -82,17 +86,18 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
         if typed[k] in typed[:k]:
             same = list(blocks)[typed.index(typed[k])]
             raise ValueError(f"the runs {same} and {name} are one: they change the same keys.")
-    files = _input_files(base, typed[0])
+    files = _input_files(base, typed)
+    # Axolotl takes prepared rows for those of a file of the same name, whatever it holds today.
+    prepared = out / "prepared" / _digest(files)[:12]
     runs = []
     for seed in compare.seeds or [base.get("seed") or 42]:
         for name, block in blocks.items():
             config = _run_config(base, block, seed)
-            made = json.dumps([config, files, _versions()], sort_keys=True, default=str)
-            digest = hashlib.sha256(made.encode()).hexdigest()
+            digest = _digest([_FORMAT, config, files, versions()])
             folder = out / f"{name}-seed{seed}"
             config |= {
                 "output_dir": str(folder / "model"),
-                "dataset_prepared_path": str(out / "prepared" / f"seed{seed}"),
+                "dataset_prepared_path": str(prepared / f"seed{seed}"),
             }
             config["dskd"]["teacher"].setdefault("cache", _cache(block, out))
             runs.append(Run(name, seed, config, folder, digest))
@@ -178,14 +183,21 @@ def _cache(block: Config, out: Path) -> Config:
     return {"path": str(out / "teacher-cache"), "dtype": dtype}
 
 
-def _versions() -> list[str]:
-    return [f"{package} {version(package)}" for package in PACKAGES]
+def versions() -> dict[str, str]:
+    """What runs are made with."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
-def _input_files(base: Config, dskd: DSKDConfig) -> list[list[Any]]:
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _input_files(base: Config, blocks: Iterable[DSKDConfig]) -> list[list[Any]]:
     """Local files that the runs read, each with what tells it from another version of it."""
-    names = [base.get("base_model"), base.get("tokenizer_config"), dskd.teacher.base_model]
-    names += [dskd.teacher.adapter, dskd.teacher.tokenizer]
+    names = [base.get("base_model"), base.get("tokenizer_config")]
+    for teacher in (block.teacher for block in blocks):
+        names += [teacher.base_model, teacher.adapter, teacher.tokenizer]
     for dataset in [*(base.get("datasets") or []), *(base.get("test_datasets") or [])]:
         names.append(dataset.get("path"))
     found = []
