@@ -31,7 +31,8 @@ ALLOWED = {
     "data": {"config"},
     "samples": {"config"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
-    "teacher": {"cache", "config", "losses", "models", "progress", "ranks"},
+    "servers": {"config"},
+    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers"},
     "planning": {"config", "losses", "models", "objectives", "teacher"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {

@@ -64,7 +64,8 @@ def _spec(config: DSKDConfig) -> TeacherSpec:
     return TeacherSpec(config.teacher, vocabulary_size(load_teacher_tokenizer(config)), device)
 
 
-def _rows(cfg: Any) -> CacheableRows:
+def rows_of(cfg: Any) -> CacheableRows:
+    """The distinct samples of a configuration's datasets, which are prepared if they are not."""
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
     evaluation = meta.eval_dataset
     parts = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
@@ -88,7 +89,7 @@ def write_cache(
     """
     spec = _spec(config)
     _check_writable(Path(cache_settings(spec).path))
-    rows = _rows(cfg)
+    rows = rows_of(cfg)
     states = open_cache(spec)
     store = states.store
     missing = missing_rows(states, rows, part)
@@ -240,7 +241,7 @@ def show_cache(cfg: Any, config: DSKDConfig, out: TextIO) -> None:
     for path in _teachers(folder.root):
         table.add_row(*_line(path), "this configuration" if path == folder.path else "")
     _console(out).print(table)
-    rows = _rows(cfg)
+    rows = rows_of(cfg)
     index = ShardIndex(folder.path)
     width = index.shards[0].bytes_per_token if index.shards else 0
     missing = np.flatnonzero(index.missing(rows.keys))
@@ -290,7 +291,7 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
         ValueError: there is no such teacher, or nothing of it is to be cached.
     """
     folder = CacheFolder.of(_spec(config))
-    plan = plan_prune(folder.path, _rows(cfg).keys)
+    plan = plan_prune(folder.path, rows_of(cfg).keys)
     for path in folder_status(folder.root).abandoned:
         plan.drop(path, "left by a killed process")
     lines = [f"{path}: {why}" for path, why in plan.remove]

@@ -149,7 +149,7 @@ def write(config: Path, part: tuple[int, int]) -> None:
     a run that was killed goes on where it was. Several may run at once: one per GPU with
     CUDA_VISIBLE_DEVICES and --part.
     """
-    with _cache_work(config) as (cfg, dskd, out):
+    with _work(config) as (cfg, dskd, out):
         from axolotl_dskd.commands.cache import write_cache
 
         write_cache(cfg, dskd, out, part=part)
@@ -159,7 +159,7 @@ def write(config: Path, part: tuple[int, int]) -> None:
 @_config
 def info(config: Path) -> None:
     """Show what the cache holds, and how much of CONFIG's rows."""
-    with _cache_work(config) as (cfg, dskd, out):
+    with _work(config) as (cfg, dskd, out):
         from axolotl_dskd.commands.cache import show_cache
 
         show_cache(cfg, dskd, out)
@@ -169,7 +169,7 @@ def info(config: Path) -> None:
 @_config
 def verify(config: Path) -> None:
     """Read every byte of the teacher's states and take out what is damaged."""
-    with _cache_work(config) as (_, dskd, out):
+    with _work(config) as (_, dskd, out):
         from axolotl_dskd.commands.cache import verify_cache
 
         damage = verify_cache(dskd)
@@ -188,7 +188,7 @@ def verify(config: Path) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def prune(config: Path, yes: bool) -> None:
     """List what CONFIG does not use and, when confirmed, remove it."""
-    with _cache_work(config) as (cfg, dskd, out):
+    with _work(config) as (cfg, dskd, out):
         from axolotl_dskd.commands.cache import carry_out, prune_cache
 
         plan, lines = prune_cache(cfg, dskd)
@@ -201,7 +201,7 @@ def prune(config: Path, yes: bool) -> None:
 
 
 @contextmanager
-def _cache_work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
+def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
     """The configuration, its `dskd:` block and stdout; errors of the work end in one message."""
     with _logs_on_stderr() as out:
         cfg, dskd = read_config(path)
@@ -213,6 +213,29 @@ def _cache_work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
             raise _Interrupted(
                 "interrupted. What was computed is kept; the same command goes on from there."
             ) from None
+
+
+@main.command()
+@_config
+@click.option("--run", is_flag=True, help="Start it: this process becomes the (first) server.")
+@click.option(
+    "--python", default="python", show_default=True, help="Of the environment that has vLLM."
+)
+@click.argument("more", nargs=-1, type=click.UNPROCESSED)
+def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
+    """Print the command that starts the server of CONFIG's teacher, a stock vLLM.
+
+    What follows `--` is handed on to vLLM.
+    """
+    with _work(config) as (cfg, dskd, out):
+        from axolotl_dskd.commands.serve import in_words, run_command, serve_commands
+
+        commands = serve_commands(cfg, dskd, python, more)
+        for command in commands.values():
+            click.echo(in_words(dskd, command), out)
+        if run:
+            out.flush()
+            run_command(dskd, *next(iter(commands.items())))
 
 
 @main.command()

@@ -22,6 +22,7 @@ from axolotl_dskd.config.objectives import (
     ULDConfig,
 )
 from axolotl_dskd.config.samples import SamplesConfig
+from axolotl_dskd.config.server import ServerConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ObjectiveConfig",
     "ProjectorConfig",
     "SamplesConfig",
+    "ServerConfig",
     "SinkhornConfig",
     "SpanSupportConfig",
     "TeacherConfig",

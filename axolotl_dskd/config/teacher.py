@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from axolotl_dskd.config.base import Block
 from axolotl_dskd.config.cache import CacheConfig
+from axolotl_dskd.config.server import ServerConfig
 
 
 class TeacherConfig(Block):
@@ -69,6 +70,11 @@ class TeacherConfig(Block):
     cache: CacheConfig | None = Field(
         None, description="Keep the teacher's hidden states on disk. Default: run it every step."
     )
+    server: ServerConfig | None = Field(
+        None,
+        description="A vLLM server that runs the teacher's layers; only head, embedding and "
+        "tokenizer are read from base_model. Default: it runs in the training process.",
+    )
 
     @field_validator("base_model", "tokenizer", "adapter")
     @classmethod
@@ -97,6 +103,12 @@ class TeacherConfig(Block):
             raise ValueError(
                 "dskd.teacher.max_memory does nothing without a device_map. Add device_map: auto."
             )
+        if self.server is not None and (keys := self._of_a_loaded_teacher()):
+            raise ValueError(
+                f"dskd.teacher.server runs the teacher's layers, so {', '.join(keys)} can do "
+                "nothing here. Remove them: quantisation and placement are the server's own; an "
+                "adapter is merged with `axolotl merge-lora` before it is served."
+            )
         if self.chat_template == "jinja" and not self.chat_template_jinja:
             raise ValueError(
                 "dskd.teacher.chat_template is jinja, but chat_template_jinja is empty. "
@@ -109,10 +121,22 @@ class TeacherConfig(Block):
             )
         return self
 
+    def _of_a_loaded_teacher(self) -> list[str]:
+        """The keys that are set and say how layers are loaded."""
+        keys = ("load_in_4bit", "load_in_8bit", "adapter", "device_map", "max_memory")
+        found = [key for key in (*keys, "attn_implementation") if getattr(self, key)]
+        return found + (["shard: full"] if self.shard == "full" else [])
+
+    @property
+    def layers_are_loaded(self) -> bool:
+        """Whether training steps run the teacher in their own process."""
+        return self.cache is None and self.server is None
+
     @property
     def can_be_sharded(self) -> bool:
         """Whether nothing else decides where the teacher's weights are."""
-        return not (self.load_in_4bit or self.load_in_8bit or self.device_map or self.cache)
+        quantised = self.load_in_4bit or self.load_in_8bit
+        return not (quantised or self.device_map or self.cache or self.server)
 
     def check_paths(self) -> None:
         """Refuse what looks like a path and is not there.

@@ -60,7 +60,7 @@ class PlannedRun:
 
     Attributes:
         cfg: Axolotl's validated configuration.
-        teacher: the teacher's keys. Where it is cached, its layers are never loaded.
+        teacher: the teacher's keys.
         batch: the largest one.
         objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
@@ -222,7 +222,7 @@ def _micro_step(
         hidden, forward_peak = memory.peak_of(lambda: _student_step(student, run))
         kept = memory.live - gradients
         _, teacher_peak = memory.peak_of(
-            lambda: None if run.teacher.cache else _teacher_step(teacher, run)
+            lambda: _teacher_step(teacher, run) if run.teacher.layers_are_loaded else None
         )
         states = [hidden]
         del hidden
@@ -271,7 +271,7 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         "adapters": weights if adapted else 0,
         "optimizer states": states,
         "projectors with their optimizer": 3 * mapped,
-        "teacher layers": 0 if run.teacher.cache else body,
+        "teacher layers": body if run.teacher.layers_are_loaded else 0,
         "teacher embedding and head": ends,
     }
     notes = [note] if note else []

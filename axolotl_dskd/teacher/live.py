@@ -7,25 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axolotl_dskd.models.heads import (
-    captured_head_input,
-    check_output_head,
-    head_module,
-    output_head,
-    single,
-)
-from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.ranks import is_sharded, max_over_ranks
 from axolotl_dskd.teacher.load import load_teacher
-from axolotl_dskd.teacher.protocol import Teacher
+from axolotl_dskd.teacher.reading import ReadingTeacher
 from axolotl_dskd.teacher.spec import TeacherSpec
-from axolotl_dskd.types import DualBatch, Needs, Side, View
+from axolotl_dskd.types import DualBatch, Side
 
 #: Positions, padding included, of one forward of the teacher: about 1 GB for a 7B model in bf16.
 MAX_TOKENS_PER_FORWARD = 8192
 
 
-class LiveTeacher(Teacher):
+class LiveTeacher(ReadingTeacher):
     """Runs the teacher on each batch.
 
     Args:
@@ -35,41 +28,15 @@ class LiveTeacher(Teacher):
         max_tokens: positions, padding included, of one forward; default `MAX_TOKENS_PER_FORWARD`.
 
     Raises:
-        ValueError: head or embedding are offloaded; the head does something unknown to its
-            logits; the tokenizer can emit ids that the head has no row for.
+        ValueError: see `ReadingTeacher`.
     """
 
     def __init__(
         self, model: Any, vocab_size: int, device: torch.device, max_tokens: int | None = None
     ) -> None:
-        self.model = model
-        self.max_tokens = max_tokens or MAX_TOKENS_PER_FORWARD
         #: A sharded model gathers its layers in each forward: all ranks must run equally many.
         self.is_sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        self._embed = model.get_input_embeddings()
-        for module, name in ((head_module(model), "output head"), (self._embed, "embedding")):
-            if any(p.is_meta for p in module.parameters()):
-                raise ValueError(
-                    f"dskd.teacher.device_map offloads the teacher's {name}, which every step "
-                    "needs. Give a device_map that keeps it on a device; layers may be offloaded."
-                )
-        check_output_head(model, "teacher")
-        self.head = output_head(model, vocab_size).frozen().to(device)
-        self.embedding = self._embed.weight.detach()
-        check_sizes(self.head, self.embedding, vocab_size)
-
-    @torch.no_grad()
-    def __call__(self, batch: DualBatch, needs: Needs) -> View:
-        """The supervised teacher tokens with their final hidden states [M, D]."""
-        hidden, side = self.states(batch)
-        embedded = None
-        if needs.embeddings:
-            inputs, labels = (
-                self._embed(ids.to(self.embedding.device)).to(hidden.device)
-                for ids in (side.input_ids, side.labels)
-            )
-            embedded = inputs, labels
-        return View(side, self.head, hidden, embedded)
+        super().__init__(model, vocab_size, device, max_tokens or MAX_TOKENS_PER_FORWARD)
 
     @torch.no_grad()
     def states(self, batch: DualBatch) -> tuple[Tensor, Side]:
@@ -106,10 +73,6 @@ class LiveTeacher(Teacher):
         if self.is_sharded:
             self.states(batch)
 
-    def read_less(self, max_tokens: int) -> None:
-        """From now on, read at most so many positions in one forward: memory has run out."""
-        self.max_tokens = min(self.max_tokens, max_tokens)
-
 
 def load_live(spec: TeacherSpec) -> LiveTeacher:
     """The whole teacher, loaded into this process.
@@ -119,25 +82,6 @@ def load_live(spec: TeacherSpec) -> LiveTeacher:
     """
     model = load_teacher(spec.config, spec.device)
     return LiveTeacher(model, spec.vocab_size, spec.device)
-
-
-def check_sizes(head: OutputHead, embedding: Tensor, vocab_size: int) -> None:
-    """Refuse a teacher whose parts do not fit each other or its tokenizer.
-
-    Raises:
-        ValueError: with what does not fit.
-    """
-    rows = head.weight.shape[0]
-    if rows < vocab_size:
-        raise ValueError(
-            f"the teacher's tokenizer has ids up to {vocab_size - 1}, but its output head only "
-            f"{rows} rows. Set dskd.teacher.tokenizer to the model's own tokenizer."
-        )
-    if embedding.shape[1] != head.hidden_size:
-        raise ValueError(
-            f"the teacher embeds tokens in {embedding.shape[1]} numbers but its "
-            f"head takes {head.hidden_size}; such models are not supported as teachers."
-        )
 
 
 def _groups(lengths: list[int], max_tokens: int) -> list[list[int]]:

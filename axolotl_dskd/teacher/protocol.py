@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -36,6 +36,14 @@ class Teacher(Protocol):
         Raises:
             ValueError: the teacher cannot read them, in words.
         """
+
+    def expect(self, batches: Sequence[DualBatch]) -> None:
+        """These batches will be asked about soon: begin with them, where that is of use.
+
+        Those that were named before and not asked about come no more. A call may also come for a
+        batch that was never named.
+        """
+        return
 
     def idle(self, batch: DualBatch) -> None:
         """Do what a rank without supervised tokens owes the others in their call."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.teacher.load import resolve_dtype
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class TrainingRun:
             on all of them if anything did on one.
         local_main_first: while open, the others of this machine wait until its main process
             has left.
+        how_to_resume: in words, from which checkpoint; nothing where there is none.
     """
 
     datasets: Sequence[Any] = ()
@@ -63,3 +66,18 @@ class TrainingRun:
     gather: Callable[[int], list[int]] = lambda number: [number]
     stop_together: Callable[[str | None], None] = _stop_alone
     local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
+    how_to_resume: Callable[[], str] = lambda: ""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something that may fail on one rank alone.
+
+        Raises:
+            ValueError: on all of them, if it does.
+        """
+        result, problem = None, None
+        try:
+            result = work()
+        except ValueError as error:
+            problem = str(error)
+        self.stop_together(problem)
+        return cast(T, result)

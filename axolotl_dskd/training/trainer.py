@@ -10,12 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
+from transformers.trainer_utils import get_last_checkpoint
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
@@ -186,7 +188,13 @@ class DSKDTrainer(AxolotlTrainer):
             ).tolist(),
             stop_together=partial(raise_together, device=device),
             local_main_first=self.accelerator.local_main_process_first,
+            how_to_resume=self._how_to_resume,
         )
+
+    def _how_to_resume(self) -> str:
+        folder = Path(self.args.output_dir)
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        return f"Then go on with resume_from_checkpoint: {last}" if last else ""
 
     def _begin(self) -> None:
         """Training begins, maybe again (auto_find_batch_size)."""
@@ -207,6 +215,8 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of a step, from where samples come from, and then their count."""
         batches = self.samples(list(islice(epoch_iterator, num_batches)), self.state.global_step)
+        if self.distillation is not None:
+            self.distillation.teacher.expect([DualBatch.pop_from(dict(b)) for b in batches])
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -232,6 +242,8 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> Any:
         """The student's forward without logits; the loss is computed where its head would be."""
         batch = DualBatch.pop_from(inputs)
+        if self.distillation is not None and not model.training:
+            self.distillation.teacher.expect([batch])
         step = Step(
             batch,
             self.student,

@@ -16,6 +16,7 @@ from axolotl_dskd.config import (
     ObjectiveConfig,
     ProjectorConfig,
     SamplesConfig,
+    ServerConfig,
     TeacherConfig,
 )
 from tests.support import tiny
@@ -55,6 +56,7 @@ BLOCKS: list[type[BaseModel]] = [
     DSKDConfig,
     TeacherConfig,
     CacheConfig,
+    ServerConfig,
     ProjectorConfig,
     SamplesConfig,
     *ObjectiveConfig.known.values(),
@@ -128,6 +130,15 @@ WRONG = {
     "a cached teacher in shards": (
         {"teacher": {"base_model": "x", "cache": {"path": "y"}, "shard": "full"}},
         "axolotl-dskd cache write",
+    ),
+    "a served teacher that is quantised here": (
+        {"teacher": {"base_model": "x", "server": {"url": "http://a"}, "load_in_4bit": True}},
+        "so load_in_4bit can do nothing here",
+    ),
+    "a server without an address": ({"teacher": {"base_model": "x", "server": {}}}, "either url"),
+    "a server that is no address": (
+        {"teacher": {"base_model": "x", "server": {"url": "127.0.0.1:8000"}}},
+        "no address of a server",
     ),
     "quantised adapter": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "adapter": "y"}},
@@ -246,6 +257,22 @@ def test_the_caches_size_is_read_as_people_write_it(written: str | int, size: in
 def test_a_size_that_is_none_is_refused(written: str | int):
     with pytest.raises(ValueError, match=r"max_size: .* is no size"):
         CacheConfig.model_validate({"path": "x", "max_size": written})
+
+
+def test_a_password_in_a_url_is_refused():
+    server = {"urls": ["http://a:8000/v1/", "https://me:sesame@b"]}
+    with pytest.raises(ValueError, match="put a key into an environment variable"):
+        TeacherConfig.model_validate({"base_model": "x", "server": server})
+    server["urls"].pop()
+    config = TeacherConfig.model_validate({"base_model": "x", "server": server})
+    assert config.server is not None
+    assert config.server.addresses == ["http://a:8000"]
+
+
+def test_a_key_that_is_not_in_the_environment_is_said():
+    config = ServerConfig(url="http://a", api_key_env="NO_SUCH_KEY")
+    with pytest.raises(ValueError, match="NO_SUCH_KEY, which is not set"):
+        _ = config.api_key
 
 
 def test_max_memory_without_a_device_map_is_refused():

@@ -130,7 +130,7 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
     if not cfg.gradient_checkpointing:
         cost = "each step takes about a third longer, the result stays"
         yield {"gradient_checkpointing": True}, cost
-    if not teacher.cache:
+    if teacher.layers_are_loaded:
         yield (
             {_TEACHER + "cache": {"path": "./outputs/teacher-cache"}},
             f"`axolotl-dskd cache write` first, about {_cache_bytes(setup, hidden_size) / 1e9:.1f} "
@@ -146,7 +146,7 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
         )
     if "adam" in str(cfg.optimizer) and "8bit" not in str(cfg.optimizer):
         yield {"optimizer": "adamw_bnb_8bit"}, "the optimizer's states are rounded"
-    if not (teacher.load_in_4bit or teacher.adapter):
+    if teacher.layers_are_loaded and not (teacher.load_in_4bit or teacher.adapter):
         changes = {_TEACHER + "load_in_4bit": True}
         if teacher.load_in_8bit:
             changes[_TEACHER + "load_in_8bit"] = False

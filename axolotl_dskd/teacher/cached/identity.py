@@ -4,6 +4,9 @@ The weights' and the config's content, the adapter's, the quantisation and the d
 files lie, when they were downloaded or what the commit is called: a README edited on the hub does
 not make a cache worthless. Nor the device or the attention kernel, which only round differently.
 Tokenizer and template act through the token ids, which every sample is filed under.
+
+Of a served teacher the layers need not be here: it is known by the files that hold its ends, and
+kept apart from one that is loaded, since the server's dtype and quantisation are its own.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from axolotl_dskd.cache import Damaged, hash_file, read_json, write_json
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.progress import Progress
+from axolotl_dskd.teacher.served.ends import end_files
 
 LOG = get_logger(__name__)
 
@@ -68,7 +72,9 @@ def teacher_identity(config: TeacherConfig, dtype: torch.dtype, root: Path) -> T
     memo = _Memo(root / _MEMO)
     name, revision = config.base_model, config.revision
     parts = {
-        "weights": _weights_hash(name, revision, memo),
+        "weights": _weights_hash(name, revision, memo)
+        if config.server is None
+        else memo.hash_all(end_files(config)),
         "config": _config_hash(name, revision),
         "quantisation": "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else "",
         "dtype": str(dtype).removeprefix("torch."),
@@ -85,6 +91,8 @@ def teacher_identity(config: TeacherConfig, dtype: torch.dtype, root: Path) -> T
                 "adapter_model.safetensors."
             )
         parts["adapter"] = memo.hash_all([path for path in files if path])
+    if config.server is not None:
+        parts["served"] = "yes"
     if config.trust_remote_code:
         config_file = _file(name, revision, "config.json")
         assert config_file is not None

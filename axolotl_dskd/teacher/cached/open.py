@@ -13,8 +13,10 @@ from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.teacher.cached.identity import TeacherIdentity, teacher_identity
 from axolotl_dskd.teacher.cached.states import Body, CachedStates
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable, Tables, read_tables, write_tables
-from axolotl_dskd.teacher.live import LiveTeacher, check_sizes, load_live
-from axolotl_dskd.teacher.spec import TeacherSpec
+from axolotl_dskd.teacher.live import load_live
+from axolotl_dskd.teacher.reading import ReadingTeacher, check_sizes
+from axolotl_dskd.teacher.served.teacher import open_served
+from axolotl_dskd.teacher.spec import TeacherSpec, TrainingRun
 
 LOG = get_logger(__name__)
 
@@ -69,18 +71,22 @@ class CacheFolder:
         return self.root / f"{self.identity.digest}-{self.storage}"
 
 
-def open_cache(spec: TeacherSpec) -> CachedStates:
+def open_cache(spec: TeacherSpec, run: TrainingRun | None = None) -> CachedStates:
     """The cache of a teacher. Loads the teacher only if head and embedding are not cached yet.
+
+    Args:
+        spec: the teacher.
+        run: who asks; None: a command beside training.
 
     Raises:
         ValueError: there is no such teacher, or it cannot be used as one.
     """
     folder = CacheFolder.of(spec)
-    loaded: LiveTeacher | None = None
+    loaded: ReadingTeacher | None = None
     tables = _known_tables(folder.path, spec)
     if tables is None:
         _say_what_differs(folder)
-        loaded = load_live(spec)
+        loaded = _load(spec, run)
         tables = _keep_tables(folder.path, loaded, spec)
     if not (folder.path / IDENTITY).exists():
         _keep_identity(folder)
@@ -89,8 +95,12 @@ def open_cache(spec: TeacherSpec) -> CachedStates:
     store = RowStore(
         folder.path, codec.bytes_per_token, root=folder.root, max_bytes=folder.max_bytes
     )
-    body = Body(lambda: load_live(spec), loaded)
+    body = Body(lambda: _load(spec, run), loaded)
     return CachedStates(store, codec, tables.head, tables.embedding, body)
+
+
+def _load(spec: TeacherSpec, run: TrainingRun | None) -> ReadingTeacher:
+    return load_live(spec) if spec.config.server is None else open_served(spec, run)
 
 
 def _known_tables(folder: Path, spec: TeacherSpec) -> Tables | None:
@@ -101,7 +111,7 @@ def _known_tables(folder: Path, spec: TeacherSpec) -> Tables | None:
         return None
 
 
-def _keep_tables(folder: Path, teacher: LiveTeacher, spec: TeacherSpec) -> Tables:
+def _keep_tables(folder: Path, teacher: ReadingTeacher, spec: TeacherSpec) -> Tables:
     table = EmbeddingTable.of(teacher.model.get_input_embeddings())
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from axolotl.utils.logging import get_logger
@@ -63,7 +61,7 @@ class CacheSession:
             self.states.body.free()
             return
         self._warn_of_space(int(self.rows.tokens[missing].sum()) * width)
-        self._together(self.states.body.get)
+        self.run.together(self.states.body.get)
 
     def end_epoch(self, *, more: bool) -> None:
         """Write what is waiting; with more epochs to come, complete the cache and free the
@@ -90,7 +88,7 @@ class CacheSession:
         # Those that miss the same share the work; a rank with a disk of its own does all of it.
         alike = [rank for rank, number in enumerate(numbers) if number == numbers[self.run.rank]]
         mine = missing[missing % len(alike) == alike.index(self.run.rank)]
-        self._together(lambda: fill(self.states, self.rows, mine))
+        self.run.together(lambda: fill(self.states, self.rows, mine))
         # Only now have all of them written.
         return max(self.run.gather(len(self._missing_on_ranks()[0])))
 
@@ -110,14 +108,6 @@ class CacheSession:
             if len(set(numbers)) == 1 or any(late):
                 return missing, numbers
             time.sleep(_LATE_SECONDS / 20)
-
-    def _together(self, work: Callable[[], Any]) -> None:
-        problem = None
-        try:
-            work()
-        except ValueError as error:
-            problem = str(error)
-        self.run.stop_together(problem)
 
     def _warn_of_space(self, needed: int) -> None:
         store = self.states.store

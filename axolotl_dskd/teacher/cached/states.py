@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from axolotl_dskd.cache import Codec, RowStore, sample_key
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
-from axolotl_dskd.teacher.live import LiveTeacher
+from axolotl_dskd.teacher.reading import ReadingTeacher
 from axolotl_dskd.types import DualBatch
 
 LOG = get_logger(__name__)
@@ -28,7 +28,9 @@ class Body:
         loaded: the teacher where it had to be loaded already, else None.
     """
 
-    def __init__(self, load: Callable[[], LiveTeacher], loaded: LiveTeacher | None = None) -> None:
+    def __init__(
+        self, load: Callable[[], ReadingTeacher], loaded: ReadingTeacher | None = None
+    ) -> None:
         self._load = load
         self._loaded = loaded
 
@@ -37,7 +39,7 @@ class Body:
         """Whether its layers are in memory."""
         return self._loaded is not None
 
-    def get(self) -> LiveTeacher:
+    def get(self) -> ReadingTeacher:
         """The teacher; loaded if it is not.
 
         Raises:
@@ -51,6 +53,7 @@ class Body:
         """Give the memory of its layers back."""
         if self._loaded is None:
             return
+        self._loaded.end()
         self._loaded = None
         gc.collect()
         if torch.cuda.is_available():
@@ -123,6 +126,17 @@ class CachedStates:
                 packed[sample_ids_M == row] = states.to(packed.device)
         return packed
 
+    def expect(self, batches: Sequence[DualBatch]) -> None:
+        """Tell the teacher, if it is there, of what a call on these batches will lack."""
+        if not self.body.is_loaded:
+            return
+        for batch in batches:
+            keys = [sample_key(ids, labels) for ids, labels in _unpadded(batch)]
+            flat = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+            rows = np.flatnonzero(self.store.missing(flat)).tolist()
+            if rows:
+                self.body.get().expect([_teacher_rows(batch, rows)])
+
     @torch.no_grad()
     def compute(self, batch: DualBatch, rows: list[int]) -> list[Tensor]:
         """Run the teacher on some samples of a batch and cache them: packed states per sample.
@@ -130,12 +144,7 @@ class CachedStates:
         Raises:
             ValueError: the teacher cannot be loaded, or its states are not finite.
         """
-        missing = replace(
-            batch,
-            teacher_input_ids=batch.teacher_input_ids[rows],
-            teacher_labels=batch.teacher_labels[rows],
-            teacher_attention_mask=batch.teacher_attention_mask[rows],
-        )
+        missing = _teacher_rows(batch, rows)
         hidden, tokens = self.body.get().states(missing)
         finite = torch.isfinite(hidden).all(1)
         if not bool(finite.all()):
@@ -152,6 +161,16 @@ class CachedStates:
         for (ids, labels), sample in zip(_unpadded(missing), states, strict=True):
             self.store.add(sample_key(ids, labels), sample.numpy())
         return states
+
+
+def _teacher_rows(batch: DualBatch, rows: list[int]) -> DualBatch:
+    """The batch with these rows on the teacher's side."""
+    return replace(
+        batch,
+        teacher_input_ids=batch.teacher_input_ids[rows],
+        teacher_labels=batch.teacher_labels[rows],
+        teacher_attention_mask=batch.teacher_attention_mask[rows],
+    )
 
 
 def _unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from axolotl_dskd.cache import RowReader
@@ -41,6 +43,10 @@ class CachedTeacher(Teacher):
             table = self.states.embedding
             embedded = table(side.input_ids), table(side.labels)
         return View(side, self.head, hidden, embedded)
+
+    def expect(self, batches: Sequence[DualBatch]) -> None:
+        """Tell the teacher of the samples that are not cached."""
+        self.states.expect(batches)
 
     def reader(self) -> CacheReader:
         """Looks samples up in the folder; picklable, for the data workers."""

@@ -1,0 +1,74 @@
+"""`axolotl-dskd serve`: how the teacher's server has to be started, from the configuration."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from axolotl_dskd.commands.cache import rows_of
+from axolotl_dskd.config import DSKDConfig, ServerConfig
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.teacher import TeacherSpec
+from axolotl_dskd.teacher.served.launch import server_command
+
+#: Where vLLM looks for the key that it shall ask for.
+_VLLM_KEY = "VLLM_API_KEY"
+
+
+def serve_commands(
+    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...]
+) -> dict[str, list[str]]:
+    """The command of each server, by its URL.
+
+    Args:
+        cfg: Axolotl's validated configuration; its data sets say how long rows are.
+        config: its `dskd:` block.
+        python: of the environment that has vLLM.
+        more: arguments for vLLM.
+
+    Raises:
+        ValueError: the configuration names no server.
+    """
+    server = _server(config)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    tokenizer = load_teacher_tokenizer(config)
+    spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
+    longest = int(rows_of(cfg).lengths.max())
+    # Room for rows that are added later, and a number that is easy to read.
+    room = -(-longest // 64) * 64
+    return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
+
+
+def in_words(config: DSKDConfig, command: list[str]) -> str:
+    """The command as a shell takes it. The key is named, not shown."""
+    named = _server(config).api_key_env
+    key = "" if named is None else f'{_VLLM_KEY}="${named}" '
+    return key + shlex.join(command)
+
+
+def run_command(config: DSKDConfig, url: str, command: list[str]) -> None:
+    """Become the server; returns only by an error.
+
+    Raises:
+        ValueError: the server is to run elsewhere, or its key is not in the environment.
+        OSError: there is no such program.
+    """
+    if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(f"{url} is not this machine. Run the printed command there.")
+    key = _server(config).api_key
+    environment: Mapping[str, str] = os.environ | ({} if key is None else {_VLLM_KEY: key})
+    os.execvpe(command[0], command, environment)
+
+
+def _server(config: DSKDConfig) -> ServerConfig:
+    if config.teacher.server is None:
+        raise ValueError(
+            "there is no `server:` in dskd.teacher. Add\n"
+            "dskd:\n  teacher:\n    server: {url: http://127.0.0.1:8000}"
+        )
+    return config.teacher.server

@@ -1,0 +1,94 @@
+"""`dskd.teacher.server`: a teacher that another process serves. Imports nothing of this package."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+
+class ServerConfig(BaseModel, extra="forbid"):
+    """A vLLM pooling server that gives the teacher's final hidden states."""
+
+    url: str | None = Field(None, description="Where the server listens: http://host:8000.")
+    urls: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Several servers of the same teacher, which share the load."
+    )
+    model: str | None = Field(
+        None,
+        description="The name by which the server knows the teacher. Default: teacher.base_model.",
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the server's key. Default: no key."
+    )
+    timeout: float = Field(120.0, gt=0, description="Seconds for one answer.")
+    retries: int = Field(
+        10,
+        ge=0,
+        description="How often a request is made again after a failure of the server, waiting "
+        "1, 2, 4 … 30 seconds: 10 bridge a restart of three minutes.",
+    )
+    concurrency: int = Field(
+        16, ge=1, description="Requests in flight at once, of each training process."
+    )
+
+    @field_validator("url", "urls")
+    @classmethod
+    def _plain_urls(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return _plain(value)
+        return [_plain(url) for url in value]
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> ServerConfig:
+        if (self.url is None) == (self.urls is None):
+            raise ValueError(
+                "dskd.teacher.server needs either url: http://host:8000 or urls: [several of them]."
+            )
+        return self
+
+    @property
+    def addresses(self) -> list[str]:
+        """All servers."""
+        return [self.url] if self.url is not None else list(self.urls or ())
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            ValueError: the variable is not set.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise ValueError(
+                f"dskd.teacher.server.api_key_env names {self.api_key_env}, which is not set. "
+                "Export the server's key under this name."
+            )
+        return key
+
+
+def _plain(url: str) -> str:
+    """The URL without a slash at its end.
+
+    Raises:
+        ValueError: it is no http address, or carries what does not belong there.
+    """
+    parts = urlsplit(url)
+    if parts.username or parts.password:  # not repeated: it is a secret
+        raise ValueError(
+            "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
+            "into an environment variable and name it in api_key_env."
+        )
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
+            "http://127.0.0.1:8000."
+        )
+    return url.rstrip("/").removesuffix("/v1")

@@ -1,0 +1,62 @@
+"""`axolotl-dskd serve`: the command that a real vLLM is started with in other tests."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from axolotl_dskd.commands.cli import main
+from tests.support import tiny
+
+
+def serve(folder: Path, server: dict[str, Any] | None, *arguments: str) -> Result:
+    teacher: dict[str, Any] = {"base_model": str(folder / "teacher"), "dtype": "float32"}
+    if server is not None:
+        teacher["server"] = server
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny.base_config(folder, dskd={"teacher": teacher})))
+    return CliRunner().invoke(main, ["serve", str(path), *arguments])
+
+
+def test_it_prints_a_command_for_every_server(
+    pair_folder: Path, monkeypatch: pytest.MonkeyPatch, validated: Any
+):
+    monkeypatch.setenv("TEACHER_KEY", "sesame")
+    server = {"urls": ["http://a:8001", "http://b:8002"], "api_key_env": "TEACHER_KEY"}
+    result = serve(pair_folder, server, "--python", "there/python", "--", "--enforce-eager")
+    assert result.exit_code == 0, result.output
+    assert "sesame" not in result.output
+    first, second = (shlex.split(line) for line in result.stdout.splitlines())
+    assert first[:2] == ["VLLM_API_KEY=$TEACHER_KEY", "there/python"]
+    assert first[-5:] == ["--host", "a", "--port", "8001", "--enforce-eager"]
+    assert second[-5:] == ["--host", "b", "--port", "8002", "--enforce-eager"]
+    assert int(first[first.index("--max-model-len") + 1]) % 64 == 0
+    refused = serve(pair_folder, server, "--run")
+    assert "http://a:8001 is not this machine" in refused.output
+
+
+def test_run_becomes_the_server_with_its_key(
+    pair_folder: Path, monkeypatch: pytest.MonkeyPatch, validated: Any
+):
+    monkeypatch.setenv("TEACHER_KEY", "sesame")
+    became: list[Any] = []
+    monkeypatch.setattr(os, "execvpe", lambda *arguments: became.extend(arguments))
+    server = {"url": "http://127.0.0.1:8001", "api_key_env": "TEACHER_KEY"}
+    result = serve(pair_folder, server, "--run")
+    assert result.exit_code == 0, result.output
+    program, command, environment = became
+    assert (program, command[0]) == ("python", "python")
+    assert shlex.join(command) in result.stdout
+    assert environment["VLLM_API_KEY"] == "sesame"
+
+
+def test_without_a_server_it_says_what_to_add(pair_folder: Path, validated: Any):
+    result = serve(pair_folder, None)
+    assert result.exit_code == 1
+    assert "server: {url: http://127.0.0.1:8000}" in result.output
