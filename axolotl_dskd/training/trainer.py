@@ -6,7 +6,6 @@ come from.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -21,38 +20,28 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
-from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.data.tokenizers import (
     exact_share,
     load_teacher_tokenizer,
     longest_supervised,
     vocabulary_size,
 )
-from axolotl_dskd.evaluation import answers
-from axolotl_dskd.evaluation.measure import TextBytes
-from axolotl_dskd.evaluation.rows import means
-from axolotl_dskd.evaluation.scores import RowScores
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.objectives import Facts, Objective, Pair, build_objective, chunk_budget
-from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import open_samples
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
-from axolotl_dskd.training.answering import Answering
 from axolotl_dskd.training.callbacks import Begin, StepSidecar, TeacherEpochs
-from axolotl_dskd.training.metrics import MetricSums
-from axolotl_dskd.training.recorder import Recorder, lower_is_better
+from axolotl_dskd.training.recorder import lower_is_better
+from axolotl_dskd.training.reports import Reports
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Step
 from axolotl_dskd.types import DualBatch, LossOutput
 
 LOG = get_logger(__name__)
-
-#: Where a smaller share of the tokens takes part, the log warns.
-LITTLE = 0.25
 
 
 class DSKDTrainer(AxolotlTrainer):
@@ -100,17 +89,10 @@ class DSKDTrainer(AxolotlTrainer):
         self.samples = open_samples(self.dskd.samples)
         self.distillation: Distillation | None = None
         self.sidecar: Sidecar | None = None
-        self._sums: dict[str, MetricSums] = defaultdict(self._no_sums)
-        table = token_bytes(student)
-        self._text_bytes = TextBytes(table)
-        self._answering = Answering(
-            self.dskd.evaluation, self.student, student, table, self.args.seed
-        )
-        self._rows = RowScores()
-        self._recorder = Recorder(self) if self.dskd.evaluation.record else None
+        self.reports = Reports(self)
         self._step: Step | None = None
         self._at_head: list[LossOutput] = []
-        self._is_set_up = self._share_is_said = False
+        self._is_set_up = False
         self._problem: str | None = None
         self._followed_step: int | None = None
         #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
@@ -129,8 +111,7 @@ class DSKDTrainer(AxolotlTrainer):
             self.add_callback(Begin(self._begin))
             if self.objective is not None:
                 self._set_up_distillation(self.objective)
-        if self._recorder is not None:
-            self._recorder.rows()
+        self.reports.begin(self.objective)
         return super().train(*args, **kwargs)
 
     def _set_up_distillation(self, objective: Objective[Any]) -> None:
@@ -198,7 +179,7 @@ class DSKDTrainer(AxolotlTrainer):
 
     def _begin(self) -> None:
         """Training begins, maybe again (auto_find_batch_size)."""
-        self._sums.clear()
+        self.reports.forget()
         self._problem = self._followed_step = None
         self.student.check(training_has_begun=True)
 
@@ -272,24 +253,12 @@ class DSKDTrainer(AxolotlTrainer):
         if self.accelerator.sync_gradients or not self.model.training:
             raise_together(self._problem, self.accelerator.device)
         if problem is None:
-            self._count_in(out)
+            self.reports.count(self._step, out)
         self._loss_scale = self.student.loss_scale
         count = max(out.tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
         # Through the outputs, which reach every parameter and where sharded backwards begin.
         return loss + (0.0 * outputs["logits"].float()).sum()
-
-    def _count_in(self, out: LossOutput) -> None:
-        """Add a batch to the metrics."""
-        assert self._step is not None
-        batch, measured = self._step.batch, self._step.measured
-        labels = batch.student_side(batch.student_mask()).labels
-        text_bytes = self._text_bytes(batch.matches.spans, labels)
-        self._sums["eval" if self._step.evaluates else "train"].add(out, int(text_bytes.sum()))
-        if self._recorder is not None and not self._step.evaluates:
-            self._recorder.learned_tokens += out.tokens
-        if measured is not None and len(labels):
-            self._rows.add(batch, measured, text_bytes)
 
     def _follow(self, head: OutputHead) -> None:
         """Once in a step, and where the head is whole."""
@@ -301,50 +270,19 @@ class DSKDTrainer(AxolotlTrainer):
 
     # ---- metrics -----------------------------------------------------------------------------
 
-    def _no_sums(self) -> MetricSums:
-        found = self.distillation
-        return MetricSums(CROSS_ENTROPY if found is None else found.objective.terms)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to training logs."""
         if "loss" in logs:
-            means = self._sums.pop("train", self._no_sums()).means(self.accelerator.device)
-            logs |= means
-            self._report_share(logs)
-            terms = {name.removeprefix("dskd/"): mean for name, mean in means.items()}
-            if self.distillation is not None and (remark := self.objective.remark(terms)):
-                LOG.warning(remark)
-            if self._recorder is not None:
-                self._recorder.log(logs)
+            self.reports.log(logs)
         super().log(logs, start_time)
-
-    def _report_share(self, logs: dict[str, float]) -> None:
-        """Say once, at the first log, how much of the data the objective learns from."""
-        if self._share_is_said or "dskd/aligned" not in logs:
-            return
-        self._share_is_said = True
-        share = logs["dskd/aligned"]
-        text = f"{share:.1%} of the student's supervised tokens take part in the distillation"
-        (LOG.warning if share < LITTLE else LOG.info)(
-            text + (", the others have cross-entropy alone" if share < 1 else "")
-        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the means over the evaluation set to its metrics."""
-        self._sums.pop("eval", None)
-        self._rows = RowScores()
-        if self.distillation is None:
-            LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
+        self.reports.begin_evaluation()
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._sums.pop("eval", self._no_sums()).means(self.accelerator.device)
-        rows = self._rows.gathered()
         dataloader: Any = kwargs.get("dataloader", args[0] if args else None)
-        answered = self._answering(prefix, dataloader.dataset)
-        found |= means(rows) | answers.means(answered)
-        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
-        if self._recorder is not None:
-            self._recorder.evaluation(prefix, output.metrics, rows, answered)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        self.reports.end_evaluation(prefix, dataloader.dataset, output.metrics)
         return output
 
     # ---- checkpoints -------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_resumed_goes_on_as_uninterrupted_also_where_s2t_follows(
 def test_the_log_says_once_what_share_of_the_tokens_takes_part(
     pair_folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ):
-    from axolotl_dskd.training import trainer as module
+    from axolotl_dskd.training import reports as module
 
     said: list[str] = []
     for level in ("info", "warning"):

@@ -1,0 +1,128 @@
+"""What a trainer says of a run: means in the log, evaluations, and its record.
+
+Counts batches in as the trainer finds their sums; knows no forward, teacher or optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+
+from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.evaluation import answers
+from axolotl_dskd.evaluation.measure import TextBytes
+from axolotl_dskd.evaluation.rows import means
+from axolotl_dskd.evaluation.scores import RowScores
+from axolotl_dskd.objectives import Objective
+from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
+from axolotl_dskd.training.answering import Answering
+from axolotl_dskd.training.metrics import MetricSums
+from axolotl_dskd.training.recorder import Recorder
+from axolotl_dskd.training.step import Step
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, View
+
+LOG = get_logger(__name__)
+
+#: Where a smaller share of the tokens takes part, the log warns.
+LITTLE = 0.25
+
+
+class Reports:
+    """See the module. Every rank must call it alike.
+
+    Args:
+        trainer: whose run it is, constructed, with its `student` and its `dskd` keys.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.device = trainer.accelerator.device
+        tokenizer, config = trainer.processing_class, trainer.dskd.evaluation
+        table = token_bytes(tokenizer)
+        self._text_bytes = TextBytes(table)
+        self._answering = Answering(config, trainer.student, tokenizer, table, trainer.args.seed)
+        self._recorder = Recorder(trainer) if config.record else None
+        self._objective: Objective[Any] | None = None
+        self._rows = RowScores()
+        self._share_is_said = False
+        self.forget()
+
+    def begin(self, objective: Objective[Any] | None) -> None:
+        """Training begins.
+
+        Args:
+            objective: whose terms the sums are from here on; None: the cross-entropy alone.
+        """
+        self._objective = objective
+        self.forget()
+        if self._recorder is not None:
+            self._recorder.rows()
+
+    def forget(self) -> None:
+        """Drop what was counted."""
+        self._train, self._eval = self._no_sums(), self._no_sums()
+
+    def count(self, step: Step, out: LossOutput) -> None:
+        """Add a batch.
+
+        Args:
+            step: that went through the student's forward.
+            out: what it found.
+        """
+        batch, measured = step.batch, step.measured
+        side = batch.student_side(batch.student_mask())
+        text_bytes = self._text_bytes(batch.matches.spans, side.labels)
+        known = View(side, written=batch.written).references != IGNORE_INDEX
+        sums = self._eval if step.evaluates else self._train
+        sums.add(out, int((text_bytes * known).sum()))
+        if self._recorder is not None and not step.evaluates:
+            self._recorder.learned_tokens += out.tokens
+        if measured is not None and len(side):
+            self._rows.add(batch, measured, text_bytes)
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Add the means since the last log to training logs, and say what follows from them."""
+        found = self._train.means(self.device)
+        self._train = self._no_sums()
+        logs |= found
+        self._report_share(logs)
+        terms = {name.removeprefix("dskd/"): mean for name, mean in found.items()}
+        if self._objective is not None and (remark := self._objective.remark(terms)):
+            LOG.warning(remark)
+        if self._recorder is not None:
+            self._recorder.log(logs)
+
+    def _report_share(self, logs: dict[str, float]) -> None:
+        """Say once, at the first log, how much of the data the objective learns from."""
+        if self._share_is_said or "dskd/aligned" not in logs:
+            return
+        self._share_is_said = True
+        share = logs["dskd/aligned"]
+        text = f"{share:.1%} of the student's supervised tokens take part in the distillation"
+        (LOG.warning if share < LITTLE else LOG.info)(
+            text + (", the others have cross-entropy alone" if share < 1 else "")
+        )
+
+    def begin_evaluation(self) -> None:
+        """The batches to come are of one evaluation."""
+        self._eval, self._rows = self._no_sums(), RowScores()
+        if self._objective is None:
+            LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
+
+    def end_evaluation(self, prefix: str, dataset: Any, metrics: dict[str, float]) -> None:
+        """Let the student answer, where it is time, and add everything found to the metrics.
+
+        Args:
+            prefix: of the metrics' names.
+            dataset: that was evaluated.
+            metrics: added to.
+        """
+        found = self._eval.means(self.device)
+        rows, answered = self._rows.gathered(), self._answering(prefix, dataset)
+        found |= means(rows) | answers.means(answered)
+        metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        if self._recorder is not None:
+            self._recorder.evaluation(prefix, metrics, rows, answered)
+
+    def _no_sums(self) -> MetricSums:
+        return MetricSums(CROSS_ENTROPY if self._objective is None else self._objective.terms)
