@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -67,13 +69,14 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def gather_objects(mine: Any) -> list[Any]:
-    """Every rank's object, in the order of ranks."""
+def gather_objects(value: T) -> list[T]:
+    """What every rank has, by rank. Small plain values: they travel pickled between the processes
+    of one training."""
     if world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def raise_together(problem: str | None, device: torch.device) -> None:

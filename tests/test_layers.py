@@ -29,7 +29,7 @@ ALLOWED = {
     "generation": {"ranks"},
     "evaluation": {"config", "generation", "losses", "ranks"},
     "data": {"config"},
-    "samples": {"config"},
+    "samples": {"config", "data", "generation", "ranks"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "servers": {"config"},
     "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers"},

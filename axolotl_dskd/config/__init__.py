@@ -21,7 +21,13 @@ from axolotl_dskd.config.objectives import (
     TokenKDConfig,
     ULDConfig,
 )
-from axolotl_dskd.config.samples import SamplesConfig
+from axolotl_dskd.config.samples import (
+    DatasetSamplesConfig,
+    SamplesConfig,
+    StudentSamplesConfig,
+    TeacherSamplesConfig,
+    WritingConfig,
+)
 from axolotl_dskd.config.server import ServerConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 
@@ -32,6 +38,7 @@ __all__ = [
     "CompareConfig",
     "DSKDArgs",
     "DSKDConfig",
+    "DatasetSamplesConfig",
     "DivergenceKeys",
     "DivergenceName",
     "DualSpaceConfig",
@@ -44,7 +51,10 @@ __all__ = [
     "ServerConfig",
     "SinkhornConfig",
     "SpanSupportConfig",
+    "StudentSamplesConfig",
     "TeacherConfig",
+    "TeacherSamplesConfig",
     "TokenKDConfig",
     "ULDConfig",
+    "WritingConfig",
 ]

@@ -12,7 +12,7 @@ from axolotl_dskd.config.compare import CompareConfig
 from axolotl_dskd.config.evaluation import EvaluationConfig
 from axolotl_dskd.config.objectives import DualSpaceConfig, ObjectiveConfig, objective_config
 from axolotl_dskd.config.refusals import refusals, refuse_moved_keys
-from axolotl_dskd.config.samples import SamplesConfig
+from axolotl_dskd.config.samples import AnySamples, DatasetSamplesConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 
 PLUGIN_NAME = "axolotl_dskd.DSKDPlugin"
@@ -28,8 +28,8 @@ class DSKDConfig(Block):
             description="What is learned: a name, or {name: …} with the objective's own keys.",
         )
     )
-    samples: SamplesConfig = Field(
-        default_factory=SamplesConfig, description="Where the rows come from."
+    samples: AnySamples = Field(
+        default_factory=DatasetSamplesConfig, description="Where the rows come from."
     )
     kd_ratio: float = Field(
         0.5, ge=0, le=1, description="0 is supervised fine-tuning only, 1 distillation only."
@@ -55,6 +55,12 @@ class DSKDConfig(Block):
             raise ValueError(
                 f"dskd.objective: {nothing}, so kd_ratio {self.kd_ratio} weights nothing. Raise "
                 "one, or set kd_ratio: 0 for plain SFT."
+            )
+        if self.kd_ratio == 0 and self.samples.source != "dataset":
+            raise ValueError(
+                f"dskd.samples.from: {self.samples.source} with kd_ratio: 0, which loads no "
+                "teacher and learns from the data's rows alone. Raise kd_ratio (0.1 is little), or "
+                "write samples: dataset."
             )
         return self
 

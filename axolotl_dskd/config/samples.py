@@ -2,25 +2,127 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+)
 
 from axolotl_dskd.config.base import Block
 
 
 class SamplesConfig(Block):
-    """The data set's own rows, as Axolotl prepares them."""
+    """Where rows come from."""
 
-    # Axolotl hands validated values on under the names of the fields.
     model_config = ConfigDict(populate_by_name=True)
+
+    source: str = Field("dataset", alias="from", description="dataset, student or teacher.")
+
+    @model_serializer(mode="wrap")
+    def _as_users_write_it(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Axolotl hands validated values on under the names of the fields."""
+        keys = dump(self)
+        return {"from": keys.pop("source", self.source), **keys}
+
+
+class DatasetSamplesConfig(SamplesConfig):
+    """The data set's own rows, as Axolotl prepares them."""
 
     source: Literal["dataset"] = Field(
         "dataset", alias="from", description="dataset: the rows under `datasets:`."
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        """`samples: dataset` stands for `samples: {from: dataset}`."""
-        return {"from": value} if isinstance(value, str) else value
+
+class WritingConfig(SamplesConfig):
+    """How answers to the rows' prompts are written, whoever writes them."""
+
+    max_new_tokens: int = Field(256, ge=1, description="Longest answer, in the writer's tokens.")
+    temperature: float = Field(
+        1.0, ge=0, description="Of drawing; 0 takes the most likely token each time."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Draw among the fewest tokens that are together as likely."
+    )
+    top_k: int = Field(0, ge=0, description="Draw among so many most likely tokens; 0: all.")
+    seed: int = Field(42, ge=0, description="Of all that is drawn. Same seed, same text.")
+    batch_tokens: int = Field(
+        16384,
+        ge=1,
+        description="Tokens, prompts and padding included, that are written at once. Changes "
+        "memory and speed, not what is written.",
+    )
+    engine: Literal["transformers"] = Field(
+        "transformers", description="transformers: `generate` in the training's own process."
+    )
+
+
+class StudentSamplesConfig(WritingConfig):
+    """On-policy: the student, as it is at each step, answers the rows' prompts."""
+
+    source: Literal["student"] = Field(
+        "student", alias="from", description="student: answers that the student writes."
+    )
+    share: Annotated[float, Field(gt=0, le=1)] | Literal["adaptive"] = Field(
+        0.5,
+        description="Of the steps, whose answers are written; the others take the data set's. "
+        "adaptive: grows by 0.1 each time the validation loss has risen by `adaptive_margin` "
+        "(DistiLLM).",
+    )
+    adaptive_start: float = Field(
+        0.0, ge=0, le=1, description="Share of `adaptive` before the validation loss has risen."
+    )
+    adaptive_margin: float = Field(
+        0.1, ge=0, description="Rise of the validation cross-entropy that counts, in nats."
+    )
+    replay: int = Field(
+        0,
+        ge=0,
+        description="Written rows that are kept, over all ranks, oldest out first; once it is "
+        "full, a part of the written steps takes rows from there. 0: none.",
+    )
+    replay_schedule: Literal["decreasing", "increasing", "constant"] = Field(
+        "decreasing",
+        description="How the part of the written steps that writes anew goes with training: "
+        "from all to none, from none to all, or half.",
+    )
+    per_prompt: int = Field(
+        1, ge=1, description="Answers to each prompt; of as many rows the first one's is taken."
+    )
+    show_every: int = Field(
+        100, ge=0, description="Steps between two answers that are shown in the log; 0: none."
+    )
+
+
+class TeacherSamplesConfig(WritingConfig):
+    """Sequence-level distillation: the teacher answers all prompts once, before training."""
+
+    source: Literal["teacher"] = Field(
+        "teacher", alias="from", description="teacher: answers that the teacher writes, once."
+    )
+
+
+def _by_name(value: Any) -> Any:
+    """`samples: student` stands for `samples: {from: student}`."""
+    return {"from": value} if isinstance(value, str) else value
+
+
+def _source(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("from", value.get("source", "dataset")))
+    return str(getattr(value, "source", "dataset"))
+
+
+#: The value of `dskd.samples`: keys of another kind are unknown keys.
+AnySamples = Annotated[
+    Annotated[DatasetSamplesConfig, Tag("dataset")]
+    | Annotated[StudentSamplesConfig, Tag("student")]
+    | Annotated[TeacherSamplesConfig, Tag("teacher")],
+    Discriminator(_source),
+    BeforeValidator(_by_name),
+]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from axolotl_dskd.models.heads import check_output_head, head_module, output_head
 from axolotl_dskd.output_head import OutputHead
@@ -100,14 +101,26 @@ class Student:
 
     @contextmanager
     def _gathered_for_long(self) -> Iterator[None]:
-        """Under ZeRO-3 all parameters, which its hooks would otherwise let go layer by layer."""
+        """Under ZeRO-3 all parameters, which its hooks would otherwise let go layer by layer; under
+        FSDP2 those of no layer, for writing may run a model within an adapter's wrapper."""
+        model: Any = self._model()
         prepared = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+        if _is_fully_sharded(model):
+            # Through the wrapper first: what runs first is otherwise taken for the whole.
+            device = model.get_input_embeddings().weight.device
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device), use_cache=False)
+            model.unshard()
+            try:
+                yield
+            finally:
+                model.reshard()
+            return
         if self._zero_stage != 3 or prepared is None:
             yield
             return
         from trl.models.utils import add_hooks, remove_hooks
 
-        with gathered(self._model().parameters()):
+        with gathered(model.parameters()):
             remove_hooks(prepared.engine)
             try:
                 yield
@@ -173,3 +186,7 @@ class Student:
                 f"the student embeds tokens in {embedding.shape[1]} numbers but its head takes "
                 f"{head.hidden_size}; cross-model attention does not support such students."
             )
+
+
+def _is_fully_sharded(model: Any) -> bool:
+    return isinstance(model, FSDPModule)

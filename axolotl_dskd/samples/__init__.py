@@ -4,7 +4,8 @@ A source is asked for the batches of each optimizer step, behind the Trainer's o
 may pass them on, or put others in their place. It does not know what is learned from them.
 """
 
-from axolotl_dskd.samples.base import Samples
+from axolotl_dskd.samples.base import Samples, SamplesRun
+from axolotl_dskd.samples.dataset import DatasetSamples
 from axolotl_dskd.samples.open import open_samples
 
-__all__ = ["Samples", "open_samples"]
+__all__ = ["DatasetSamples", "Samples", "SamplesRun", "open_samples"]

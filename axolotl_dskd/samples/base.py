@@ -1,18 +1,103 @@
-"""What a source of samples is."""
+"""What a source of samples is, and what it is told of a run."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+
+from axolotl_dskd.data.answers import AnsweredRows
+from axolotl_dskd.data.collator import DualCollator
+from axolotl_dskd.generation import Writer
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SamplesRun:
+    """What a run tells its source of samples; the same on every rank but for `rank`.
+
+    Attributes:
+        answered: takes prompts out of rows, puts answers in; made when it is first asked for.
+        collator: of the training's batches.
+        writer: by who writes ("student", "teacher"), ids that end an answer, and how many tokens
+            at once.
+        max_length: of a row, in the student's tokens, and of a packed row.
+        evaluates: whether there are evaluations during training.
+        total_steps: of the training, once it has begun.
+        identity: what tells the teacher from others, for what is kept of it.
+        folder: of prepared data.
+        decode: the student's ids to text.
+        device: of collectives.
+        rank: this process' number.
+    """
+
+    answered: Callable[[], AnsweredRows]
+    collator: DualCollator
+    writer: Callable[[str, list[int], int], Writer]
+    max_length: int
+    evaluates: bool
+    total_steps: Callable[[], int]
+    identity: Callable[[], str]
+    folder: Path
+    decode: Callable[[list[int]], str]
+    device: torch.device
+    rank: int = 0
 
 
 class Samples(Protocol):
-    """Gives the micro-batches of an optimizer step."""
+    """Gives the micro-batches of each optimizer step. A kind that has nothing to do somewhere
+    inherits just that. All is called on every rank alike."""
 
-    def __call__(self, batches: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-        """The micro-batches to train on.
+    #: It wants to be told of an evaluation before the first step.
+    begins_with_evaluation: bool = False
+
+    @abstractmethod
+    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
+        """The micro-batches to train on, as many as were given.
 
         Args:
             batches: those that the data loader gave, collated.
             step: optimizer steps made so far.
         """
-        ...
+
+    def dataset(self, rows: Any) -> Any:
+        """The rows that the data loader is to read; before training.
+
+        Args:
+            rows: as they were prepared.
+        """
+        return rows
+
+    def evaluated(self, metrics: dict[str, float], step: int) -> None:
+        """Told after each evaluation.
+
+        Args:
+            metrics: means over the evaluation set, such as `dskd/ce`.
+            step: optimizer steps made so far.
+        """
+        return
+
+    def metrics(self) -> dict[str, float]:
+        """What it has to say of the steps since it was last asked, over all ranks."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Write what the next step depends on; on one rank alone.
+
+        Args:
+            folder: our part of a checkpoint.
+        """
+        return
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: it is not there, or damaged.
+        """
+        return

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from axolotl_dskd.samples.base import Batch, Samples
 
 
-class DatasetSamples:
+class DatasetSamples(Samples):
     """Passes the data loader's batches on."""
 
-    def __call__(self, batches: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
         """See `Samples`."""
         return batches

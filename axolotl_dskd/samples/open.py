@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from axolotl_dskd.config import SamplesConfig
-from axolotl_dskd.samples.base import Samples
+from axolotl_dskd.config import SamplesConfig, StudentSamplesConfig, TeacherSamplesConfig
+from axolotl_dskd.samples.base import Samples, SamplesRun
 from axolotl_dskd.samples.dataset import DatasetSamples
+from axolotl_dskd.samples.student import StudentSamples
+from axolotl_dskd.samples.teacher import TeacherSamples
 
 
-def open_samples(config: SamplesConfig) -> Samples:
-    """The configured source."""
-    assert config.source == "dataset", config.source
+def open_samples(config: SamplesConfig, run: SamplesRun) -> Samples:
+    """The configured source.
+
+    Raises:
+        ValueError: the run's rows give it nothing to do.
+    """
+    if isinstance(config, StudentSamplesConfig):
+        return StudentSamples(config, run)
+    if isinstance(config, TeacherSamplesConfig):
+        return TeacherSamples(config, run)
     return DatasetSamples()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +74,17 @@ class LiveTeacher(ReadingTeacher):
         """Take part in gathering the layers for the other ranks' forwards."""
         if self.is_sharded:
             self.states(batch)
+
+    @contextmanager
+    def running(self) -> Iterator[Any]:
+        """The model, in its own dtype."""
+        with torch.no_grad(), torch.autocast(self.embedding.device.type, enabled=False):
+            yield self.model
+
+    @property
+    def runs_together(self) -> bool:
+        """See `is_sharded`."""
+        return self.is_sharded
 
 
 def load_live(spec: TeacherSpec) -> LiveTeacher:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -52,6 +53,19 @@ class Teacher(Protocol):
     def reader(self) -> CacheReader | None:
         """What data workers call to find cached states; None where there is no cache."""
         return None
+
+    def running(self) -> AbstractContextManager[Any]:
+        """A context with the model itself, for writing with it; on every rank alike.
+
+        Raises:
+            ValueError: there is no model in this process.
+        """
+        raise ValueError("this teacher is not in the training's own process, so it cannot write")
+
+    @property
+    def runs_together(self) -> bool:
+        """Whether each of its model's forwards needs all ranks."""
+        return False
 
     def begin(self) -> None:
         """Training begins.

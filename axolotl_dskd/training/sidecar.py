@@ -61,6 +61,11 @@ class Sidecar:
             )
         share_first(tensor.data for tensor in self.module.state_dict(keep_vars=True).values())
 
+    @staticmethod
+    def folder(checkpoint: str | Path) -> Path:
+        """Our part of a checkpoint."""
+        return Path(checkpoint) / _FOLDER
+
     def is_alone(self, step: int) -> bool:
         """Whether the module trains alone at this step."""
         return step < self.beside.warmup_steps

@@ -32,11 +32,12 @@ from axolotl_dskd.models.student import Student
 from axolotl_dskd.objectives import Facts, Objective, Pair, build_objective, chunk_budget
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
-from axolotl_dskd.samples import open_samples
+from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
 from axolotl_dskd.training.callbacks import Begin, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
+from axolotl_dskd.training.samples import samples_run
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Step
 from axolotl_dskd.types import DualBatch, LossOutput
@@ -86,7 +87,7 @@ class DSKDTrainer(AxolotlTrainer):
         # for the model (so no patched forward computes a loss of its own).
         self.compute_loss_func = self._divided
         self.student = Student(lambda: self.model, self.accelerator, sizes[0])
-        self.samples = open_samples(self.dskd.samples)
+        self.samples: Samples = DatasetSamples()
         self.distillation: Distillation | None = None
         self.sidecar: Sidecar | None = None
         self.reports = Reports(self)
@@ -112,6 +113,8 @@ class DSKDTrainer(AxolotlTrainer):
             if self.objective is not None:
                 self._set_up_distillation(self.objective)
         self.reports.begin(self.objective)
+        if self.samples.begins_with_evaluation and not checkpoint:
+            self.args.eval_on_start = True
         return super().train(*args, **kwargs)
 
     def _set_up_distillation(self, objective: Objective[Any]) -> None:
@@ -141,6 +144,10 @@ class DSKDTrainer(AxolotlTrainer):
             max_grad_norm=self.args.max_grad_norm,
         )
         self.distillation = Distillation(teacher, objective)
+        tokenizers = objective.facts.student, objective.facts.teacher
+        told = samples_run(self, self.dskd, self.student, teacher, tokenizers)
+        self.samples = open_samples(self.dskd.samples, told)
+        self.train_dataset: Any = self.samples.dataset(self.train_dataset)
         self.add_callback(TeacherEpochs(teacher))
         self.add_callback(
             StepSidecar(
@@ -273,6 +280,7 @@ class DSKDTrainer(AxolotlTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to training logs."""
         if "loss" in logs:
+            logs |= self.samples.metrics()
             self.reports.log(logs)
         super().log(logs, start_time)
 
@@ -283,6 +291,8 @@ class DSKDTrainer(AxolotlTrainer):
         dataloader: Any = kwargs.get("dataloader", args[0] if args else None)
         prefix = kwargs.get("metric_key_prefix", "eval")
         self.reports.end_evaluation(prefix, dataloader.dataset, output.metrics)
+        found = {name.removeprefix(f"{prefix}_"): x for name, x in output.metrics.items()}
+        self.samples.evaluated(found, self.state.global_step)
         return output
 
     # ---- checkpoints -------------------------------------------------------------------------
@@ -291,8 +301,10 @@ class DSKDTrainer(AxolotlTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.sidecar is not None and self.args.should_save:
             self.sidecar.save(output_dir)
+            self.samples.save(self.sidecar.folder(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.sidecar is not None:
             self.sidecar.load(checkpoint)
+            self.samples.load(self.sidecar.folder(checkpoint))

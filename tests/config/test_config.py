@@ -11,13 +11,15 @@ from pydantic import BaseModel
 
 from axolotl_dskd.config import (
     CacheConfig,
+    DatasetSamplesConfig,
     DSKDConfig,
     DualSpaceConfig,
     ObjectiveConfig,
     ProjectorConfig,
-    SamplesConfig,
     ServerConfig,
+    StudentSamplesConfig,
     TeacherConfig,
+    TeacherSamplesConfig,
 )
 from tests.support import tiny
 
@@ -58,7 +60,9 @@ BLOCKS: list[type[BaseModel]] = [
     CacheConfig,
     ServerConfig,
     ProjectorConfig,
-    SamplesConfig,
+    DatasetSamplesConfig,
+    StudentSamplesConfig,
+    TeacherSamplesConfig,
     *ObjectiveConfig.known.values(),
 ]
 
@@ -118,6 +122,12 @@ WRONG = {
         r"objective:\n    name: dual_space\n    alignment: cma",
     ),
     "samples": ({"samples": "students"}, "dataset"),
+    "a key of other samples": ({"samples": {"from": "teacher", "share": 0.5}}, "share"),
+    "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
+    "answers without a teacher": (
+        {"samples": "student", "kd_ratio": 0.0},
+        "loads no teacher",
+    ),
     "no teacher": ({"teacher": None}, "base_model|teacher"),
     "two quantisations": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},

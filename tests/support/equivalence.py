@@ -71,7 +71,11 @@ class Training:
     def of(cls, result: Result) -> Training:
         """From what the job `train` returns."""
         metrics = [
-            {name: value for name, value in log.items() if name.startswith("dskd/")}
+            {
+                name: value
+                for name, value in log.items()
+                if name.startswith("dskd/") and not name.endswith("per_second")
+            }
             for log in result["logs"]
         ]
         return cls(result["losses"], metrics, result["student"], result["projectors"])

@@ -140,6 +140,7 @@ class CachedStates:
     @torch.no_grad()
     def compute(self, batch: DualBatch, rows: list[int]) -> list[Tensor]:
         """Run the teacher on some samples of a batch and cache them: packed states per sample.
+        Answers that were written during training are not seen again, so they are not cached.
 
         Raises:
             ValueError: the teacher cannot be loaded, or its states are not finite.
@@ -158,8 +159,12 @@ class CachedStates:
         packed = self.codec.encode(hidden).cpu()
         counts = torch.bincount(tokens.sample_ids, minlength=len(rows)).tolist()
         states = list(packed.split(counts))
-        for (ids, labels), sample in zip(_unpadded(missing), states, strict=True):
-            self.store.add(sample_key(ids, labels), sample.numpy())
+        passing = [False] * len(rows)
+        if batch.written is not None:
+            passing = batch.written.samples[rows].tolist()
+        for (ids, labels), sample, passes in zip(_unpadded(missing), states, passing, strict=True):
+            if not passes:
+                self.store.add(sample_key(ids, labels), sample.numpy())
         return states
 
 

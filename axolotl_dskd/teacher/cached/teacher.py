@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -52,6 +54,10 @@ class CachedTeacher(Teacher):
         """Looks samples up in the folder; picklable, for the data workers."""
         store = self.states.store
         return RowReader(store.folder, store.bytes_per_token, quiet=True).read_samples
+
+    def running(self) -> AbstractContextManager[Any]:
+        """The teacher itself, loaded if it is not."""
+        return self.states.body.get().running()
 
     def begin(self) -> None:
         """See `CacheSession.begin`."""

@@ -14,6 +14,13 @@ import tests.support.on_cpu  # noqa: F401
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from tests.support import process
-from tests.support.jobs import cache, precision, resume, sharding, training  # noqa: F401
+from tests.support.jobs import (  # noqa: F401
+    cache,
+    precision,
+    resume,
+    sharding,
+    training,
+    writing,
+)
 
 process.prepare_ranks()

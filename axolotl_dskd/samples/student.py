@@ -1,0 +1,324 @@
+"""On-policy: the student answers the prompts of a step's rows.
+
+What a step takes is decided for all ranks alike (`schedule`); where it takes written answers they
+stand in place of the data set's, row by row, and the batches are collated again. Answers that
+cannot be used leave the data set's row in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl.utils.logging import get_logger
+
+from axolotl_dskd.config import StudentSamplesConfig
+from axolotl_dskd.data.answers import Prompt
+from axolotl_dskd.data.collator import fill_columns, samples_of
+from axolotl_dskd.generation import Answer, Sampling, prompt_seed
+from axolotl_dskd.ranks import gather_objects
+from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
+from axolotl_dskd.samples.fit import longest_that_fit
+from axolotl_dskd.samples.replay import Replay
+from axolotl_dskd.samples.schedule import Schedule, Take
+from axolotl_dskd.samples.tally import Tally
+
+LOG = get_logger(__name__)
+
+Row = dict[str, Any]
+_STATE, _REPLAY = "samples.json", "replay.safetensors"
+#: An adaptive share follows this metric.
+VALIDATION_LOSS = "dskd/ce"
+NO_ROOM = "no room"
+
+
+@dataclass
+class _Place:
+    """A sample of a step that is to be written.
+
+    Attributes:
+        bin: the packed or padded row that it stands in.
+        at: its number in there.
+        prompt: what is answered.
+        seed: of the answer.
+    """
+
+    bin: list[Row]
+    at: int
+    prompt: Prompt
+    seed: int
+
+
+class StudentSamples(Samples):
+    """See the module.
+
+    Args:
+        config: its keys.
+        run: the training.
+
+    Raises:
+        ValueError: no row of the data set has a prompt with room for an answer.
+    """
+
+    def __init__(self, config: StudentSamplesConfig, run: SamplesRun) -> None:
+        self.config = config
+        self.run = run
+        self.schedule = Schedule(config)
+        self.replay = Replay(config.replay)
+        self.tally = Tally()
+        self.begins_with_evaluation = self.schedule.is_adaptive
+        self.answered = run.answered()
+        if not self.answered.prompts:
+            raise ValueError(
+                "dskd.samples.from: student: no row has a supervised answer with a prompt before "
+                "it, so there is nothing to answer. Use rows of questions and answers, without "
+                "train_on_inputs."
+            )
+        if self.schedule.is_adaptive and not run.evaluates:
+            raise ValueError(
+                "dskd.samples.share: adaptive follows the validation loss, but nothing is "
+                "evaluated. Set val_set_size or test_datasets, and evals_per_epoch; or give share "
+                "a number."
+            )
+        self.sampling = Sampling(
+            config.max_new_tokens, config.temperature, config.top_p, config.top_k, run.max_length
+        )
+        self.end_ids = self.answered.end_ids["student"]
+        self.writer = run.writer("student", self.end_ids, config.batch_tokens)
+        self._said_of_refused = False
+        LOG.info(
+            f"The student answers the prompts of {config.share} of the steps, up to "
+            f"{config.max_new_tokens} tokens; an answer ends with "
+            f"{[run.decode([i]) for i in self.end_ids]}"
+        )
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
+        """See `Samples`. One draw decides for the whole step."""
+        full = self.replay.is_full
+        draw, total = self.schedule.draw(step), self.run.total_steps()
+        take = self.schedule.take(draw, step + 1, total, full=full)
+        if take is Take.DATASET:
+            self.tally.count("rows", sum(len(b["dskd_teacher_labels"]) for b in batches))
+            return batches
+        micro = [samples_of(batch) for batch in batches]
+        self.tally.count("rows", sum(len(bin) for bins in micro for bin in bins))
+        columns = _columns(micro)
+        change = self._write if take is Take.WRITTEN else self._put_kept
+        change(micro, step, columns)
+        return [self.run.collator.again(bins) for bins in micro]
+
+    def _write(self, micro: list[list[list[Row]]], step: int, columns: list[str]) -> None:
+        """Answer the prompts of all rows, and put the answers in."""
+        places = [self._places(bins, step) for bins in micro]
+        flat = [place for found in places for place in found]
+        begin = time.monotonic()
+        answers = self.writer.write(
+            [place.prompt["student"].ids for place in flat],
+            self.sampling,
+            [place.seed for place in flat],
+        )
+        self.tally.count("seconds", time.monotonic() - begin)
+        self._show(step, flat, answers)
+        written: list[list[Row]] = []
+        for found in places:
+            mine, answers = answers[: len(found)], answers[len(found) :]
+            written.append(self._put_answers(found, mine, columns))
+        if self.replay.capacity:
+            self._keep(written)
+
+    def _places(self, bins: list[list[Row]], step: int) -> list[_Place]:
+        """What is to be written of a micro-batch: `per_prompt` rows in a row answer the first
+        one's prompt."""
+        samples = [(bin, at) for bin in bins for at in range(len(bin))]
+        places = []
+        for number, (bin, at) in enumerate(samples):
+            copy = number % self.config.per_prompt
+            asked, place = samples[number - copy]
+            if copy == 0:
+                prompt = self.answered.prompt(asked[place])
+            if prompt is None or self.sampling.room(prompt["student"].ids) <= 0:
+                self._refuse(NO_ROOM if prompt is not None else "no prompt")
+                continue
+            ids = prompt["student"].ids
+            places.append(_Place(bin, at, prompt, prompt_seed(ids, self.config.seed, step, copy)))
+        return places
+
+    def _put_answers(
+        self, places: list[_Place], answers: list[Answer], columns: list[str]
+    ) -> list[Row]:
+        """Put the answers of a micro-batch in where they can be used; these rows."""
+        for answer in answers:
+            self.tally.answer(answer.ids, ended=answer.ended)
+        bins: dict[int, list[tuple[_Place, Answer]]] = {}
+        for place, answer in zip(places, answers, strict=True):
+            bins.setdefault(id(place.bin), []).append((place, answer))
+        rows: list[Row] = []
+        for found in bins.values():
+            longest, bin = self._longest(found), found[0][0].bin
+            made = {
+                place.at: row
+                for place, answer in found
+                if (row := self._row(place.prompt, answer, longest, columns)) is not None
+            }
+            lengths = [len(made.get(at, row)["input_ids"]) for at, row in enumerate(bin)]
+            if sum(lengths) > max(self.run.max_length, sum(len(r["input_ids"]) for r in bin)):
+                for _ in made:  # beside the data's answers, where others could not be used
+                    self._refuse(NO_ROOM)
+                continue
+            for at, row in made.items():
+                bin[at] = row
+            rows += made.values()
+        self.tally.count("written", len(rows))
+        return rows
+
+    def _longest(self, found: list[tuple[_Place, Answer]]) -> int:
+        """How long answers may be so that their packed row stays within the limit."""
+        bin = found[0][0].bin
+        changed = {place.at for place, _ in found}
+        fixed = sum(len(row["input_ids"]) for k, row in enumerate(bin) if k not in changed)
+        fixed += sum(len(place.prompt["student"].ids) for place, _ in found)
+        return longest_that_fit(
+            [len(answer.ids) for _, answer in found], self.run.max_length - fixed
+        )
+
+    def _row(self, prompt: Prompt, answer: Answer, longest: int, columns: list[str]) -> Row | None:
+        ids, ended = answer.ids, answer.ended
+        if longest <= 0:
+            self._refuse(NO_ROOM)
+            return None
+        if len(ids) > longest:
+            ids, ended = ids[:longest], False
+            self.tally.count("cut")
+        row = self.answered.row(prompt, ids, ended=ended, logprobs=answer.logprobs)
+        if isinstance(row, str):
+            self._refuse(row)
+            return None
+        fill_columns(row, columns)
+        return row
+
+    def _refuse(self, why: str) -> None:
+        self.tally.refused[why] += 1
+        self.tally.count("refused")
+
+    # ---- kept rows -----------------------------------------------------------------------------
+
+    def _keep(self, written: list[list[Row]]) -> None:
+        """Keep the rows of all ranks, micro-batch by micro-batch, so that they lie in the same
+        order however many ranks there are."""
+        ranks = gather_objects(written)
+        for number in range(max(map(len, ranks))):
+            self.replay.add(
+                row for rank in ranks for row in (rank[number] if number < len(rank) else [])
+            )
+
+    def _put_kept(self, micro: list[list[list[Row]]], step: int, columns: list[str]) -> None:
+        """Put kept rows in the places of a step's, as far as they fit there."""
+        counts = gather_objects([sum(map(len, bins)) for bins in micro])
+        order = [
+            (number, rank) for number in range(max(map(len, counts))) for rank in range(len(counts))
+        ]
+        total = sum(map(sum, counts))
+        drawn = self.replay.drawn(total, self.config.seed, step)
+        at = 0
+        for number, rank in order:
+            count = counts[rank][number] if number < len(counts[rank]) else 0
+            rows, at = drawn[at : at + count], at + count
+            if rank == self.run.rank and count:
+                self._fill(micro[number], rows, columns)
+
+    def _fill(self, bins: list[list[Row]], rows: list[Row], columns: list[str]) -> None:
+        for bin in bins:
+            mine, rows = rows[: len(bin)], rows[len(bin) :]
+            length = sum(len(row["input_ids"]) for row in bin)
+            limit = max(self.run.max_length, length)
+            for at, row in enumerate(mine):
+                longer = len(row["input_ids"]) - len(bin[at]["input_ids"])
+                if length + longer > limit:
+                    self._refuse(NO_ROOM)
+                    continue
+                length += longer
+                bin[at] = dict(row)
+                fill_columns(bin[at], columns)
+                self.tally.count("kept")
+
+    # ---- what is told and said -----------------------------------------------------------------
+
+    def evaluated(self, metrics: dict[str, float], step: int) -> None:
+        """Let an adaptive share follow the validation loss.
+
+        Raises:
+            ValueError: the evaluation did not give one.
+        """
+        if not self.schedule.is_adaptive:
+            return
+        if VALIDATION_LOSS not in metrics:
+            raise ValueError(
+                f"dskd.samples.share: adaptive needs {VALIDATION_LOSS} of every evaluation, but "
+                "one had no supervised token."
+            )
+        before = self.schedule.share
+        self.schedule.evaluated(metrics[VALIDATION_LOSS], step)
+        if self.schedule.share != before:
+            LOG.info(
+                f"The validation loss rose to {metrics[VALIDATION_LOSS]:.4f}: the student now "
+                f"answers in {self.schedule.share:.0%} of the steps"
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """See `Samples`."""
+        means = self.tally.metrics(self.run.device)
+        if self.schedule.is_adaptive:
+            means["dskd/share"] = self.schedule.share
+        if means.get("dskd/answers_refused", 0.0) > 0.5 and not self._said_of_refused:
+            self._said_of_refused = True
+            LOG.warning(
+                "More than half of the student's answers cannot be used, so the data set's rows "
+                f"stand in their places: {dict(self.tally.refused)} on this rank. Check "
+                "max_new_tokens against sequence_len, and that the student was fine-tuned on this "
+                "chat template."
+            )
+        return means
+
+    def _show(self, step: int, places: list[_Place], answers: list[Answer]) -> None:
+        every = self.config.show_every
+        if not every or step % every or not places or self.run.rank:
+            return
+        prompt, answer = places[0].prompt["student"].ids, answers[0]
+        LOG.info(
+            f"Step {step + 1}, the student's answer ({len(answer.ids)} tokens, "
+            f"{'ended by itself' if answer.ended else 'cut'}) to …"
+            f"{self.run.decode(prompt)[-200:]!r}: {self.run.decode(answer.ids)[:500]!r}"
+        )
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """See `Samples`."""
+        if self.replay.capacity:
+            self.replay.save(folder / _REPLAY)
+        part = folder / f"{_STATE}.part"
+        part.write_text(json.dumps(self.schedule.state()) + "\n")
+        part.replace(folder / _STATE)
+
+    def load(self, folder: Path) -> None:
+        """See `Samples`."""
+        try:
+            self.schedule.restore(json.loads((folder / _STATE).read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{folder / _STATE} cannot be read ({error}). The checkpoint was written without "
+                "dskd.samples.from: student, or is damaged: resume from another one."
+            ) from error
+        if self.replay.capacity:
+            self.replay.load(folder / _REPLAY)
+
+
+def _columns(micro: list[list[list[Row]]]) -> list[str]:
+    """Those that the rows of a step have beside the answer's."""
+    first = next((row for bins in micro for bin in bins for row in bin), {})
+    return [name for name in ("attention_mask", "position_ids", "length") if name in first]

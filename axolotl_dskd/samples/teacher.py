@@ -1,0 +1,192 @@
+"""Sequence-level distillation: rows whose answers the teacher has written (Kim & Rush 2016,
+arXiv 1606.07947), once for all runs with this teacher and these prompts.
+
+A teacher's answer is a reference, as the data set's own is: all that an objective does with rows
+of data it does with these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.utils.logging import get_logger
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from axolotl_dskd.config import TeacherSamplesConfig
+from axolotl_dskd.data.collator import fill_columns
+from axolotl_dskd.generation import Answer, Sampling, prompt_seed
+from axolotl_dskd.ranks import gather_objects, max_over_ranks
+from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
+from axolotl_dskd.samples.tally import Tally
+
+LOG = get_logger(__name__)
+
+#: Prompts whose answers are written to one file: what a killed run loses at most.
+_AT_ONCE = 256
+
+
+class TeacherSamples(Samples):
+    """See the module.
+
+    Args:
+        config: its keys.
+        run: the training.
+    """
+
+    def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
+        self.config = config
+        self.run = run
+        self.answered = run.answered()
+        self.tally = Tally()
+
+    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
+        """See `Samples`: the rows are answered already."""
+        return batches
+
+    def dataset(self, rows: Any) -> Any:
+        """The rows with the teacher's answers; one whose answer cannot be used stays as it is.
+
+        Raises:
+            ValueError: no row has a prompt; no answer can be used.
+        """
+        prompts = [self.answered.prompt(row) for row in rows]
+        keys = [
+            None if prompt is None else prompt_seed(prompt["teacher"].ids, self.config.seed)
+            for prompt in prompts
+        ]
+        answers = self._answers(
+            {
+                key: prompt["teacher"].ids
+                for key, prompt in zip(keys, prompts, strict=True)
+                if key is not None and prompt is not None
+            }
+        )
+        columns = [
+            c for c in rows.column_names if c in ("attention_mask", "position_ids", "length")
+        ]
+
+        def answer(row: dict[str, Any], index: int) -> dict[str, Any]:
+            prompt, key = prompts[index], keys[index]
+            made: dict[str, Any] | str = "no prompt"
+            if prompt is not None and key is not None:
+                found = answers[key]
+                made = self.answered.row(prompt, found.ids, ended=found.ended, by="teacher")
+            if not isinstance(made, str) and len(made["input_ids"]) > self.run.max_length:
+                made = "student too long"
+            if isinstance(made, str):
+                self.tally.refused[made] += 1
+                return {}
+            fill_columns(made, columns)
+            return made
+
+        if not answers:
+            raise ValueError(
+                "dskd.samples.from: teacher: no row has a supervised answer with a prompt before "
+                "it. Use rows of questions and answers, or samples: dataset."
+            )
+        changed = [{**row, **answer(row, index)} for index, row in enumerate(rows)]
+        refused = sum(self.tally.refused.values())
+        (LOG.warning if refused else LOG.info)(
+            f"The teacher has answered {len(rows) - refused} of {len(rows)} rows"
+            + (f"; the data's own answers stay in {dict(self.tally.refused)}" if refused else "")
+        )
+        if refused == len(rows):
+            raise ValueError(
+                f"dskd.samples.from: teacher: none of its answers can be used "
+                f"({dict(self.tally.refused)}). Check max_new_tokens against sequence_len."
+            )
+        names = list(rows.column_names)
+        return type(rows).from_dict(
+            {name: [row[name] for row in changed] for name in names}, features=rows.features
+        )
+
+    # ---- the answers -------------------------------------------------------------------------
+
+    def _answers(self, prompts: dict[int, list[int]]) -> dict[int, Answer]:
+        """An answer to each prompt, read where it was written before, else written now."""
+        folder = self._folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        known = _read(folder)
+        missing = sorted(prompts.keys() - known.keys())
+        LOG.info(
+            f"Answers of the teacher in {folder}: {len(prompts) - len(missing):,} of "
+            f"{len(prompts):,} are written"
+        )
+        ranks = len(gather_objects(0))
+        if missing:
+            self._write(folder, {key: prompts[key] for key in missing[self.run.rank :: ranks]})
+            gather_objects(0)  # all have written
+            known = _read(folder)
+        if lacking := [key for key in prompts if key not in known]:
+            raise ValueError(
+                f"{len(lacking)} answers of the teacher are not in {folder}, which other ranks "
+                "have written. dataset_prepared_path must be one folder for all of them."
+            )
+        return {key: known[key] for key in prompts}
+
+    def _write(self, folder: Path, prompts: dict[int, list[int]]) -> None:
+        config = self.config
+        ends = self.answered.end_ids["teacher"]
+        writer = self.run.writer("teacher", ends, config.batch_tokens)
+        sampling = Sampling(
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+            config.top_k,
+            self.answered.reconcile.teacher_limit,
+        )
+        # Of similar length together.
+        keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+        turns = max_over_ranks(-(-len(keys) // _AT_ONCE), self.run.device)
+        for turn in range(turns):
+            now = keys[turn * _AT_ONCE : (turn + 1) * _AT_ONCE]
+            found = writer.write([prompts[key] for key in now], sampling, now)
+            if now:
+                _save(folder, dict(zip(now, found, strict=True)))
+            LOG.info(f"The teacher has answered {(turn + 1) / turns:.0%} of what was missing")
+
+    def _folder(self) -> Path:
+        """Of these answers: what decides them is in its name."""
+        decides = self.config.model_dump(exclude={"batch_tokens", "engine"})
+        decides["teacher"] = self.run.identity()
+        decides["ends"] = self.answered.end_ids["teacher"]
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        return self.run.folder / f"dskd-answers-{digest}"
+
+
+def _save(folder: Path, answers: dict[int, Answer]) -> None:
+    """One file, which appears whole or not at all."""
+    ids = [torch.tensor(answer.ids, dtype=torch.int32) for answer in answers.values()]
+    tensors = {
+        "keys": torch.tensor(list(answers)),
+        "lengths": torch.tensor([len(row) for row in ids]),
+        "ended": torch.tensor([answer.ended for answer in answers.values()]),
+        "ids": torch.cat(ids),
+    }
+    path = folder / f"{next(iter(answers)):016x}.safetensors"
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    part.replace(path)
+
+
+def _read(folder: Path) -> dict[int, Answer]:
+    """What is in a folder; a damaged file counts as not written."""
+    answers: dict[int, Answer] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            LOG.warning(f"{path} is damaged ({error}): its answers are written again")
+            continue
+        rows: Iterable[torch.Tensor] = tensors["ids"].split(tensors["lengths"].tolist())
+        for key, ids, ended in zip(
+            tensors["keys"].tolist(), rows, tensors["ended"].tolist(), strict=True
+        ):
+            answers[key] = Answer(ids.tolist(), [], ended=ended)
+    return answers
