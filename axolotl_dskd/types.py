@@ -64,11 +64,13 @@ class Needs:
         states: final hidden states and output head of both models.
         embeddings: input embeddings of both sides' tokens.
         one_vocabulary: the two tokenizers must have the same ids.
+        written: answers that the student writes during training (`Written`).
     """
 
     states: bool = True
     embeddings: bool = False
     one_vocabulary: bool = False
+    written: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,11 +55,13 @@ class Setting:
         kd_ratio: weight of what is distilled; the student's cross-entropy has the rest.
         budget: how many tokens' logits may be held at once.
         seed: for whatever is drawn at the start.
+        written: the student writes answers during training.
     """
 
     kd_ratio: float = 0.5
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class Objective(ABC, Generic[C]):
         needs: what it must be given.
         terms: every value that it reports, and what each is counted by. Stated ahead, so that all
             ranks log the same, whatever each of them has seen.
-        module: what is trained beside the student, or None. Its parameters are float32; ranks
-            start with rank 0's, and with its buffers.
+        module: what is trained beside the student, or what a checkpoint has to keep for it, or
+            None. Its parameters are float32; ranks start with rank 0's, and with its buffers.
         beside: how, where there is a module.
     """
 
@@ -135,6 +137,12 @@ class Objective(ABC, Generic[C]):
                 f"dskd.objective: {config.name} compares distributions over one vocabulary, but "
                 f"student and teacher have different ones ({sizes[0]} and {sizes[1]} tokens). Use "
                 "dual_space, uld, or another objective for different tokenizers."
+            )
+        if self.needs.written and not setting.written:
+            raise ValueError(
+                f"dskd.objective: {config.name} learns from answers that the student writes during "
+                "training, but all rows are the data set's. Set dskd.samples: {from: student}, or "
+                "use another objective."
             )
 
     def describe(self) -> str:
@@ -163,6 +171,9 @@ class Objective(ABC, Generic[C]):
             means: over the tokens of all ranks since the last log, by the names of `terms`.
         """
         return None
+
+    def end_step(self) -> None:
+        """Once after each optimizer step, on every rank: put together what its batches showed."""
 
     @abstractmethod
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
 
@@ -27,13 +27,23 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
     Raises:
         ValueError: the pair is not one that the objective works for.
     """
-    kind = type(config.objective)
+    writes = config.samples.source == "student"
+    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed, writes)
+    return objective_class(config.objective)(config.objective, facts, setting)
+
+
+def objective_class(config: ObjectiveConfig) -> type[Objective[Any]]:
+    """The class that computes what these keys ask for; imports its module.
+
+    Raises:
+        ValueError: their module defines none.
+    """
+    kind = type(config)
     if kind not in Objective.known and kind.__module__.startswith("axolotl_dskd."):
-        importlib.import_module(f"axolotl_dskd.objectives.{config.objective.name}")
+        importlib.import_module(f"axolotl_dskd.objectives.{config.name}")
     if kind not in Objective.known:
         raise ValueError(
-            f"dskd.objective: {kind.__module__} defines the keys of {config.objective.name!r}, but "
-            "no subclass of Objective with `config=` that class."
+            f"dskd.objective: {kind.__module__} defines the keys of {config.name!r}, but no "
+            "subclass of Objective with `config=` that class."
         )
-    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed)
-    return Objective.known[kind](config.objective, facts, setting)
+    return Objective.known[kind]

@@ -24,7 +24,7 @@ from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
-from axolotl_dskd.types import Matches, Side, View
+from axolotl_dskd.types import Matches, Side, View, Written
 
 GIB = 1 << 30
 
@@ -158,6 +158,13 @@ def _matches(N: int, M: int) -> Matches:
     return Matches(spans[:N], spans[:M], pairs, pairs, *groups)
 
 
+def _written(objective: Objective[Any], count: int, samples: int) -> Written | None:
+    """As if the student had written every answer."""
+    if not objective.needs.written:
+        return None
+    return Written(torch.ones(samples, dtype=torch.bool), torch.zeros(count))
+
+
 def _pair(student: Any, teacher: Any, objective: Objective[Any]) -> Pair:
     V, U = objective.facts.vocab_sizes
     heads = output_head(student, V), output_head(teacher, U).frozen()
@@ -179,7 +186,13 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
         embedded[0] = weight[ours.input_ids], weight[ours.labels]
         embedded[1] = (heads[1].weight.new_empty((M, D)), heads[1].weight.new_empty((M, D)))
     out = objective(
-        View(ours, heads[0], hidden.flatten(0, 1)[torch.arange(N)], embedded[0]),
+        View(
+            ours,
+            heads[0],
+            hidden.flatten(0, 1)[torch.arange(N)],
+            embedded[0],
+            _written(objective, N, batch.samples),
+        ),
         View(theirs, heads[1], heads[1].weight.new_empty((M, D)), embedded[1]),
         _matches(N, M),
     )

@@ -22,6 +22,17 @@ class Begin(TrainerCallback):
         self.begin()
 
 
+class EndStep(TrainerCallback):
+    """Calls a function after every optimizer step, before anything of it is logged or saved."""
+
+    def __init__(self, end_step: Callable[[], None]) -> None:
+        self.end_step = end_step
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """On every rank, also where mixed precision has skipped the update."""
+        self.end_step()
+
+
 class StepSidecar(TrainerCallback):
     """Updates what is trained beside the student together with it.
 

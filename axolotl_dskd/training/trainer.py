@@ -34,7 +34,7 @@ from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
-from axolotl_dskd.training.callbacks import Begin, StepSidecar, TeacherEpochs
+from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
 from axolotl_dskd.training.samples import samples_run
@@ -149,6 +149,7 @@ class DSKDTrainer(AxolotlTrainer):
         self.samples = open_samples(self.dskd.samples, told)
         self.train_dataset: Any = self.samples.dataset(self.train_dataset)
         self.add_callback(TeacherEpochs(teacher))
+        self.add_callback(EndStep(objective.end_step))
         self.add_callback(
             StepSidecar(
                 self.sidecar,

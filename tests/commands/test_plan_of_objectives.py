@@ -9,10 +9,14 @@ import pytest
 import yaml
 
 from axolotl_dskd.commands.cli import read_config
+from axolotl_dskd.commands.inspect import doctor, fit
 from axolotl_dskd.commands.inspect.card import Card, configured_for
 from axolotl_dskd.commands.inspect.doctor import inspect_run
 from axolotl_dskd.commands.inspect.report import MemoryReport
-from axolotl_dskd.config import ObjectiveConfig
+from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
+from axolotl_dskd.losses import Budget
+from axolotl_dskd.objectives import Facts, Objective, Setting
+from axolotl_dskd.objectives.build import objective_class
 from tests.support import tiny
 
 CARD = Card("a test card", 24 << 30, True)
@@ -27,6 +31,14 @@ NAMES = [
     "tests.support.toy_objective",
 ]
 OF_ONE_VOCABULARY = {"token_kd"}
+#: Learned from what the student writes.
+OF_WRITTEN = {"policy"}
+
+
+def with_answers(config: DSKDConfig, facts: Facts, *, memory: int, seed: int) -> Objective[Any]:
+    """An objective that is told that the student writes answers."""
+    setting = Setting(config.kd_ratio, Budget(None, memory), seed, written=True)
+    return objective_class(config.objective)(config.objective, facts, setting)
 
 
 def plan(folder: Path, **dskd: Any) -> MemoryReport:
@@ -49,8 +61,13 @@ def plan(folder: Path, **dskd: Any) -> MemoryReport:
         if same or name not in OF_ONE_VOCABULARY
     ],
 )
-def test_every_objective_is_planned(tmp_path: Path, name: str, one_vocabulary: bool):
+def test_every_objective_is_planned(
+    tmp_path: Path, name: str, one_vocabulary: bool, monkeypatch: pytest.MonkeyPatch
+):
     tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
+    if name in OF_WRITTEN:
+        for module in (doctor, fit):
+            monkeypatch.setattr(module, "build_objective", with_answers)
     memory = plan(tmp_path, objective={"name": name})
     assert memory.fits
     assert memory.peak_phase == "alignment and loss"

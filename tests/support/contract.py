@@ -16,12 +16,14 @@ from torch import Tensor
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.token_bytes import translation
-from axolotl_dskd.objectives import Objective, Pair, build_objective
+from axolotl_dskd.losses import Budget
+from axolotl_dskd.objectives import Objective, Pair, Setting
+from axolotl_dskd.objectives.build import objective_class
 from axolotl_dskd.objectives.vocabulary_map import vocabulary_map
 from axolotl_dskd.types import IGNORE_INDEX
-from tests.support import naive, plain_forms
+from tests.support import naive, plain_forms, policy_forms
 from tests.support.groups import Problem
-from tests.support.inputs import Batch, Inputs
+from tests.support.inputs import PAIRS, Batch, Inputs
 
 # ---- plain forms ---------------------------------------------------------------------------
 
@@ -107,6 +109,21 @@ def plain_min_edit(objective: Objective[Any], inputs: Inputs, batch: Batch) -> d
         targets,
         temperature=config.temperature,
         one_hot=config.one_hot,
+    )
+
+
+def data_tokens(batch: Batch) -> Tensor:
+    """[N] bool: tokens of rows that were not written during training."""
+    return batch.student.references != IGNORE_INDEX
+
+
+def plain_policy(objective: Any, inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
+    z, t = (x.double() for x in both_logits(inputs, batch))
+    config, moments = objective.config, objective.module.sums.tolist()
+    mean = moments[1] / moments[0]
+    deviation = (moments[2] / moments[0] - mean**2) ** 0.5
+    return policy_forms.policy(
+        batch, (z, t), config, single_step=objective.single_step, whiten=(mean, deviation)
     )
 
 
@@ -221,6 +238,9 @@ class Case:
         seeds: of the numbers that low precision is tried on; such that no threshold is so near to
             a number that rounding decides.
         absent: terms that the objective reports under other keys only.
+        written: some answers of its batches were written during training.
+        has_ce: [N] which tokens have cross-entropy; None: all.
+        prepare: what else it is told before its first batch.
     """
 
     name: str
@@ -231,17 +251,36 @@ class Case:
     jumps: bool = False
     seeds: tuple[int, ...] = (1, 2, 3)
     absent: frozenset[str] = frozenset()
+    written: bool = False
+    has_ce: Callable[[Batch], Tensor] | None = None
+    prepare: Callable[[Objective[Any]], None] | None = None
+
+    def inputs(self, *args: Any, **keys: Any) -> Inputs:
+        """Of its kind; takes what `Inputs` takes behind the tokenizers."""
+        return Inputs(self.one_vocabulary, *args, **keys, written=self.written)
+
+    def ce_labels(self, batch: Batch) -> Tensor:
+        """[N] those that cross-entropy is taken of, -100 elsewhere."""
+        labels = batch.student.tokens.labels
+        return labels if self.has_ce is None else labels.where(self.has_ce(batch), IGNORE_INDEX)
+
+    def together(self) -> list[list[int]]:
+        """The samples, those in one list that have to be in one batch."""
+        pairs = [list(pair) for pair in PAIRS] if self.written else []
+        alone = [k for k in range(8) if all(k not in pair for pair in pairs)]
+        return [*pairs, *([k] for k in alone)]
 
     def objective(
         self, inputs: Inputs, kd_ratio: float = 0.4, chunk_tokens: int = 16
     ) -> Objective[Any]:
         """As a run builds it, begun with the heads of the inputs."""
         block = {"teacher": {"base_model": "x"}, "objective": self.config}
-        config = DSKDConfig.model_validate(
-            {**block, "kd_ratio": kd_ratio, "chunk_tokens": chunk_tokens}
-        )
-        objective = build_objective(config, inputs.facts, memory=1 << 34, seed=5)
+        config = DSKDConfig.model_validate(block).objective
+        setting = Setting(kd_ratio, Budget(chunk_tokens), seed=5, written=self.written)
+        objective = objective_class(config)(config, inputs.facts, setting)
         objective.begin(Pair(inputs.heads, inputs.embeddings, torch.device("cpu")))
+        if self.prepare is not None:
+            self.prepare(objective)
         if objective.module is not None and inputs.heads[0].weight.dtype == torch.float64:
             objective.module.double()
         return objective
@@ -250,6 +289,17 @@ class Case:
         """The loss, from the sums of its terms."""
         kd = sum(self.weights.get(n, 1.0) * x for n, x in sums.items() if n != "ce")
         return (1 - kd_ratio) * sums["ce"] + kd_ratio * kd
+
+
+def written_case(
+    name: str,
+    config: dict[str, Any],
+    plain: PlainForm,
+    has_ce: Callable[[Batch], Tensor] = data_tokens,
+    **keys: Any,
+) -> Case:
+    """Of an objective that learns from written answers."""
+    return Case(name, config, plain, written=True, has_ce=has_ce, **keys)
 
 
 def dual_space(name: str, one_vocabulary: bool = False, **keys: Any) -> Case:
@@ -297,6 +347,21 @@ def gold(hybrid: bool) -> Case:
     return Case(name, config, grouped(plain_forms.gold), weights=weights, jumps=True)
 
 
+def policy(name: str, *absent: str, one_vocabulary: bool = False, **keys: Any) -> Case:
+    def know_some_steps(objective: Any) -> None:
+        objective.module.sums.copy_(torch.tensor([40.0, -60.0, 250.0]))
+
+    return written_case(
+        f"policy {name}",
+        {"name": "policy", **keys},
+        plain_policy,
+        one_vocabulary=one_vocabulary,
+        prepare=know_some_steps,
+        absent=frozenset(absent),
+        jumps=True,
+    )
+
+
 TOY = "tests.support.toy_objective"
 
 CASES = [
@@ -324,5 +389,8 @@ CASES = [
     gold(hybrid=True),
     gold(hybrid=False),
     Case("span_support", {"name": "span_support"}, grouped(plain_forms.span_support)),
+    policy("one vocabulary", one_vocabulary=True),
+    policy("one vocabulary, no single step", "single_step", one_vocabulary=True, single_step=False),
+    policy("two tokenizers", "single_step", gamma=0.9, length_norm=False, reward_clip=2.0),
     Case("toy", {"name": TOY, "weight": 0.5}, plain_toy, weights={"distance": 0.5}),
 ]

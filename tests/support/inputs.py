@@ -18,7 +18,7 @@ from axolotl_dskd.data.byte_spans import Spans, give_textless_tokens_room, tile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.objectives import Facts
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Matches, Side, View
+from axolotl_dskd.types import Matches, Side, View, Written
 from tests.support import naive, tiny
 
 #: Hidden sizes, student's first.
@@ -40,6 +40,11 @@ HEADS: dict[str, dict[str, Any]] = {
         "trains": ("weight", "bias", "lora_A", "lora_B"),
     },
 }
+
+
+#: Of the samples, where answers are written during training: which are, and the pairs of them.
+WRITTEN = (1, 3, 5, 6)
+PAIRS = ((0, 1), (2, 3), (4, 5))
 
 
 # ---- texts ---------------------------------------------------------------------------------
@@ -163,6 +168,7 @@ class Inputs:
         rounded: a dtype whose numbers they shall be.
         copies: how often the samples are there.
         seed: of the numbers.
+        written: some answers were written during training (`WRITTEN`, `PAIRS`).
     """
 
     def __init__(
@@ -173,6 +179,7 @@ class Inputs:
         rounded: torch.dtype | None = None,
         copies: int = 1,
         seed: int = 17,
+        written: bool = False,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -204,6 +211,37 @@ class Inputs:
             OutputHead(randn(U, D, scale=2 * D**-0.5), bias=randn(U), softcap=8.0),
         )
         self.embeddings = randn(V, d), randn(U, D)
+        self.written = [self._written(k, generator) for k in range(written * len(self.pairs))]
+
+    def _written(self, k: int, generator: Any) -> tuple[Tensor, Tensor]:
+        """Log-probabilities at which a student near to this one wrote a sample, and weights; the
+        same in every dtype."""
+        numbers = {name: tensor.detach().double() for name, tensor in self.parts.items()}
+        logits = naive.head_logits(self.states[k][0].detach().double(), **numbers, **self.options)
+        labels = torch.tensor(self.pairs[k][0].labels)[:, None]
+        noise = torch.randn(len(labels), generator=generator, dtype=torch.float64)
+        logprobs = logits.log_softmax(-1).gather(-1, labels)[:, 0] + 0.25 * noise
+        weights = 0.4 + torch.rand(len(labels), generator=generator, dtype=torch.float64)
+        return logprobs.float(), weights.float()
+
+    def _what_was_written(self, order: Sequence[int]) -> Written | None:
+        """Of the samples of a batch."""
+        if not self.written:
+            return None
+        count = len(SAMPLES)
+        samples = torch.tensor([k % count in WRITTEN for k in order], dtype=torch.bool)
+        nothing = torch.zeros(0)
+        logprobs, weights = (
+            torch.cat(
+                [nothing, *(self.written[k][which] * samples[i] for i, k in enumerate(order))]
+            )
+            for which in (0, 1)
+        )
+        place = {k: i for i, k in enumerate(order)}
+        copies = range(0, len(self.pairs), count)
+        pairs = [(a + c, b + c) for c in copies for a, b in PAIRS]
+        here = [(place[a], place[b]) for a, b in pairs if a in place and b in place]
+        return Written(samples, logprobs, weights, torch.tensor(here, dtype=torch.long).view(-1, 2))
 
     def batch(self, samples: Sequence[int] | None = None) -> Batch:
         """The samples of these numbers in this order; all of them by default."""
@@ -223,7 +261,8 @@ class Inputs:
             empty = table.new_zeros(0, SIZES[which]).requires_grad_(which == 0)
             hidden = torch.cat([self.states[i][which] for i in order]) if pairs else empty
             embedded = table[tokens.input_ids], table[tokens.labels]
-            views.append(View(tokens, self.heads[which], hidden, embedded))
+            written = self._what_was_written(order) if which == 0 else None
+            views.append(View(tokens, self.heads[which], hidden, embedded, written))
         return Batch(views[0], views[1], matches_of(pairs), pairs)
 
     def logits(self, hidden: Tensor, side: int, frozen: bool = False) -> Tensor:

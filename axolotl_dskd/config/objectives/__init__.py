@@ -23,6 +23,7 @@ from axolotl_dskd.config.objectives.tokens import (
     TokenKDConfig,
     ULDConfig,
 )
+from axolotl_dskd.config.objectives.written import PolicyConfig
 
 __all__ = [
     "ChunkLikelihoodConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "GOLDConfig",
     "MinEditConfig",
     "ObjectiveConfig",
+    "PolicyConfig",
     "ProjectorConfig",
     "SinkhornConfig",
     "SpanSupportConfig",

@@ -19,6 +19,7 @@ from tests.support.jobs import (  # noqa: F401
     precision,
     resume,
     sharding,
+    statistics,
     training,
     writing,
 )
