@@ -65,12 +65,14 @@ class Needs:
         embeddings: input embeddings of both sides' tokens.
         one_vocabulary: the two tokenizers must have the same ids.
         written: answers that the student writes during training (`Written`).
+        contrast: a preferred answer beside each of these, in the same batch (`Written.pairs`).
     """
 
     states: bool = True
     embeddings: bool = False
     one_vocabulary: bool = False
     written: bool = False
+    contrast: bool = False
 
 
 @dataclass(frozen=True)

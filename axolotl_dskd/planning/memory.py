@@ -159,10 +159,14 @@ def _matches(N: int, M: int) -> Matches:
 
 
 def _written(objective: Objective[Any], count: int, samples: int) -> Written | None:
-    """As if the student had written every answer."""
+    """As if the student had written every answer; where two are compared, every other one."""
     if not objective.needs.written:
         return None
-    return Written(torch.ones(samples, dtype=torch.bool), torch.zeros(count))
+    everyone = torch.ones(samples, dtype=torch.bool)
+    if not objective.needs.contrast:
+        return Written(everyone, torch.zeros(count))
+    pairs = torch.arange(samples // 2 * 2).view(-1, 2)
+    return Written(torch.arange(samples) % 2 == 1, torch.zeros(count), None, pairs)
 
 
 def _pair(student: Any, teacher: Any, objective: Objective[Any]) -> Pair:
@@ -176,7 +180,9 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
     """From the student's states [B, L, d] to the loss, as the trainer computes it."""
     batch, objective = run.batch, run.objective
     N, M = batch.supervised, batch.teacher_supervised
-    ours, theirs = _tokens(N, batch.samples), _tokens(M, batch.samples)
+    # Two answers that are compared are in one batch, however small it is.
+    samples = max(batch.samples, 2) if objective.needs.contrast else batch.samples
+    ours, theirs = _tokens(N, samples), _tokens(M, samples)
     heads = _pair(student, teacher, objective).heads
     objective.follow(1, heads[0])
     D = heads[1].hidden_size
@@ -191,7 +197,7 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
             heads[0],
             hidden.flatten(0, 1)[torch.arange(N)],
             embedded[0],
-            _written(objective, N, batch.samples),
+            _written(objective, N, samples),
         ),
         View(theirs, heads[1], heads[1].weight.new_empty((M, D)), embedded[1]),
         _matches(N, M),

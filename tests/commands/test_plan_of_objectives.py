@@ -32,7 +32,7 @@ NAMES = [
 ]
 OF_ONE_VOCABULARY = {"token_kd"}
 #: Learned from what the student writes.
-OF_WRITTEN = {"policy"}
+OF_WRITTEN = {"policy", "preference"}
 
 
 def with_answers(config: DSKDConfig, facts: Facts, *, memory: int, seed: int) -> Objective[Any]:

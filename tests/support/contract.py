@@ -127,6 +127,11 @@ def plain_policy(objective: Any, inputs: Inputs, batch: Batch) -> dict[str, Tens
     )
 
 
+def plain_preference(objective: Any, inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
+    logits = tuple(x.double() for x in both_logits(inputs, batch))
+    return policy_forms.preference(batch, logits, objective.config)
+
+
 def plain_sinkhorn(objective: Any, inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
     """Beside the distance: `token_kd` of one vocabulary, else `dual_space` of exact tokens."""
     (student, teacher, matches), T = batch, objective.config.temperature
@@ -362,6 +367,30 @@ def policy(name: str, *absent: str, one_vocabulary: bool = False, **keys: Any) -
     )
 
 
+#: What only answers, and what only tokens of two choices are reported for.
+OF_ANSWERS = ("margin_preferred", "margin_other", "won", "logprob_preferred", "logprob_other")
+
+
+def preference(name: str, **keys: Any) -> Case:
+    return written_case(
+        f"preference {name}",
+        {"name": "preference", **keys},
+        plain_preference,
+        absent=frozenset({"same_choice"}),
+    )
+
+
+def preference_by_token(name: str, **keys: Any) -> Case:
+    return Case(
+        f"preference by token {name}",
+        {"name": "preference", "form": "token", **keys},
+        plain_preference,
+        one_vocabulary=True,
+        jumps=True,
+        absent=frozenset({*OF_ANSWERS, "left_out"}),
+    )
+
+
 TOY = "tests.support.toy_objective"
 
 CASES = [
@@ -392,5 +421,11 @@ CASES = [
     policy("one vocabulary", one_vocabulary=True),
     policy("one vocabulary, no single step", "single_step", one_vocabulary=True, single_step=False),
     policy("two tokenizers", "single_step", gamma=0.9, length_norm=False, reward_clip=2.0),
+    preference("per token"),
+    preference("sums", length_norm=False, label_smoothing=0.1),
+    preference("ipo", loss="ipo"),
+    preference("without reference", reference_free=True, margin=0.5),
+    preference_by_token("sigmoid", beta=0.5),
+    preference_by_token("ipo", loss="ipo", reference_free=True),
     Case("toy", {"name": TOY, "weight": 0.5}, plain_toy, weights={"distance": 0.5}),
 ]

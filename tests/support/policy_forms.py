@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_dskd.config import PolicyConfig
+from axolotl_dskd.config import PolicyConfig, PreferenceConfig
 from tests.support.groups import row_groups
 from tests.support.inputs import Batch
 
@@ -88,3 +88,50 @@ def policy(
             weight = 1.0 if written.weights is None else written.weights[i].double()
             terms["policy"] = terms["policy"] - weight * worst
     return terms | {"ce": F.cross_entropy(z[data], labels[data], reduction="sum")}
+
+
+def preference(
+    batch: Batch, logits: tuple[Tensor, Tensor], config: PreferenceConfig
+) -> dict[str, Tensor]:
+    """Pair by pair, or token by token."""
+    (student, teacher, matches), (z, t) = batch, (logits[0], logits[1].detach())
+    labels, theirs = student.tokens.labels, teacher.tokens.labels
+    total: Tensor = z.sum() * 0
+    if config.form == "token":
+        for i, j in matches.exact.tolist():
+            if labels[i] != theirs[j]:
+                continue
+            a, b = int(t[j].argmax()), int(z[i].argmax())
+            q, p = z[i].log_softmax(-1), t[j].log_softmax(-1)
+            ahead = q[a] - q[b]
+            if not config.reference_free:
+                ahead = ahead - (p[a] - p[b])
+            total = total + preference_cost(ahead, config)
+        return {"ce": F.cross_entropy(z, labels, reduction="sum"), "preference": total}
+    log_q, log_p = label_logprobs(z, labels), label_logprobs(t, theirs)
+    taught = torch.ones(len(labels), dtype=torch.bool)
+    if student.written is not None:
+        samples = student.tokens.sample_ids
+        taught = ~student.written.samples[samples]
+        assert student.written.pairs is not None
+        for pair in student.written.pairs.tolist():
+            margins, tokens = [], 0
+            for sample in pair:
+                rows = samples == sample
+                count = int(rows.sum())
+                margin = log_q[rows].sum()
+                if not config.reference_free:
+                    margin = margin - log_p[teacher.tokens.sample_ids == sample].sum()
+                margins.append(margin / (count if config.length_norm else 1))
+                tokens += count
+            total = total + tokens * preference_cost(margins[0] - margins[1], config)
+    return {"ce": -log_q[taught].sum(), "preference": total}
+
+
+def preference_cost(ahead: Tensor, config: PreferenceConfig) -> Tensor:
+    """Of one pair."""
+    beta = config.strength
+    if config.loss == "ipo":
+        return (ahead - 1 / (2 * beta)) ** 2
+    x, smoothing = beta * ahead - config.margin, config.label_smoothing
+    return -(1 - smoothing) * x.sigmoid().log() - smoothing * (-x).sigmoid().log()

@@ -23,7 +23,7 @@ from axolotl_dskd.config.objectives.tokens import (
     TokenKDConfig,
     ULDConfig,
 )
-from axolotl_dskd.config.objectives.written import PolicyConfig
+from axolotl_dskd.config.objectives.written import PolicyConfig, PreferenceConfig
 
 __all__ = [
     "ChunkLikelihoodConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "MinEditConfig",
     "ObjectiveConfig",
     "PolicyConfig",
+    "PreferenceConfig",
     "ProjectorConfig",
     "SinkhornConfig",
     "SpanSupportConfig",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from axolotl_dskd.config.objectives.base import ObjectiveConfig
 
@@ -43,3 +43,56 @@ class PolicyConfig(ObjectiveConfig):
         description="Learn each token's own part of the reward exactly, as KL(student ‖ teacher) "
         "over the vocabulary. auto: where both have one vocabulary.",
     )
+
+
+class PreferenceConfig(ObjectiveConfig):
+    """Preference distillation: the teacher is what DPO calls the reference (arXiv 2406.19774)."""
+
+    name: Literal["preference"] = "preference"
+    form: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="sequence: a preferred answer against one that the student writes. token: the "
+        "teacher's first choice against the student's, token by token over one vocabulary on the "
+        "rows as they are, as published.",
+    )
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid",
+        description="Of how much the preferred one is ahead. sigmoid: -log sigmoid(beta x - "
+        "margin). ipo: (x - 1 / (2 beta)) squared.",
+    )
+    beta: Annotated[float, Field(gt=0, le=1000)] | Literal["auto"] = Field(
+        "auto",
+        description="auto: 2 with length_norm, 0.1 with sums and in the token form.",
+    )
+    length_norm: bool = Field(
+        True,
+        description="Divide an answer's log-ratio by its number of student tokens. false: sums.",
+    )
+    margin: float = Field(
+        0.0, ge=0, le=1000, description="How far ahead is enough (SimPO's target margin)."
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Probability that the preferred one is not the better one (sigmoid).",
+    )
+    reference_free: bool = Field(
+        False, description="Leave the teacher's log-probabilities out (SimPO)."
+    )
+
+    @property
+    def strength(self) -> float:
+        """beta as a number."""
+        if self.beta != "auto":
+            return self.beta
+        return 2.0 if self.length_norm and self.form == "sequence" else 0.1
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> PreferenceConfig:
+        if self.loss == "ipo" and (self.margin or self.label_smoothing):
+            raise ValueError(
+                "dskd.objective: margin and label_smoothing are for loss: sigmoid; ipo has a "
+                "target of its own. Remove them, or set loss: sigmoid."
+            )
+        return self
