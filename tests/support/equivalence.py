@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tests.support import tiny
 from tests.support.ranks import Job, Result, run
+from tests.support.sharding import SHARDED, zero
 
 ROWS = 8
 STEPS = 4
@@ -29,12 +30,40 @@ SAVED = 2
 BASE = "padded"
 
 
+#: Its head is frozen. No dropout: ranks draw other masks than one process.
+LORA = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "lora_target_modules": ["q_proj", "v_proj", "o_proj"],
+}
+QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True}
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A way to train. `overrides` are keys of Axolotl's."""
+    """A way to train.
+
+    Attributes:
+        overrides: keys of Axolotl's.
+        world_size: ranks.
+        like: the way that is the same training.
+        trainer: how the trainer's model on several ranks is called, so that no sharded run is
+            quietly one of plain DDP.
+    """
 
     overrides: dict[str, Any] = field(default_factory=dict)
     world_size: int = 1
+    like: str = BASE
+    trainer: str = "DistributedDataParallel"
+
+
+def on_two(
+    overrides: dict[str, Any], like: str = BASE, trainer: str = "DistributedDataParallel"
+) -> Variant:
+    """A way on two ranks, which share the rows of a step."""
+    return Variant({"micro_batch_size": ROWS // 2, **overrides}, 2, like, trainer)
 
 
 VARIANTS = {
@@ -43,11 +72,19 @@ VARIANTS = {
     "1x8": Variant({"micro_batch_size": 1, "gradient_accumulation_steps": ROWS}),
     "packed": Variant({"micro_batch_size": 1, "sample_packing": True, "sequence_len": 1024}),
     "reversed": Variant(),
-    "two ranks": Variant({"micro_batch_size": ROWS // 2}, world_size=2),
+    "two ranks": on_two({}),
+    # The student sharded, with a head that trains; so is the teacher's body.
+    "fsdp2": on_two(SHARDED, trainer="FSDP"),
+    "zero3": on_two(zero(3), trainer="DeepSpeedEngine"),
     # From the base's checkpoint; its log has the steps before, too.
     "resumed": Variant(),
     # All states from a cache in float32 that another training has filled.
     "cached": Variant(),
+    "lora": Variant(LORA, like="lora"),
+    "fsdp2 lora": on_two({**SHARDED, **LORA}, "lora", "FSDP"),
+    "zero3 lora": on_two({**zero(3), **LORA}, "lora", "DeepSpeedEngine"),
+    "qlora": Variant(QLORA, like="qlora"),
+    "qlora two ranks": on_two(QLORA, "qlora"),
 }
 
 
@@ -78,12 +115,19 @@ class Training:
             }
             for log in result["logs"]
         ]
-        return cls(result["losses"], metrics, result["student"], result["projectors"])
+        student = {
+            name: tensor
+            for name, tensor in result["student"].items()
+            # Codes of 4-bit weights are no numbers, and no training moves them.
+            if f"{name}.absmax" not in result["student"]
+        }
+        return cls(result["losses"], metrics, student, result["projectors"])
 
 
 def save_pair(folder: Path, *, one_vocabulary: bool = False) -> Path:
     """Student, teacher and rows in `folder`; one tokenizer for both sides, or one for each."""
-    tiny.save_pair(folder, same_vocabulary=one_vocabulary)
+    # 64: what 4-bit blocks divide.
+    tiny.save_pair(folder, same_vocabulary=one_vocabulary, hidden_sizes=(64, 48))
     rows = tiny.chat_rows(ROWS)
     tiny.write_rows(folder / "rows.jsonl", rows)
     tiny.write_rows(folder / "reversed.jsonl", rows[::-1])
@@ -102,23 +146,31 @@ def train_variants(
         overrides: keys of Axolotl's that hold for all.
 
     Returns:
-        By name, `BASE` among them.
+        By name; `BASE` and what the ways are to be like are among them.
     """
-    wanted = [BASE, *(name for name in names if name != BASE)]
-    jobs: dict[int, dict[str, Job]] = {}
+    ways = list(names)
+    wanted = list(dict.fromkeys([BASE, *(VARIANTS[name].like for name in ways), *ways]))
+    # A process is set up for one kind of run, and for DeepSpeed once.
+    jobs: dict[tuple[int, str], dict[str, Job]] = {}
     for name in wanted:
         variant = VARIANTS[name]
+        kind = name if variant.trainer == "DeepSpeedEngine" else variant.trainer
+        named = jobs.setdefault((variant.world_size, kind), {})
         made = training_config(folder, block, name, {**overrides, **variant.overrides})
         if name == "cached":
             filling = {**made, "output_dir": str(folder / "filling")}
-            jobs.setdefault(1, {})["filling"] = {"do": "train", "config": filling}
+            named["filling"] = {"do": "train", "config": filling}
         do = "train_counting_loads" if name == "cached" else "train"
-        jobs.setdefault(variant.world_size, {})[name] = {"do": do, "config": made}
+        named[name] = {"do": do, "config": made}
     results: dict[str, Result] = {}
-    for world_size, named in jobs.items():
+    for (world_size, _), named in jobs.items():
         results |= zip(named, run(world_size, *named.values()), strict=True)
     if "cached" in results:
         assert results["cached"]["loads"] == 0, "the teacher was loaded beside a full cache"
+    for name in wanted:
+        variant = VARIANTS[name]
+        if variant.world_size > 1:
+            assert results[name]["trainer"].startswith(variant.trainer), name
     return {name: Training.of(results[name]) for name in wanted}
 
 

@@ -7,121 +7,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.equivalence import (
-    BASE,
-    SAVED,
-    Training,
-    assert_same_training,
-    save_pair,
-    train_variants,
-    training_config,
-)
+from tests.support.equivalence import BASE, SAVED, Training, assert_same_training, training_config
 from tests.support.ranks import launch, run
+from tests.support.trained_objectives import CASES, TOY, Trained, train_once
 
 pytestmark = pytest.mark.slow
 
-TOY = "tests.support.toy_objective"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A `dskd:` block and the ways in which it is trained.
-
-    Attributes:
-        block: without its teacher.
-        ways: keys of `VARIANTS`.
-        terms: what is logged at every step, beside the count of supervised tokens.
-        one_vocabulary: both sides have one tokenizer.
-        has_module: something is trained beside the student.
-    """
-
-    block: dict[str, Any]
-    ways: tuple[str, ...]
-    terms: set[str]
-    one_vocabulary: bool = False
-    has_module: bool = False
-
-    @property
-    def name(self) -> str:
-        """The objective's."""
-        return self.block.get("objective", {}).get("name", "dual_space")
-
-
-def objective(name: str, *terms: str, ways: tuple[str, ...] = ("packed",), **keys: Any) -> Case:
-    """An objective by its name, with its own terms beside those that all of ours have."""
-    return Case({"objective": {"name": name}}, ways, {"ce", "aligned", *terms}, **keys)
-
-
-DUAL_SPACE = {
-    "ce",
-    "student_space",
-    "projector_ce",
-    "teacher_space",
-    "projector_accuracy",
-    "teacher_accuracy",
-    "aligned",
-}
 #: Ways that differ in kind: how a batch is cut, ranks, checkpoints, and where states come from.
 IN_KIND = ("packed", "two ranks", "resumed", "cached")
-ALL = (*IN_KIND, "1x8", "reversed")
-
-CASES = {
-    "default, two tokenizers": Case({}, IN_KIND, DUAL_SPACE, has_module=True),
-    "default, one vocabulary": Case(
-        {}, ("packed",), DUAL_SPACE, has_module=True, one_vocabulary=True
-    ),
-    "token_kd": objective("token_kd", "kd", "teacher_accuracy", ways=IN_KIND, one_vocabulary=True),
-    "uld": objective("uld", "uld", "uld_left_out"),
-    "chunk_likelihood": objective(
-        "chunk_likelihood", "chunk", "tokens_per_chunk", "chunks", ways=ALL
-    ),
-    "gold": objective("gold", "shared", "by_rank"),
-    "min_edit": objective("min_edit", "min_edit", "translated"),
-    "sinkhorn": objective(
-        "sinkhorn", "kl", "sinkhorn", "plan_diagonal", "teacher_accuracy", one_vocabulary=True
-    ),
-    "span_support": objective("span_support", "support", "teacher_rest"),
-    "toy": Case({"objective": {"name": TOY}}, IN_KIND, {"ce", "distance"}),
+WAYS = dict.fromkeys(CASES, IN_KIND) | {
+    "default, one vocabulary": ("packed",),
+    "chunk_likelihood": (*IN_KIND, "1x8", "reversed"),
 }
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A case with its trainings by way, and where their outputs are."""
-
-    case: Case
-    folder: Path
-    trainings: dict[str, Training] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
     """The trainings of a case, made once."""
-
-    @cache
-    def made(name: str) -> Trained:
-        case = CASES[name]
-        folder = save_pair(tmp_path_factory.mktemp("case"), one_vocabulary=case.one_vocabulary)
-        return Trained(case, folder, train_variants(folder, case.block, case.ways))
-
-    return made
+    return train_once(tmp_path_factory, WAYS.__getitem__)
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [
-        pytest.param(name, way, id=f"{name}-{way}")
-        for name, case in CASES.items()
-        for way in case.ways
-    ],
+    [pytest.param(name, way, id=f"{name}-{way}") for name, ways in WAYS.items() for way in ways],
 )
 def test_every_way_to_train_is_the_same_training(
     trained: Callable[[str], Trained], name: str, way: str
