@@ -23,6 +23,17 @@ class DSKDPlugin(BasePlugin):
 
             install_hooks()
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Refuse an objective that does not work for the pair of tokenizers, before rows are
+        prepared or any weight is loaded. Loads no data: Axolotl goes on to do that."""
+        config = DSKDConfig.of(cfg)
+        if config is not None and config.uses_teacher:
+            from axolotl.loaders import load_tokenizer
+
+            from axolotl_dskd.objectives import check_pair
+
+            check_pair(config, load_tokenizer(cfg))
+
     def get_input_args(self) -> str:
         """The schema of the `dskd:` block."""
         return "axolotl_dskd.config.DSKDArgs"

@@ -1,6 +1,14 @@
 """What is learned: an object for each method, all behind one interface (`base.Objective`)."""
 
 from axolotl_dskd.objectives.base import Facts, Objective, Pair, Setting
-from axolotl_dskd.objectives.build import build_objective, chunk_budget
+from axolotl_dskd.objectives.build import build_objective, check_pair, chunk_budget
 
-__all__ = ["Facts", "Objective", "Pair", "Setting", "build_objective", "chunk_budget"]
+__all__ = [
+    "Facts",
+    "Objective",
+    "Pair",
+    "Setting",
+    "build_objective",
+    "check_pair",
+    "chunk_budget",
+]

@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
 
@@ -47,3 +48,17 @@ def objective_class(config: ObjectiveConfig) -> type[Objective[Any]]:
             "subclass of Objective with `config=` that class."
         )
     return Objective.known[kind]
+
+
+def check_pair(config: DSKDConfig, student: Any) -> None:
+    """Refuse what an objective can refuse by the two tokenizers alone.
+
+    Args:
+        student: its tokenizer.
+
+    Raises:
+        ValueError: the pair is not one that the objective works for.
+    """
+    teacher = load_teacher_tokenizer(config)
+    facts = Facts(student, teacher, (vocabulary_size(student), vocabulary_size(teacher)))
+    build_objective(config, facts, memory=0, seed=0)
