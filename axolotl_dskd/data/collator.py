@@ -29,6 +29,8 @@ _TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 #: Column of a row whose answer the student has just written: [n] float32 as bytes, the
 #: log-probability of each of its supervised tokens.
 LOGPROBS = "dskd_logprobs"
+#: Column of rows with the same prompt: a number of their own in the batch.
+GROUP = "dskd_group"
 #: Columns of a prepared row that are ours.
 PREPARED_COLUMNS = (*_TEACHER_COLUMNS, SPANS, TEACHER_SPANS)
 
@@ -75,7 +77,7 @@ class DualCollator:
                 f"a row has no teacher side; it has {sorted(samples[0])}. The dataset was "
                 "prepared without dskd: delete dataset_prepared_path and prepare it again."
             )
-        ours = {*PREPARED_COLUMNS, LOGPROBS}
+        ours = {*PREPARED_COLUMNS, LOGPROBS, GROUP}
         plain = [[{k: v for k, v in s.items() if k not in ours} for s in row] for row in rows]
         lengths = [[len(s["input_ids"]) for s in row] for row in rows]
         batch = dict(self.inner(plain if packed else [row[0] for row in plain], **kwargs))
@@ -136,7 +138,19 @@ def _written(samples: Sequence[dict[str, Any]]) -> Written | None:
     return Written(
         samples=torch.tensor([LOGPROBS in sample for sample in samples]),
         logprobs=torch.from_numpy(np.concatenate(logprobs).astype(np.float32)),
+        pairs=_pairs(samples),
     )
+
+
+def _pairs(samples: Sequence[dict[str, Any]]) -> Tensor | None:
+    """[K, 2] the data's answer and each written one to the same prompt."""
+    preferred = {s[GROUP]: k for k, s in enumerate(samples) if GROUP in s and LOGPROBS not in s}
+    pairs = [
+        (preferred[s[GROUP]], k)
+        for k, s in enumerate(samples)
+        if LOGPROBS in s and s.get(GROUP) in preferred
+    ]
+    return torch.tensor(pairs) if pairs else None
 
 
 def find_matches(student: Sequence[bytes], teacher: Sequence[bytes]) -> Matches:

@@ -27,6 +27,7 @@ class SamplesRun:
         writer: by who writes ("student", "teacher"), ids that end an answer, and how many tokens
             at once.
         max_length: of a row, in the student's tokens, and of a packed row.
+        contrast: the data's own answer must stand beside each written one.
         evaluates: whether there are evaluations during training.
         total_steps: of the training, once it has begun.
         identity: what tells the teacher from others, for what is kept of it.
@@ -40,6 +41,7 @@ class SamplesRun:
     collator: DualCollator
     writer: Callable[[str, list[int], int], Writer]
     max_length: int
+    contrast: bool
     evaluates: bool
     total_steps: Callable[[], int]
     identity: Callable[[], str]

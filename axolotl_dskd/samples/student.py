@@ -17,7 +17,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_dskd.config import StudentSamplesConfig
 from axolotl_dskd.data.answers import Prompt
-from axolotl_dskd.data.collator import fill_columns, samples_of
+from axolotl_dskd.data.collator import GROUP, fill_columns, samples_of
 from axolotl_dskd.generation import Answer, Sampling, prompt_seed
 from axolotl_dskd.ranks import gather_objects
 from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
@@ -44,12 +44,14 @@ class _Place:
         at: its number in there.
         prompt: what is answered.
         seed: of the answer.
+        preferred: the row of the data with the same prompt, where it stays beside this one.
     """
 
     bin: list[Row]
     at: int
     prompt: Prompt
     seed: int
+    preferred: Row | None
 
 
 class StudentSamples(Samples):
@@ -82,6 +84,11 @@ class StudentSamples(Samples):
                 "dskd.samples.share: adaptive follows the validation loss, but nothing is "
                 "evaluated. Set val_set_size or test_datasets, and evals_per_epoch; or give share "
                 "a number."
+            )
+        if run.contrast and config.replay:
+            raise ValueError(
+                "dskd.samples.replay: this objective compares each written answer with the data's "
+                "to the same prompt, and a kept one has none beside it. Set replay: 0."
             )
         self.sampling = Sampling(
             config.max_new_tokens, config.temperature, config.top_p, config.top_k, run.max_length
@@ -133,19 +140,23 @@ class StudentSamples(Samples):
 
     def _places(self, bins: list[list[Row]], step: int) -> list[_Place]:
         """What is to be written of a micro-batch: `per_prompt` rows in a row answer the first
-        one's prompt."""
+        one's prompt. With contrast there is one more, which keeps the data's answer."""
         samples = [(bin, at) for bin in bins for at in range(len(bin))]
         places = []
         for number, (bin, at) in enumerate(samples):
-            copy = number % self.config.per_prompt
+            copy = number % (self.config.per_prompt + self.run.contrast)
             asked, place = samples[number - copy]
             if copy == 0:
                 prompt = self.answered.prompt(asked[place])
+                preferred = asked[place] if self.run.contrast else None
+                if self.run.contrast:
+                    continue
             if prompt is None or self.sampling.room(prompt["student"].ids) <= 0:
                 self._refuse(NO_ROOM if prompt is not None else "no prompt")
                 continue
             ids = prompt["student"].ids
-            places.append(_Place(bin, at, prompt, prompt_seed(ids, self.config.seed, step, copy)))
+            seed = prompt_seed(ids, self.config.seed, step, copy)
+            places.append(_Place(bin, at, prompt, seed, preferred))
         return places
 
     def _put_answers(
@@ -170,8 +181,12 @@ class StudentSamples(Samples):
                 for _ in made:  # beside the data's answers, where others could not be used
                     self._refuse(NO_ROOM)
                 continue
-            for at, row in made.items():
-                bin[at] = row
+            for place, _ in found:
+                if (row := made.get(place.at)) is None:
+                    continue
+                bin[place.at] = row
+                if place.preferred is not None:
+                    row[GROUP] = place.preferred[GROUP] = id(place.preferred)
             rows += made.values()
         self.tally.count("written", len(rows))
         return rows

@@ -64,6 +64,7 @@ def samples_run(
         collator=trainer.data_collator,
         writer=writer,
         max_length=int(cfg.sequence_len),
+        contrast=trainer.objective.needs.contrast,
         evaluates=trainer.eval_dataset is not None and trainer.args.eval_strategy != "no",
         total_steps=lambda: trainer.state.max_steps,
         identity=identity,

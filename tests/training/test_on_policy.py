@@ -163,6 +163,21 @@ def test_several_answers_to_a_prompt_stand_in_the_places_of_as_many_rows(folder:
         assert len(set(result["seeds"])) == ROWS
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_contrast_has_the_datas_answer_beside_each_written_one(folder: Path, packed: bool):
+    samples = {**STUDENT, "share": 1.0, "replay": 0}
+    block = {"samples": samples, "objective": {"name": "uld"}}
+    overrides = {"max_steps": 1, **(PACKED if packed else {})}
+    config = training_config(folder, block, f"contrast {packed}", overrides)
+    (result,) = run(1, {"do": "train_in_contrast", "config": config})
+    (batch,) = result["batches"]
+    assert len(batch["pairs"]) == ROWS // 2
+    assert sorted(k for pair in batch["pairs"] for k in pair) == list(range(ROWS))
+    for preferred, written in batch["pairs"]:
+        assert (batch["written"][preferred], batch["written"][written]) == (False, True)
+        assert batch["prompts"][written][:8] == batch["prompts"][preferred][:8]
+
+
 def test_what_leaves_no_room_or_is_no_text_leaves_the_rows_of_the_data(tmp_path: Path):
     """An untrained student, and rows that are as long as they may be."""
     folder = save_pair(tmp_path)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 from axolotl_dskd.generation import TransformersWriter
+from axolotl_dskd.objectives.uld import ULD
+from axolotl_dskd.training.trainer import DSKDTrainer
+from axolotl_dskd.types import DualBatch, Needs
 from tests.support.jobs.common import wrapped
 from tests.support.jobs.registry import job
 from tests.support.jobs.training import train
@@ -23,6 +27,37 @@ def train_noting_prompts(config: dict[str, Any]) -> dict[str, Any]:
 
     with wrapped(TransformersWriter, "write", write):
         return train(config) | {"prompts": prompts, "seeds": seeds}
+
+
+@job
+def train_in_contrast(config: dict[str, Any]) -> dict[str, Any]:
+    """`train` with an objective that needs a preferred answer beside each written one; of every
+    batch the written samples, the pairs, and the student's rows up to their answers."""
+    batches: list[dict[str, Any]] = []
+
+    def compute_loss(
+        original: Any, trainer: Any, model: Any, inputs: Any, *more: Any, **keys: Any
+    ) -> Any:
+        batch = DualBatch.pop_from(dict(inputs))
+        ids, segments = batch.input_ids, batch.segment_ids
+        asked = (batch.labels == -100) & (segments >= 0)
+        rows = [ids[asked & (segments == k)].tolist() for k in range(len(batch.teacher_labels))]
+        assert batch.written is not None
+        assert batch.written.pairs is not None
+        batches.append(
+            {
+                "written": batch.written.samples.tolist(),
+                "pairs": batch.written.pairs.tolist(),
+                "prompts": rows,
+            }
+        )
+        return original(trainer, model, inputs, *more, **keys)
+
+    with (
+        patch.object(ULD, "needs", Needs(contrast=True)),
+        wrapped(DSKDTrainer, "compute_loss", compute_loss),
+    ):
+        return train(config) | {"batches": batches}
 
 
 @job
