@@ -12,7 +12,11 @@ import torch
 
 from axolotl_dskd.commands.cache import rows_of
 from axolotl_dskd.config import DSKDConfig, ServerConfig
-from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.data.tokenizers import (
+    load_teacher_tokenizer,
+    teacher_position_limit,
+    vocabulary_size,
+)
 from axolotl_dskd.teacher import TeacherSpec
 from axolotl_dskd.teacher.served.launch import server_command
 
@@ -40,7 +44,7 @@ def serve_commands(
     spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
     longest = int(rows_of(cfg).lengths.max())
     # Room for rows that are added later, and a number that is easy to read.
-    room = -(-longest // 64) * 64
+    room = min(-(-longest // 64) * 64, teacher_position_limit(config))
     return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
 
 

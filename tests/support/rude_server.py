@@ -28,6 +28,7 @@ class RudeServer:
         misbehave: each next POST /pooling takes one of these instead of answering: a function of
             the handler and of the answer that would be right.
         requests: the headers of every request.
+        max_model_len: longer texts are refused.
         most_at_once: of requests to /pooling.
     """
 
@@ -98,6 +99,9 @@ class RudeServer:
     def _pool(self, handler: Any, body: dict[str, Any]) -> None:
         assert body["task"] == "token_embed"
         assert body["use_activation"] is False
+        if len(body["input"][0]) > self.max_model_len:
+            handler.answer(b"too long", 400)
+            return
         with self._lock, torch.no_grad(), captured_head_input(self.model) as captured:
             self.model(input_ids=torch.tensor(body["input"]))
         states = self.change(captured[0][0].to(getattr(torch, body["embed_dtype"])))

@@ -308,6 +308,13 @@ def test_another_name_tokenizer_or_context_is_refused(folder: Path, server: Rude
         opened(folder, server.url)
 
 
+def test_a_server_for_short_rows_is_tried_with_a_short_text(folder: Path, server: RudeServer):
+    server.max_model_len = 64
+    served = opened(folder, server.url)
+    with pytest.raises(ValueError, match=r"refuses the request: 400 Bad Request: too long"):
+        served(batch([70]), NEEDS)
+
+
 def test_servers_of_unlike_teachers_are_refused(folder: Path):
     both = [RudeServer(str(folder / "teacher")) for _ in range(2)]
     both[1].change = lambda states: states.flip(1)

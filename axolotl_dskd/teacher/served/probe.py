@@ -33,6 +33,8 @@ TEXT = (
     "Water boils at one hundred degrees because its molecules then move fast enough to leave. "
     "Ünïcode, too: 你好. def add(a, b):\n    return a + b\n"
 )
+#: Tokens of it whose states are asked for, and of its beginning: short rows need no more context.
+_READ, _PART = 48, 24
 #: Relative differences of states. Below: rounding, 4-bit weights included. Above: another model.
 _OTHER_MODEL = 0.5
 #: Of a state from what the final norm gives: bfloat16 rounds by 0.004.
@@ -75,12 +77,13 @@ def probe(
         (int(dataset_keys(dataset)[2].max()) for dataset in datasets if dataset), default=0
     )
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    read_ids = ids[:_READ]
     given: list[Tensor] = []
     for url in servers.config.addresses:
         _check_model(servers, url, name, longest)
         _check_tokenizer(servers, url, name, ids)
         whole, part = (
-            _states(servers, url, name, read, head) for read in (ids, ids[: len(ids) // 2])
+            _states(servers, url, name, read, head) for read in (read_ids, read_ids[:_PART])
         )
         _check_reading(url, whole, part)
         _check_norm(url, whole, ends)
@@ -90,9 +93,9 @@ def probe(
                 f"{difference:.0%}: they do not serve the same teacher."
             )
         given.append(whole)
-    _report_surprise(given[0], ids, head)
+    _report_surprise(given[0], read_ids, head)
     if first:
-        _compare_with_local_weights(given[0], ids, config, head)
+        _compare_with_local_weights(given[0], read_ids, config, head)
 
 
 def _states(servers: Servers, url: str, name: str, ids: list[int], head: OutputHead) -> Tensor:
