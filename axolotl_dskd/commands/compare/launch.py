@@ -41,6 +41,7 @@ class _Running:
     process: subprocess.Popen[bytes]
     place: str
     began: float
+    where: tuple[float, str] = (0.0, "starting")
 
 
 def run_all(
@@ -69,7 +70,8 @@ def run_all(
                 running.append(_start(waiting.pop(0), free.pop(0), lock))
             time.sleep(_PAUSE)
             for one in list(running):
-                reporter.update(one.run.name, *_progress(one.run))
+                one.where = _progress(one.run) or one.where
+                reporter.update(one.run.name, *one.where)
                 ended, status, usage = os.wait4(one.process.pid, os.WNOHANG)
                 if not ended:
                     continue
@@ -151,11 +153,12 @@ def _end(one: _Running, host_bytes: int) -> Outcome | Failure:
     return Failure(one.run.name, log, "\n".join(lines) + problem)
 
 
-def _progress(run: Run) -> tuple[float, str]:
-    """Share done and where the run is, from the last line of its record that says a step."""
+def _progress(run: Run) -> tuple[float, str] | None:
+    """Share done and where the run is, from the end of its record; None where no step is said
+    there (what an evaluation has found is long)."""
     path = Path(run.config["output_dir"]) / RECORD
     if not path.is_file():
-        return 0.0, "starting"
+        return None
     with path.open("rb") as file:
         file.seek(0, os.SEEK_END)
         size = file.tell()
@@ -168,4 +171,4 @@ def _progress(run: Run) -> tuple[float, str]:
             continue
         if "log" in said and said.get("max_steps"):
             return said["step"] / said["max_steps"], f"step {said['step']} of {said['max_steps']}"
-    return 0.0, "training"
+    return None
