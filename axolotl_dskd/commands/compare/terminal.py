@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from axolotl_dskd.commands.compare.summary import MOMENTS, Method, verdict
-from axolotl_dskd.progress import duration, quantity
+from axolotl_dskd.progress import quantity
 
 
 def print_methods(methods: Sequence[Method], rows: int, console: Console) -> None:
@@ -17,7 +18,12 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
     Args:
         rows: held-out rows.
     """
-    table = Table(title=f"Held-out bits per byte ({rows} rows), lower is better")
+    table = Table(
+        title=f"Held-out bits per byte ({rows} rows), lower is better",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("run", no_wrap=True)
     for moment in MOMENTS:
         for head in (moment, "first\nright", f"against\n{methods[0].name}"):
@@ -25,8 +31,8 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
     answers = any(method.rouge_l is not None for method in methods)
     if answers:
         table.add_column("Rouge-L", justify="right")
-    table.add_column("time", justify="right")
-    table.add_column("memory", justify="right")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("memory", justify="right", no_wrap=True)
     for method in methods:
         cells = []
         for moment in MOMENTS:
@@ -34,13 +40,13 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
             against = "" if difference is None else f"{difference.relative:+.1%}"
             if difference is not None and difference.verdict == "no difference":
                 against += " ≈"
-            if difference is not None and difference.seeds > 1:
-                against += f" ({difference.wins}/{difference.seeds})"
             cells += [f"{method.bits[moment]:.4f}", f"{method.accuracy[moment]:.1%}", against]
         if answers:
             cells.append("" if method.rouge_l is None else f"{method.rouge_l:.3f}")
         memory = method.gpu_bytes or method.host_bytes
-        table.add_row(method.name, *cells, duration(method.seconds), quantity(memory, "bytes"))
+        table.add_row(
+            method.name, *cells, f"{method.seconds / 60:.1f} min", quantity(memory, "bytes")
+        )
     console.print(table)
     seeds = len(methods[0].seeds)
     console.print(
