@@ -114,6 +114,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], bool]] = {
     "min_edit": ({"name": "min_edit", "one_hot": True}, False),
     "sinkhorn": ({"name": "sinkhorn"}, True),
     "span_support": ({"name": "span_support"}, False),
+    "preference": ({"name": "preference"}, False),
 }
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 PACKED = {"micro_batch_size": 1, "sample_packing": True, "sequence_len": 1024}
@@ -140,10 +141,11 @@ def test_every_objective_learns_from_what_the_student_writes(learned: dict[str, 
     logs = learned[name]["logs"]
     assert len(logs) == 2
     for log in logs:
-        assert log[WRITTEN] == 1
-        assert "dskd/ce" not in log
-        assert 0 < log["loss"] < 100
+        # Beside each written answer stands the data's where the two are compared.
+        assert log[WRITTEN] == (0.5 if name == "preference" else 1)
+        assert ("dskd/ce" in log) == (name == "preference")
         assert log["grad_norm"] > 0
+        assert 0 < log["loss"] < 100
 
 
 def test_several_answers_to_a_prompt_stand_in_the_places_of_as_many_rows(folder: Path):
