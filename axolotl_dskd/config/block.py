@@ -64,6 +64,12 @@ class DSKDConfig(Block):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rows_that_the_objective_can_learn_from(self) -> DSKDConfig:
+        if self.uses_teacher and (why := self.objective.refuses(self.samples)):
+            raise ValueError(f"dskd.objective: {why}.")
+        return self
+
     @property
     def uses_teacher(self) -> bool:
         """False with `kd_ratio: 0`: then no teacher is loaded."""

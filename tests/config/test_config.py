@@ -105,6 +105,10 @@ WRONG = {
     "chunk_tokens": ({"chunk_tokens": 0}, "greater than or equal to 1"),
     "projector rate": ({"objective": {"projector": {"learning_rate": -1.0}}}, "greater than 0"),
     "js_beta": ({"objective": {"js_beta": 1.0}}, "less than 1"),
+    "a policy that is drawn otherwise": (
+        {"objective": "policy", "samples": {"from": "student", "temperature": 0.7}},
+        "own distribution",
+    ),
     "nothing to distil": (
         {"objective": {"student_space_weight": 0.0, "teacher_space_weight": 0.0}},
         "both 0, so kd_ratio",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from axolotl_dskd.config.base import Block
+from axolotl_dskd.config.samples import SamplesConfig
 
 Weight = Annotated[float, Field(ge=0, le=100)]
 
@@ -37,6 +38,10 @@ class ObjectiveConfig(Block):
 
     def nothing_to_learn(self) -> str | None:
         """Why no term of the objective has a weight, in words; None where one has."""
+        return None
+
+    def refuses(self, samples: SamplesConfig) -> str | None:
+        """Why it cannot learn from rows that are drawn like this, in words; None where it can."""
         return None
 
 

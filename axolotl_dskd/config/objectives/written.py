@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from axolotl_dskd.config.objectives.base import ObjectiveConfig
+from axolotl_dskd.config.samples import SamplesConfig, WritingConfig
 
 
 class PolicyConfig(ObjectiveConfig):
@@ -43,6 +44,17 @@ class PolicyConfig(ObjectiveConfig):
         description="Learn each token's own part of the reward exactly, as KL(student ‖ teacher) "
         "over the vocabulary. auto: where both have one vocabulary.",
     )
+
+    def refuses(self, samples: SamplesConfig) -> str | None:
+        """Its gradient is that of the distribution that was drawn from."""
+        if not isinstance(samples, WritingConfig):
+            return None
+        if (samples.temperature, samples.top_p, samples.top_k) == (1.0, 1.0, 0):
+            return None
+        return (
+            "policy needs answers that are drawn from the student's own distribution. Set "
+            "temperature: 1.0, top_p: 1.0 and top_k: 0 in dskd.samples, or use another objective"
+        )
 
 
 class PreferenceConfig(ObjectiveConfig):
