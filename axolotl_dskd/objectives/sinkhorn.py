@@ -74,6 +74,7 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
             self._tokens.weights = replace(self._tokens.weights, divergence=divergence)
         else:
             projected = DualSpaceConfig(
+                divergence="forward_kl",
                 temperature=config.temperature,
                 alignment=config.alignment,
                 teacher_space_weight=0.0,

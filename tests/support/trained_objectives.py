@@ -48,6 +48,8 @@ DUAL_SPACE = {
     "projector_ce",
     "teacher_space",
     "projector_accuracy",
+    "teacher_nll",
+    "projected_nll",
     "teacher_accuracy",
     "aligned",
 }

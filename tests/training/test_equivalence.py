@@ -17,6 +17,8 @@ from tests.support.trained_objectives import CASES, TOY, Trained, train_once
 
 pytestmark = pytest.mark.slow
 
+#: Logged whatever the objective.
+ALWAYS = {"supervised_tokens", "bits_per_byte"}
 #: Ways that differ in kind: how a batch is cut, ranks, checkpoints, and where states come from.
 IN_KIND = ("packed", "two ranks", "resumed", "cached")
 WAYS = dict.fromkeys(CASES, IN_KIND) | {
@@ -48,7 +50,7 @@ def test_every_way_to_train_is_the_same_training(
 def test_every_step_logs_the_terms_of_the_objective(trained: Callable[[str], Trained], name: str):
     case, metrics = trained(name).case, trained(name).trainings[BASE].metrics
     for step in metrics:
-        assert step.keys() == {f"dskd/{term}" for term in {*case.terms, "supervised_tokens"}}
+        assert step.keys() == {f"dskd/{term}" for term in {*case.terms, *ALWAYS}}
         assert step["dskd/ce"] > 0
         if "aligned" in case.terms:
             assert 0 < step["dskd/aligned"] <= 1
