@@ -197,6 +197,8 @@ class Servers:
                 content = b"".join(parts)
         except TimeoutError:
             raise Failure(f"no answer within {self.config.timeout:g} s") from None
+        except httpx.LocalProtocolError:  # its words hold the headers, and so the key
+            raise ValueError(f"{url}{path}: the request cannot be sent as it is") from None
         except httpx.RequestError as error:
             raise Failure(str(error) or type(error).__name__) from None
         if response.status_code == 200:

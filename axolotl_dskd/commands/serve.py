@@ -44,7 +44,9 @@ def serve_commands(
     spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
     longest = int(rows_of(cfg).lengths.max())
     # Room for rows that are added later, and a number that is easy to read.
-    room = min(-(-longest // 64) * 64, teacher_position_limit(config))
+    room = limit = teacher_position_limit(config)
+    if config.samples.source != "student":  # what that writes may be as long as the limit
+        room = min(-(-longest // 64) * 64, limit)
     return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
 
 

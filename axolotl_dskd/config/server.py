@@ -61,16 +61,18 @@ class ServerConfig(BaseModel, extra="forbid"):
         """The key, from the environment.
 
         Raises:
-            ValueError: the variable is not set.
+            ValueError: the variable is not set, or holds no key.
         """
         if self.api_key_env is None:
             return None
-        key = os.environ.get(self.api_key_env)
+        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
         if not key:
             raise ValueError(
                 f"dskd.teacher.server.api_key_env names {self.api_key_env}, which is not set. "
                 "Export the server's key under this name."
             )
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
         return key
 
 
@@ -86,7 +88,12 @@ def _plain(url: str) -> str:
             "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
             "into an environment variable and name it in api_key_env."
         )
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+    try:
+        port_is_one = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_one = False
+    strange = parts.query or parts.fragment or not port_is_one
+    if parts.scheme not in ("http", "https") or not parts.netloc or strange:
         raise ValueError(
             f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
             "http://127.0.0.1:8000."

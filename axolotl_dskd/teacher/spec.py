@@ -57,6 +57,7 @@ class TrainingRun:
             on all of them if anything did on one.
         local_main_first: while open, the others of this machine wait until its main process
             has left.
+        longest_written: tokens of the longest row with an answer that is written in training.
         how_to_resume: in words, from which checkpoint; nothing where there is none.
     """
 
@@ -66,6 +67,7 @@ class TrainingRun:
     gather: Callable[[int], list[int]] = lambda number: [number]
     stop_together: Callable[[str | None], None] = _stop_alone
     local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
+    longest_written: int = 0
     how_to_resume: Callable[[], str] = lambda: ""
 
     def together(self, work: Callable[[], T]) -> T:

@@ -55,6 +55,9 @@ class Reports:
         """
         self._objective = objective
         self.forget()
+
+    def record_rows(self) -> None:
+        """Note the rows that training begins with, before others take their place."""
         if self._recorder is not None:
             self._recorder.rows()
 

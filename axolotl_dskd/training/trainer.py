@@ -24,6 +24,7 @@ from axolotl_dskd.data.tokenizers import (
     exact_share,
     load_teacher_tokenizer,
     longest_supervised,
+    teacher_position_limit,
     vocabulary_size,
 )
 from axolotl_dskd.machine import total_memory
@@ -108,6 +109,7 @@ class DSKDTrainer(AxolotlTrainer):
             check_checkpoint(checkpoint)
         if not self._is_set_up:
             self._is_set_up = True
+            self.reports.record_rows()
             self.student.check(training_has_begun=False)
             self.add_callback(Begin(self._begin))
             if self.objective is not None:
@@ -168,6 +170,7 @@ class DSKDTrainer(AxolotlTrainer):
     def _run(self) -> TrainingRun:
         """What a teacher is told of this run."""
         device = self.accelerator.device
+        writes = self.dskd.samples.source == "student"
         return TrainingRun(
             datasets=self._datasets(),
             student_is_sharded=self.student.is_sharded,
@@ -177,6 +180,7 @@ class DSKDTrainer(AxolotlTrainer):
             ).tolist(),
             stop_together=partial(raise_together, device=device),
             local_main_first=self.accelerator.local_main_process_first,
+            longest_written=teacher_position_limit(self.dskd) if writes else 0,
             how_to_resume=self._how_to_resume,
         )
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 from axolotl_dskd.commands.cli import main
 from axolotl_dskd.commands.compare.outcome import Outcome, Point
-from axolotl_dskd.commands.compare.plan import plan_runs
+from axolotl_dskd.commands.compare.plan import plan_runs, shown
 from axolotl_dskd.commands.compare.summary import compared, summarise
 from axolotl_dskd.config import CompareConfig
 from axolotl_dskd.evaluation.rows import Row, bits_per_byte
@@ -229,6 +229,55 @@ def outcome(method: str, seed: int, nats: dict[str, float]) -> Outcome:
     bits = bits_per_byte(sum(nats.values()), 10 * len(nats))
     point = Point(1, 1.0, {"dskd/bits_per_byte": bits, "dskd/accuracy": 0.25}, rows, [])
     return Outcome(method, seed, "", "", 1, 1.0, 1, 0, [point], [])
+
+
+def plan(folder: Path, base: dict[str, Any], **compare: Any) -> list[Any]:
+    keys = {"runs": ["sft"], "held_out": str(folder / "held-out.jsonl"), **compare}
+    return plan_runs(base, CompareConfig.model_validate(keys), folder / "planned")
+
+
+def test_a_run_starts_and_ends_in_its_own_folder(folder: Path):
+    base = tiny.base_config(folder) | {"hub_model_id": "me/mine", "resume_from_checkpoint": "there"}
+    (run,) = plan(folder, base)
+    assert not {"hub_model_id", "resume_from_checkpoint"} & run.config.keys()
+
+
+def test_a_seed_that_is_named_twice_is_one_run(folder: Path):
+    names = [run.name for run in plan(folder, tiny.base_config(folder), seeds=[1, 2, 1])]
+    assert names == ["sft-seed1", "sft-seed2"]
+
+
+def test_an_on_policy_configuration_is_compared_with_fine_tuning(folder: Path):
+    base = tiny.base_config(folder)
+    base["dskd"]["samples"] = {"from": "student"}
+    ours, sft = plan(folder, base, runs=["dskd", "sft"])
+    assert ours.config["dskd"]["samples"] == {"from": "student"}
+    assert "samples" not in sft.config["dskd"]
+
+
+def test_a_sharded_teacher_is_given_no_cache_and_devices_may_be_numbers(folder: Path):
+    base = tiny.base_config(folder)
+    base["dskd"]["teacher"]["shard"] = "full"
+    assert "cache" not in plan(folder, base, runs=["dskd"])[0].config["dskd"]["teacher"]
+    base = tiny.base_config(folder)
+    base["dskd"]["teacher"] |= {"device_map": "auto", "max_memory": {0: "10GiB", "cpu": "9GiB"}}
+    plan(folder, base, runs=["dskd"])
+
+
+def test_other_rows_under_data_files_are_another_comparison(folder: Path):
+    rows = folder / "inside.jsonl"
+    base = tiny.base_config(folder)
+    base["datasets"][0] |= {"path": "json", "data_files": [str(rows)]}
+    digests = set()
+    for count in (3, 4):
+        tiny.write_rows(rows, tiny.chat_rows(count))
+        digests.add(plan(folder, base)[0].digest)
+    assert len(digests) == 2
+
+
+def test_what_is_handed_on_shows_no_secret():
+    config = {"comet_api_key": "sesame", "special_tokens": {"pad_token": "<pad>"}, "x": [{"a": 1}]}
+    assert shown(config) == config | {"comet_api_key": "(not shown)"}
 
 
 def test_a_difference_in_every_row_is_one_and_noise_is_none():

@@ -283,6 +283,21 @@ def test_a_password_in_a_url_is_refused():
     assert config.server.addresses == ["http://a:8000"]
 
 
+def test_a_port_that_is_none_is_no_address():
+    with pytest.raises(ValueError, match="is no address of a server"):
+        ServerConfig(url="http://a:99999")
+
+
+def test_a_key_comes_without_its_line_break_and_is_never_repeated(monkeypatch: pytest.MonkeyPatch):
+    config = ServerConfig(url="http://a", api_key_env="SOME_KEY")
+    monkeypatch.setenv("SOME_KEY", "sesame\n")
+    assert config.api_key == "sesame"
+    monkeypatch.setenv("SOME_KEY", "ses\name")
+    with pytest.raises(ValueError, match="SOME_KEY holds characters") as raised:
+        _ = config.api_key
+    assert "ses" not in str(raised.value)
+
+
 def test_a_key_that_is_not_in_the_environment_is_said():
     config = ServerConfig(url="http://a", api_key_env="NO_SUCH_KEY")
     with pytest.raises(ValueError, match="NO_SUCH_KEY, which is not set"):

@@ -196,6 +196,10 @@ def test_a_failure_that_stays_ends_with_where_to_resume_and_without_the_key(
     assert "500 Internal Server Error: oops" in text
     assert text.endswith("Then go on with out/checkpoint-40")
     assert "sesame" not in text + "".join(said)
+    asked = len(server.requests)
+    with pytest.raises(ValueError, match="gave no answer"):  # a step's other micro-batches
+        served(batch([13]), NEEDS)
+    assert len(server.requests) == asked
 
 
 def html(handler: Any, answer: Any) -> None:

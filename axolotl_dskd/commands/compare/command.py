@@ -14,7 +14,7 @@ from axolotl_dskd.commands.compare.launch import only_one, run_all
 from axolotl_dskd.commands.compare.outcome import check_same_rows, write_json
 from axolotl_dskd.commands.compare.page import html_page
 from axolotl_dskd.commands.compare.picture import curves
-from axolotl_dskd.commands.compare.plan import plan_runs, versions
+from axolotl_dskd.commands.compare.plan import plan_runs, shown, versions
 from axolotl_dskd.commands.compare.reporter import Reporter
 from axolotl_dskd.commands.compare.summary import as_dict, summarise
 from axolotl_dskd.commands.compare.terminal import print_methods
@@ -57,7 +57,7 @@ def run_compare(
             raise ValueError(f"all runs failed: {', '.join(f.name for f in failures)}.")
         methods = summarise(outcomes)
         results = {
-            "config": raw,
+            "config": shown(raw),
             "compare": compare.model_dump(exclude_none=True),
             "versions": versions(),
             "held_out_rows": len(outcomes[0].last.rows),

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from axolotl_dskd import __version__
 from axolotl_dskd.commands.compare.outcome import Outcome
-from axolotl_dskd.commands.compare.plan import Run
+from axolotl_dskd.commands.compare.plan import Run, shown
 from axolotl_dskd.commands.compare.summary import MOMENTS, Method, verdict
 from axolotl_dskd.progress import duration, quantity
 
@@ -70,7 +70,9 @@ def _answers(outcomes: Sequence[Outcome]) -> list[tuple[str, str, list[tuple[str
 
 def _configs(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Each run's name and configuration: whole the first time, then what differs from that."""
-    first, *others = [(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs]
+    first, *others = [
+        (run.name, yaml.safe_dump(shown(run.config), sort_keys=False)) for run in runs
+    ]
     lines = first[1].splitlines()
     return [
         first,

@@ -11,6 +11,8 @@ import difflib
 import hashlib
 import json
 import platform
+import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,6 +31,14 @@ _FORMAT = 1
 _PACKAGES = ("axolotl-dskd", "axolotl", "torch", "transformers")
 #: Larger files are known by their size and time.
 _HASHED_BYTES = 64 << 20
+_SECRET = re.compile(r"(api_key|password|secret|(hf|hub|auth)_token)$")
+#: Keys that would take a run's start or its result out of its folder.
+_ELSEWHERE = (
+    "hub_model_id",
+    "hub_strategy",
+    "resume_from_checkpoint",
+    "auto_resume_from_checkpoints",
+)
 _SAVING = ("save_strategy", "save_steps", "saves_per_epoch")
 _PICKS_A_CHECKPOINT = ("metric_for_best_model", "early_stopping_patience", "load_best_model_at_end")
 
@@ -80,6 +90,8 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
             "compare:\n  runs: {sft: {}, dual_space: {}}"
         )
     base = _held_out(copy.deepcopy(base), compare.held_out)
+    if strange := [name for name in compare.runs if not re.fullmatch(r"[\w.+-]+", name)]:
+        raise ValueError(f"{strange[0]!r} is no name for a run: use letters, digits, _, -, + and .")
     blocks = {name: _block(base, name, changes) for name, changes in compare.runs.items()}
     typed = [DSKDConfig.model_validate(block) for block in blocks.values()]
     for k, name in enumerate(blocks):
@@ -90,7 +102,7 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
     # Axolotl takes prepared rows for those of a file of the same name, whatever it holds today.
     prepared = out / "prepared" / _digest(files)[:12]
     runs = []
-    for seed in compare.seeds or [base.get("seed") or 42]:
+    for seed in dict.fromkeys(compare.seeds or [base.get("seed") or 42]):
         for name, block in blocks.items():
             config = _run_config(base, block, seed)
             digest = _digest([_FORMAT, config, files, versions()])
@@ -99,9 +111,22 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
                 "output_dir": str(folder / "model"),
                 "dataset_prepared_path": str(prepared / f"seed{seed}"),
             }
-            config["dskd"]["teacher"].setdefault("cache", _cache(block, out))
+            if block["teacher"].get("shard") != "full":  # a part of each layer fills no cache
+                config["dskd"]["teacher"].setdefault("cache", _cache(block, out))
             runs.append(Run(name, seed, config, folder, digest))
     return runs
+
+
+def shown(config: Any) -> Any:
+    """A configuration as it may be handed on: without the values of keys that hold secrets."""
+    if isinstance(config, list):
+        return [shown(value) for value in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: "(not shown)" if _SECRET.search(str(key)) and value else shown(value)
+        for key, value in config.items()
+    }
 
 
 def merged(base: Config, changes: Config) -> Config:
@@ -126,6 +151,7 @@ def _block(base: Config, name: str, changes: Config) -> Config:
         changes["objective"] = {"name": changes["objective"]}
     if name == "sft":
         changes.setdefault("kd_ratio", 0)
+        block.pop("samples", None)  # without a teacher there are the data's
     elif name in ObjectiveConfig.known:
         changes["objective"] = {"name": name} | changes.get("objective", {})
     elif not changes and name != "dskd":
@@ -147,7 +173,8 @@ def _block(base: Config, name: str, changes: Config) -> Config:
 
 
 def _run_config(base: Config, block: Config, seed: int) -> Config:
-    config = copy.deepcopy(base) | {"dskd": copy.deepcopy(block), "seed": seed}
+    config = {key: value for key, value in copy.deepcopy(base).items() if key not in _ELSEWHERE}
+    config |= {"dskd": copy.deepcopy(block), "seed": seed}
     if not any(config.get(key) for key in ("eval_strategy", "eval_steps", "evals_per_epoch")):
         config["eval_strategy"] = "epoch"
     if not any(config.get(key) for key in _PICKS_A_CHECKPOINT):
@@ -189,7 +216,8 @@ def versions() -> dict[str, str]:
 
 
 def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, default=str)
+    plain = json.loads(json.dumps(content, default=str))  # keys of one kind, which sort
+    text = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -199,10 +227,12 @@ def _input_files(base: Config, blocks: Iterable[DSKDConfig]) -> list[list[Any]]:
     for teacher in (block.teacher for block in blocks):
         names += [teacher.base_model, teacher.adapter, teacher.tokenizer]
     for dataset in [*(base.get("datasets") or []), *(base.get("test_datasets") or [])]:
-        names.append(dataset.get("path"))
+        inside = dataset.get("data_files") or []
+        names += [dataset.get("path"), *([inside] if isinstance(inside, str) else inside)]
+    names += [sys.modules[type(block.objective).__module__].__file__ for block in blocks]
     found = []
-    for path in sorted({Path(str(name)) for name in names if name}):
-        inside = [path] if path.is_file() else sorted(path.iterdir()) if path.is_dir() else []
+    for path in sorted({Path(str(name)).expanduser() for name in names if name}):
+        inside = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
         for file in inside:
             if file.is_file():
                 found.append([str(file), _identity(file)])

@@ -50,7 +50,7 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
     console.print(table)
     seeds = len(methods[0].seeds)
     console.print(
-        f"Means of {seeds} seeds. (k/n): fewer in k of n seeds. "
+        f"Means of {seeds} seeds. "
         * (seeds > 1)
         + "≈: no difference (95% bootstrap interval over rows holds 0, or less than 0.1%). The "
         "best evaluation is picked on the same rows.",

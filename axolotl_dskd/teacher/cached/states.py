@@ -130,12 +130,15 @@ class CachedStates:
         """Tell the teacher, if it is there, of what a call on these batches will lack."""
         if not self.body.is_loaded:
             return
+        lacking = []
         for batch in batches:
             keys = [sample_key(ids, labels) for ids, labels in _unpadded(batch)]
             flat = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
             rows = np.flatnonzero(self.store.missing(flat)).tolist()
             if rows:
-                self.body.get().expect([_teacher_rows(batch, rows)])
+                lacking.append(_teacher_rows(batch, rows))
+        if lacking:
+            self.body.get().expect(lacking)
 
     @torch.no_grad()
     def compute(self, batch: DualBatch, rows: list[int]) -> list[Tensor]:

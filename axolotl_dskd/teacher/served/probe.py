@@ -7,7 +7,6 @@ What does not fit is refused, with what to start the server with. What cannot be
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -25,7 +24,7 @@ from axolotl_dskd.servers import Servers
 from axolotl_dskd.teacher.load import load_teacher
 from axolotl_dskd.teacher.served.ends import local_weights
 from axolotl_dskd.teacher.served.wire import HINT, ask_for_states
-from axolotl_dskd.teacher.spec import TeacherSpec
+from axolotl_dskd.teacher.spec import TeacherSpec, TrainingRun
 
 LOG = get_logger(__name__)
 
@@ -49,9 +48,7 @@ def probe(
     spec: TeacherSpec,
     ends: Any,
     head: OutputHead,
-    datasets: Sequence[Any],
-    *,
-    first: bool,
+    run: TrainingRun,
 ) -> None:
     """Try every server.
 
@@ -61,8 +58,8 @@ def probe(
         spec: the teacher that they should serve.
         ends: its embedding, final norm and head as a model without layers.
         head: what maps states to logits.
-        datasets: rows that will be asked about; the longest must fit.
-        first: whether this process compares with local weights, too: one is enough.
+        run: whose rows will be asked about; the longest must fit. Its first process compares with
+            local weights, too.
 
     Raises:
         ValueError: a server does not answer, or serves something else.
@@ -73,9 +70,9 @@ def probe(
         revision=config.revision if config.tokenizer is None else None,
         trust_remote_code=config.trust_remote_code,
     )
-    longest = max(
-        (int(dataset_keys(dataset)[2].max()) for dataset in datasets if dataset), default=0
-    )
+    lengths = (int(dataset_keys(dataset)[2].max()) for dataset in run.datasets if dataset)
+    longest = max(lengths, default=0)
+    longest = max(longest, run.longest_written)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     read_ids = ids[:_READ]
     given: list[Tensor] = []
@@ -94,7 +91,7 @@ def probe(
             )
         given.append(whole)
     _report_surprise(given[0], read_ids, head)
-    if first:
+    if run.rank == 0:
         _compare_with_local_weights(given[0], read_ids, config, head)
 
 

@@ -40,6 +40,7 @@ class ServedTeacher(ReadingTeacher):
         self.servers = servers
         self._name = served_name(spec)
         self._asked: dict[bytes, Future[Tensor]] = {}
+        self._gone: ValueError | None = None
 
     def expect(self, batches: Sequence[DualBatch]) -> None:
         """Ask for what a call on each of these batches will need; forget what was expected before
@@ -60,6 +61,8 @@ class ServedTeacher(ReadingTeacher):
         Raises:
             ValueError: no server answers in time, or an answer is not what was asked for.
         """
+        if self._gone is not None:  # the ranks stop together after the last micro-batch of a step
+            raise self._gone
         _, side = batch.teacher_side()
         samples = _samples(batch)
         for key, ids, positions in samples:  # all of them, before the first is waited for
@@ -67,8 +70,10 @@ class ServedTeacher(ReadingTeacher):
                 self._asked[key] = self._ask(ids, positions)
         try:
             parts = [self._asked[key].result() for key, *_ in samples]
-        except BaseException:  # the run ends here: nobody waits for the other answers
+        except BaseException as error:  # the run ends here: nobody waits for the other answers
             self.end()
+            if isinstance(error, ValueError):
+                self._gone = error
             raise
         for key, *_ in samples:  # one may be there twice
             self._asked.pop(key, None)
@@ -137,5 +142,5 @@ def open_served(spec: TeacherSpec, run: TrainingRun | None = None) -> ServedTeac
     servers = Servers(spec.config.server, HINT, run.how_to_resume)
     model = load_ends(spec.config, spec.dtype, spec.device)
     teacher = ServedTeacher(model, spec, servers)
-    probe(servers, served_name(spec), spec, model, teacher.head, run.datasets, first=run.rank == 0)
+    probe(servers, served_name(spec), spec, model, teacher.head, run)
     return teacher
