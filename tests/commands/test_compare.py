@@ -160,7 +160,7 @@ def test_a_failed_run_shows_its_log_and_the_others_go_on(folder: Path):
 
 def test_the_page_loads_nothing_and_escapes_what_it_says(folder: Path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    evil = "<script>alert(1)</script>"
+    evil = "<script>alert(1)<script>"
     config["compare"] = {"runs": {"sft": {}, evil: {"kd_ratio": 0.25}}}
     (folder / "evil.yaml").write_text(yaml.safe_dump(config))
     arguments = command(folder, "evil")
@@ -168,7 +168,7 @@ def test_the_page_loads_nothing_and_escapes_what_it_says(folder: Path):
     assert code == 0, output
     page = (folder / "evil" / "compare.html").read_text()
     assert evil not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;script&gt;alert(1)&lt;script&gt;" in page
     assert not re.findall(r"<script|<link|<b>|@import|url\(|<[^>]*=\s*[\"']?https?:", page)
     assert "&lt;img src=http://x&gt;" in page
     assert "Say &lt;b&gt;hello&lt;/b&gt;." in page
@@ -191,6 +191,7 @@ def invoke(folder: Path, *options: str) -> Result:
         (("--held-out", "0.5"), "nothing to compare"),
         (("--runs", "sft", "--held-out", "0.5", "--seeds", "one"), "--seeds one: write whole"),
         (("--runs", "dskd,dual_space", "--held-out", "0.5"), "dskd and dual_space are one"),
+        (("--runs", "../sft", "--held-out", "0.5"), "'../sft' is no name for a run"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_words(

@@ -90,8 +90,10 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
             "compare:\n  runs: {sft: {}, dual_space: {}}"
         )
     base = _held_out(copy.deepcopy(base), compare.held_out)
-    if strange := [name for name in compare.runs if not re.fullmatch(r"[\w.+-]+", name)]:
-        raise ValueError(f"{strange[0]!r} is no name for a run: use letters, digits, _, -, + and .")
+    if strange := [name for name in compare.runs if re.search(r"^$|^\.|[/\\\0]", name)]:
+        raise ValueError(
+            f"{strange[0]!r} is no name for a run, whose folder has it. Write another."
+        )
     blocks = {name: _block(base, name, changes) for name, changes in compare.runs.items()}
     typed = [DSKDConfig.model_validate(block) for block in blocks.values()]
     for k, name in enumerate(blocks):
