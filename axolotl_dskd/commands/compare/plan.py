@@ -72,13 +72,14 @@ class Run:
         return DSKDConfig.model_validate(self.config["dskd"]).uses_teacher
 
 
-def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
+def plan_runs(base: Config, compare: CompareConfig, out: Path, gpus: int = 1) -> list[Run]:
     """All runs, seed by seed.
 
     Args:
         base: the YAML, without its `compare:`.
         compare: what to compare.
         out: folder of the comparison.
+        gpus: of each run, which change what a batch is.
 
     Raises:
         ValueError: an unknown method, a run whose `dskd:` block is refused, two runs that are the
@@ -107,7 +108,7 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
     for seed in dict.fromkeys(compare.seeds or [base.get("seed") or 42]):
         for name, block in blocks.items():
             config = _run_config(base, block, seed)
-            digest = _digest([_FORMAT, config, files, versions()])
+            digest = _digest([_FORMAT, config, files, versions(), gpus])
             folder = out / f"{name}-seed{seed}"
             config |= {
                 "output_dir": str(folder / "model"),
@@ -207,7 +208,7 @@ def _held_out(base: Config, held_out: str | float | None) -> Config:
 
 
 def _cache(block: Config, out: Path) -> Config:
-    """One teacher cache for all runs; as exact as the teacher itself."""
+    """One teacher cache for all runs, in the dtype that the teacher runs in or a wider one."""
     dtype = "float32" if block["teacher"].get("dtype") == "float32" else "auto"
     return {"path": str(out / "teacher-cache"), "dtype": dtype}
 
