@@ -56,11 +56,11 @@ class DSKDConfig(Block):
                 f"dskd.objective: {nothing}, so kd_ratio {self.kd_ratio} weights nothing. Raise "
                 "one, or set kd_ratio: 0 for plain SFT."
             )
-        if self.kd_ratio == 0 and self.samples.source != "dataset":
+        if self.kd_ratio == 0 and self.samples.source == "student":
             raise ValueError(
-                f"dskd.samples.from: {self.samples.source} with kd_ratio: 0, which loads no "
-                "teacher and learns from the data's rows alone. Raise kd_ratio (0.1 is little), or "
-                "write samples: dataset."
+                "dskd.samples.from: student with kd_ratio: 0, which learns from references alone, "
+                "and what the student writes is none. Raise kd_ratio (0.1 is little), or write "
+                "samples: dataset."
             )
         return self
 
@@ -72,7 +72,7 @@ class DSKDConfig(Block):
 
     @property
     def uses_teacher(self) -> bool:
-        """False with `kd_ratio: 0`: then no teacher is loaded."""
+        """False with `kd_ratio: 0`: then no training step asks a teacher."""
         return self.kd_ratio > 0
 
     @classmethod

@@ -64,7 +64,7 @@ def samples_run(
         collator=trainer.data_collator,
         writer=writer,
         max_length=int(cfg.sequence_len),
-        contrast=trainer.objective.needs.contrast,
+        contrast=trainer.objective is not None and trainer.objective.needs.contrast,
         evaluates=trainer.eval_dataset is not None and trainer.args.eval_strategy != "no",
         total_steps=lambda: trainer.state.max_steps,
         identity=identity,

@@ -114,6 +114,8 @@ class DSKDTrainer(AxolotlTrainer):
             self.add_callback(Begin(self._begin))
             if self.objective is not None:
                 self._set_up_distillation(self.objective)
+            elif self.dskd.samples.source == "teacher":
+                self._let_the_teacher_answer()
         self.reports.begin(self.objective)
         if self.samples.begins_with_evaluation and not checkpoint:
             self.args.eval_on_start = True
@@ -159,6 +161,15 @@ class DSKDTrainer(AxolotlTrainer):
                 loss_scale=lambda: self._loss_scale,
             )
         )
+
+    def _let_the_teacher_answer(self) -> None:
+        """Fine-tuning on the teacher's answers: it goes when it has written them."""
+        config = self.dskd.teacher.model_copy(update={"cache": None})
+        tokenizers = self.processing_class, load_teacher_tokenizer(self.dskd)
+        spec = TeacherSpec(config, vocabulary_size(tokenizers[1]), self.accelerator.device)
+        teacher = open_teacher(spec, self._run())
+        told = samples_run(self, self.dskd, self.student, teacher, tokenizers)
+        self.train_dataset = open_samples(self.dskd.samples, told).dataset(self.train_dataset)
 
     def _datasets(self) -> list[Any]:
         """The rows that training and evaluation will see."""

@@ -130,7 +130,7 @@ WRONG = {
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (
         {"samples": "student", "kd_ratio": 0.0},
-        "loads no teacher",
+        "what the student writes is none",
     ),
     "no teacher": ({"teacher": None}, "base_model|teacher"),
     "two quantisations": (

@@ -262,8 +262,11 @@ def test_the_teacher_answers_once_and_its_answers_are_references(tmp_path: Path)
         training_config(
             folder, {"samples": {**TEACHER, "temperature": 0.5}}, "other", {"max_steps": 1}
         ),
+        training_config(folder, block | {"kd_ratio": 0}, "fine-tuned", {"max_steps": 1}),
     ]
-    first, second, other = run(1, *({"do": "train_counting_writing", "config": c} for c in configs))
+    first, second, other, tuned = run(
+        1, *({"do": "train_counting_writing", "config": c} for c in configs)
+    )
     assert first["written"] == ROWS
     assert second["written"] == 0
     assert other["written"] == ROWS
@@ -271,6 +274,8 @@ def test_the_teacher_answers_once_and_its_answers_are_references(tmp_path: Path)
     for log in first["logs"]:
         assert log["dskd/ce"] > 0
         assert log["dskd/projector_ce"] > 0
+    assert tuned["written"] == 0
+    assert tuned["losses"][0] == pytest.approx(first["logs"][0]["dskd/ce"], rel=1e-5)
     data = training_config(folder, {}, "data", {"max_steps": 1})
     (plain,) = run(1, {"do": "train", "config": data})
     assert plain["losses"][0] != pytest.approx(first["losses"][0], rel=1e-3)
