@@ -134,8 +134,8 @@ class OutputHead:
             low = self.lora_B.detach()[ids].float() @ self.lora_A.detach().float()
             weight = weight + self.lora_scale * low.to(weight.dtype)
         if self.gate is not None:
-            factors = self.gate.factors(self.hidden_size).detach()[self.gate.groups()[ids]]
-            weight = weight * factors.to(weight.dtype)
+            groups = self.gate.groups()[ids.to(self.gate.scale.device)]
+            weight = weight * self.gate.factors(self.hidden_size).detach()[groups].to(weight)
         bias = None if self.bias is None else self.bias.detach()[ids] * self.scale
         return weight * self.scale, bias
 

@@ -14,6 +14,7 @@ from axolotl_dskd.config.objectives import DualSpaceConfig, ObjectiveConfig, obj
 from axolotl_dskd.config.refusals import refusals, refuse_moved_keys
 from axolotl_dskd.config.samples import AnySamples, DatasetSamplesConfig
 from axolotl_dskd.config.teacher import TeacherConfig
+from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
 PLUGIN_NAME = "axolotl_dskd.DSKDPlugin"
 
@@ -34,6 +35,9 @@ class DSKDConfig(Block):
     kd_ratio: float = Field(
         0.5, ge=0, le=1, description="0 is supervised fine-tuning only, 1 distillation only."
     )
+    virtual_attention: Annotated[
+        VirtualAttentionConfig | None, BeforeValidator(lambda v: {} if v is True else v or None)
+    ] = Field(None, description="true, or a block: blocks of the student's state, attended to.")
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="What evaluations measure and keep."
     )
