@@ -40,7 +40,7 @@ class Reports:
         self.device = trainer.accelerator.device
         tokenizer, config = trainer.processing_class, trainer.dskd.evaluation
         table = token_bytes(tokenizer)
-        self._table = table
+        self._table, self._kd_ratio = table, trainer.dskd.kd_ratio
         self._text_bytes = TextBytes(table)
         self._answering = Answering(config, trainer.student, tokenizer, table, trainer.args.seed)
         records = config.record or trainer.dskd.virtual_attention is not None
@@ -60,7 +60,8 @@ class Reports:
         """
         self._objective, self._attending = objective, attending
         if attending is not None and self._recorder is not None:
-            self._recorder.say({"virtual_attention": attending.groups(self._table)})
+            about = attending.groups(self._table)
+            self._recorder.say({"virtual_attention": about, "kd_ratio": self._kd_ratio})
         self.forget()
 
     def record_rows(self) -> None:
