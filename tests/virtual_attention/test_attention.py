@@ -273,7 +273,9 @@ def test_blocks_that_do_not_divide_the_state_are_refused_in_words():
         attention(blocks=5)
 
 
-@pytest.mark.parametrize(("value", "blocks"), [(True, 8), ({"blocks": 4}, 4), (None, None)])
+@pytest.mark.parametrize(
+    ("value", "blocks"), [(True, 8), ({}, 8), ({"blocks": 4}, 4), (None, None), (False, None)]
+)
 def test_the_block_may_be_true_or_keys(value: Any, blocks: int | None):
     block = {"teacher": {"base_model": "x"}, "virtual_attention": value}
     found = DSKDConfig.model_validate(block).virtual_attention
