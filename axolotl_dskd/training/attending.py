@@ -136,7 +136,7 @@ class Attending(TrainerCallback):
         """Of this moment, for the record."""
         return {
             "alpha": _plain(self.module.alpha()),
-            "entropy": float(self.module.entropy()),
+            "entropy": float(self.module.entropy().detach()),
             "strength": self.strength,
         }
 

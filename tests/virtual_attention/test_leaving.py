@@ -129,7 +129,7 @@ def test_a_head_that_cannot_be_merged_is_refused_in_words():
 def test_entropy_enters_the_loss_once_a_token_and_fades_with_the_attention():
     taught = Taught(entropy_weight=0.5)
     tokens = Side(*(torch.zeros(6, dtype=torch.long),) * 3)
-    entropy = float(taught.attending.module.entropy())
+    entropy = float(taught.attending.module.entropy().detach())
     for step, share in ((0, 1.0), (7, 1.0), (8, 0.5), (9, 0.0)):
         taught.state.global_step = step
         out = LossOutput(torch.tensor(2.0), 6)
