@@ -32,7 +32,8 @@ class VirtualAttentionConfig(Block):
     leave: Literal["anneal", "merge"] = Field(
         "anneal",
         description="How the attention leaves the student: it fades out before training ends, or "
-        "is multiplied into an output head that trains and is not tied.",
+        "is multiplied into an output head that trains and is not tied; its checkpoints hold "
+        "head and attention apart.",
     )
     anneal: float = Field(
         0.3, gt=0, le=1, description="Share of the steps, the last ones, in which it fades out."

@@ -38,4 +38,4 @@ def block_margins(student: View, blocks: int, budget: Budget) -> Tensor:
         (gradient,) = torch.autograd.grad(found.loss, hidden)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shares = -(hidden.detach().to(wide) * gradient.to(wide))
-    return shares.view(len(hidden), blocks, -1).sum(-1)
+    return shares.unflatten(1, (blocks, -1)).sum(-1)

@@ -120,6 +120,8 @@ def test_a_merged_head_and_margins_by_block_equal_the_derived_numbers(path: Path
     mean = (logits.softmax(-1) * logits).sum(-1)
     own = logits.gather(-1, z["labels"][:, None])[:, 0]
     torch.testing.assert_close(margins.sum(-1), own - mean)
+    nothing = View(tokens.at(torch.zeros(0, dtype=torch.long)), head, z["student_hidden"][:0])
+    assert block_margins(nothing, 4, BUDGET).shape == (0, 4)
 
 
 def test_a_gate_on_a_frozen_head_costs_no_product_more():

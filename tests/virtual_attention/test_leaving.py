@@ -140,6 +140,18 @@ def test_entropy_enters_the_loss_once_a_token_and_fades_with_the_attention():
 
 
 @pytest.mark.slow
+def test_without_a_teacher_it_is_the_same_training_resumed_and_on_two_ranks(tmp_path: Path):
+    folder, ways = save_pair(tmp_path), ("resumed", "two ranks")
+    block = {"kd_ratio": 0, "virtual_attention": {"blocks": 4, "learning_rate": 0.05}}
+    trainings = train_variants(folder, block, ways)
+    for way in ways:
+        assert_same_training(trainings[BASE], trainings[way])
+    step = trainings[BASE].metrics[-1]
+    assert step["dskd/attention_entropy"] < 1
+    assert step["dskd/ce"] > 0
+
+
+@pytest.mark.slow
 def test_merged_on_two_sharded_ranks_it_is_the_same_plain_model(tmp_path: Path):
     folder = save_pair(tmp_path)
     block = {"virtual_attention": {"blocks": 4, "leave": "merge", "learning_rate": 0.05}}
