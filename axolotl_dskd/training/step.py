@@ -94,7 +94,8 @@ class Step:
         view = self.student.view(tokens, hidden_BLd[mask_BL], needs, evaluates=self.evaluates)
         view = replace(view, written=written)
         assert view.head is not None
-        self.follow(view.head)
+        # Of the student that learns: what is evaluated must not change what is trained.
+        self.follow(self.student.head() if self.evaluates else view.head)
         if self.evaluates:
             self.measured = measure(view, self.budget)
         out = self._learned(view)

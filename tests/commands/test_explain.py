@@ -45,11 +45,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs = [
         config(folder, "taught"),
         config(folder, "alone", kd_ratio=0),
+        config(folder, "unwatched"),
         config(folder, "other blocks", attention={"blocks": 8}),
     ]
     configs[-1]["max_steps"] = 1
+    del configs[2]["test_datasets"], configs[2]["eval_steps"]
     found = ranks.run(1, *({"do": "train", "config": made} for made in configs))
-    assert [len(result["losses"]) for result in found] == [STEPS, STEPS, 1]
+    assert [len(result["losses"]) for result in found] == [STEPS, STEPS, STEPS, 1]
+    # Evaluations do not change what is trained, although they look at another student.
+    assert found[2]["losses"] == pytest.approx(found[0]["losses"], rel=1e-6)
     return folder
 
 
