@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 T = TypeVar("T")
 
@@ -67,6 +67,13 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
     bucket /= world_size()
     for tensor, mean in zip(tensors, bucket.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
+
+
+def multiply(parameter: Tensor, factors: Tensor) -> None:
+    """Multiply a parameter, sharded by FSDP2 or whole, in place by factors that all ranks have."""
+    if isinstance(parameter, DTensor):
+        factors = distribute_tensor(factors, parameter.device_mesh, parameter.placements)
+    parameter.mul_(factors.to(parameter.device))
 
 
 def gather_objects(value: T) -> list[T]:

@@ -32,16 +32,17 @@ ALLOWED = {
     "samples": {"config", "data", "generation", "ranks"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "servers": {"config"},
+    "virtual_attention": {"config", "data", "losses", "ranks"},
     "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers"},
-    "planning": {"config", "losses", "models", "objectives", "teacher"},
+    "planning": {"config", "losses", "models", "objectives", "teacher", "virtual_attention"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
         *("config", "data", "evaluation", "generation", "losses", "machine", "models"),
-        *("objectives", "ranks", "samples", "teacher"),
+        *("objectives", "ranks", "samples", "teacher", "virtual_attention"),
     },
     "commands": {
         *("cache", "config", "data", "evaluation", "losses", "machine", "models", "objectives"),
-        *("planning", "progress", "teacher"),
+        *("planning", "progress", "teacher", "virtual_attention"),
     },
 }
 LONGEST_MODULE = 350

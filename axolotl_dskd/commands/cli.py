@@ -7,11 +7,7 @@ answers at once.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any, TextIO
 import click
 import yaml
 
+from axolotl_dskd.commands.streams import logs_on_stderr, quiet
 from axolotl_dskd.config import PLUGIN_NAME, DSKDConfig
 
 
@@ -203,7 +200,7 @@ def prune(config: Path, yes: bool) -> None:
 @contextmanager
 def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
     """The configuration, its `dskd:` block and stdout; errors of the work end in one message."""
-    with _logs_on_stderr() as out:
+    with logs_on_stderr() as out:
         cfg, dskd = read_config(path)
         try:
             yield cfg, dskd, out
@@ -254,7 +251,7 @@ def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
 )
 def inspect(**options: Any) -> None:
     """Tokenizer pair, sample of your rows and memory plan of CONFIG, before anything is trained."""
-    with _quiet():
+    with quiet():
         from axolotl_dskd.commands.inspect import run_inspect
 
         run_inspect(read_config, **options)
@@ -286,50 +283,24 @@ def compare(**options: Any) -> None:
         ) from None
 
 
-@contextmanager
-def _logs_on_stderr() -> Iterator[TextIO]:
-    """While open, what libraries print and log goes to stderr. Yields stdout, for the answer.
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--against",
+    metavar="RUN",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The same training without a teacher (kd_ratio: 0), or another one.",
+)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Where the page goes."
+)
+def explain(run: Path, against: Path | None, html: Path | None) -> None:
+    """Draw what the virtual attention of a training learned.
 
-    Entered before they are imported, since they keep the stream that they find.
+    RUN is the output_dir of a training with `dskd.virtual_attention`, or its folder in a
+    comparison. The page goes to RUN/dskd-explain.html.
     """
-    out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        import axolotl.cli  # noqa: F401
+    from axolotl_dskd.commands.explain import run_explain
 
-        known = (logging.getLogger(name) for name in logging.root.manager.loggerDict)
-        handlers = [h for logger in (logging.root, *known) for h in logger.handlers]
-        moved = [
-            handler
-            for handler in handlers
-            if isinstance(handler, logging.StreamHandler)
-            and handler.stream in (out, sys.__stdout__)
-        ]
-        for handler in moved:
-            handler.setStream(sys.stderr)
-        try:
-            yield out
-        finally:
-            for handler in moved:
-                handler.setStream(out)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While open, libraries log errors only, and datasets draws no bars: the report is the output.
-
-    Entered before they are imported, since some of them log while they are.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import datasets
-
-            bars = datasets.are_progress_bars_disabled()
-            datasets.disable_progress_bars()
-            yield
-    finally:
-        logging.disable(before)
-        if not bars:
-            datasets.enable_progress_bars()
+    for line in run_explain(run, against=against, html=html):
+        click.echo(line)

@@ -32,6 +32,7 @@ from axolotl_dskd.config.samples import (
 )
 from axolotl_dskd.config.server import ServerConfig
 from axolotl_dskd.config.teacher import TeacherConfig
+from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
 __all__ = [
     "PLUGIN_NAME",
@@ -60,5 +61,6 @@ __all__ = [
     "TeacherSamplesConfig",
     "TokenKDConfig",
     "ULDConfig",
+    "VirtualAttentionConfig",
     "WritingConfig",
 ]

@@ -14,8 +14,14 @@ from axolotl_dskd.config.objectives import DualSpaceConfig, ObjectiveConfig, obj
 from axolotl_dskd.config.refusals import refusals, refuse_moved_keys
 from axolotl_dskd.config.samples import AnySamples, DatasetSamplesConfig
 from axolotl_dskd.config.teacher import TeacherConfig
+from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
 PLUGIN_NAME = "axolotl_dskd.DSKDPlugin"
+
+
+def _on_or_off(value: Any) -> Any:
+    """`true` for a block without keys, `false` for none."""
+    return ({} if value else None) if isinstance(value, bool) else value
 
 
 class DSKDConfig(Block):
@@ -33,6 +39,9 @@ class DSKDConfig(Block):
     )
     kd_ratio: float = Field(
         0.5, ge=0, le=1, description="0 is supervised fine-tuning only, 1 distillation only."
+    )
+    virtual_attention: Annotated[VirtualAttentionConfig | None, BeforeValidator(_on_or_off)] = (
+        Field(None, description="true, or a block: groups of tokens attend to blocks of a state.")
     )
     evaluation: EvaluationConfig = Field(
         default_factory=EvaluationConfig, description="What evaluations measure and keep."

@@ -8,7 +8,8 @@ meta tensors. Knows models and settings; nothing of rows or reports.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,11 +21,13 @@ from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, head_module, output_head, single
 from axolotl_dskd.objectives import Objective, Pair
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Matches, Side, View, Written
+from axolotl_dskd.virtual_attention import VirtualAttention
 
 GIB = 1 << 30
 
@@ -64,6 +67,7 @@ class PlannedRun:
         batch: the largest one.
         objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
+        attention: makes virtual attention for a student's head, or None.
     """
 
     cfg: Any
@@ -71,6 +75,7 @@ class PlannedRun:
     batch: BatchShape
     objective: Objective[Any]
     on_gpu: bool
+    attention: Callable[[OutputHead], VirtualAttention] | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -169,9 +174,12 @@ def _written(objective: Objective[Any], count: int, samples: int) -> Written | N
     return Written(torch.arange(samples) % 2 == 1, torch.zeros(count), None, pairs)
 
 
-def _pair(student: Any, teacher: Any, objective: Objective[Any]) -> Pair:
-    V, U = objective.facts.vocab_sizes
-    heads = output_head(student, V), output_head(teacher, U).frozen()
+def _pair(student: Any, teacher: Any, run: PlannedRun) -> Pair:
+    V, U = run.objective.facts.vocab_sizes
+    head = output_head(student, V)
+    if run.attention is not None:
+        head = replace(head, gate=run.attention(head).gate(1.0))
+    heads = head, output_head(teacher, U).frozen()
     embeddings = (model.get_input_embeddings().weight for model in (student, teacher))
     return Pair(heads, (*embeddings,), torch.device("meta"))
 
@@ -183,7 +191,7 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
     # Two answers that are compared are in one batch, however small it is.
     samples = max(batch.samples, 2) if objective.needs.contrast else batch.samples
     ours, theirs = _tokens(N, samples), _tokens(M, samples)
-    heads = _pair(student, teacher, objective).heads
+    heads = _pair(student, teacher, run).heads
     objective.follow(1, heads[0])
     D = heads[1].hidden_size
     embedded: list[tuple[Tensor, Tensor] | None] = [None, None]
@@ -209,7 +217,7 @@ def _started(student: Any, teacher: Any, run: PlannedRun) -> int:
     """Begin the objective; the most bytes that this takes, those that it keeps left out."""
     models: tuple[nn.Module, ...] = (student, teacher)
     static = [t for m in models for t in (*m.parameters(), *m.buffers())]
-    pair = _pair(student, teacher, run.objective)
+    pair = _pair(student, teacher, run)
     with simulation(static, run.autocast) as memory:
         _, peak = memory.peak_of(lambda: run.objective.begin(pair))
         return peak - memory.live

@@ -17,6 +17,7 @@ from axolotl_dskd.evaluation.scores import RowScores
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
 from axolotl_dskd.training.answering import Answering
+from axolotl_dskd.training.attending import Attending
 from axolotl_dskd.training.metrics import MetricSums
 from axolotl_dskd.training.recorder import Recorder
 from axolotl_dskd.training.step import Step
@@ -39,21 +40,28 @@ class Reports:
         self.device = trainer.accelerator.device
         tokenizer, config = trainer.processing_class, trainer.dskd.evaluation
         table = token_bytes(tokenizer)
+        self._table, self._kd_ratio = table, trainer.dskd.kd_ratio
         self._text_bytes = TextBytes(table)
         self._answering = Answering(config, trainer.student, tokenizer, table, trainer.args.seed)
-        self._recorder = Recorder(trainer) if config.record else None
+        records = config.record or trainer.dskd.virtual_attention is not None
+        self._recorder = Recorder(trainer) if records else None
         self._objective: Objective[Any] | None = None
+        self._attending: Attending | None = None
         self._rows = RowScores()
         self._share_is_said = False
         self.forget()
 
-    def begin(self, objective: Objective[Any] | None) -> None:
+    def begin(self, objective: Objective[Any] | None, attending: Attending | None) -> None:
         """Training begins.
 
         Args:
             objective: whose terms the sums are from here on; None: the cross-entropy alone.
+            attending: virtual attention, where there is one.
         """
-        self._objective = objective
+        self._objective, self._attending = objective, attending
+        if attending is not None and self._recorder is not None:
+            about = attending.groups(self._table)
+            self._recorder.say({"virtual_attention": about, "kd_ratio": self._kd_ratio})
         self.forget()
 
     def record_rows(self) -> None:
@@ -93,7 +101,7 @@ class Reports:
         if self._objective is not None and (remark := self._objective.remark(terms)):
             LOG.warning(remark)
         if self._recorder is not None:
-            self._recorder.log(logs)
+            self._recorder.log(logs, self._attending)
 
     def _report_share(self, logs: dict[str, float]) -> None:
         """Say once, at the first log, how much of the data the objective learns from."""
@@ -109,6 +117,8 @@ class Reports:
     def begin_evaluation(self) -> None:
         """The batches to come are of one evaluation."""
         self._eval, self._rows = self._no_sums(), RowScores()
+        if self._attending is not None:
+            self._attending.begin_evaluation()
         if self._objective is None:
             LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
 
@@ -125,7 +135,8 @@ class Reports:
         found |= means(rows) | answers.means(answered)
         metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         if self._recorder is not None:
-            self._recorder.evaluation(prefix, metrics, rows, answered)
+            self._recorder.evaluation(prefix, metrics, rows, answered, self._attending)
 
     def _no_sums(self) -> MetricSums:
-        return MetricSums(CROSS_ENTROPY if self._objective is None else self._objective.terms)
+        terms = CROSS_ENTROPY if self._objective is None else self._objective.terms
+        return MetricSums(terms | (self._attending.terms if self._attending else {}))

@@ -10,11 +10,11 @@ from typing import Any
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.answers import AnsweredRows
 from axolotl_dskd.data.hooks import make_reconcile
-from axolotl_dskd.data.tokenizers import vocabulary_size
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.generation import TransformersWriter, Writer
 from axolotl_dskd.models.student import Student
-from axolotl_dskd.samples import SamplesRun
-from axolotl_dskd.teacher import Teacher, TeacherSpec
+from axolotl_dskd.samples import SamplesRun, open_samples
+from axolotl_dskd.teacher import Teacher, TeacherSpec, TrainingRun, open_teacher
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 
 #: Rows from which is learned how answers end.
@@ -73,3 +73,15 @@ def samples_run(
         device=device,
         rank=trainer.args.process_index,
     )
+
+
+def answered_by_teacher(
+    trainer: Any, config: DSKDConfig, student: Student, run: TrainingRun
+) -> Any:
+    """The training rows with the teacher's answers, for fine-tuning on them alone: the teacher is
+    loaded to write what is missing, and goes again."""
+    tokenizers = trainer.processing_class, load_teacher_tokenizer(config)
+    uncached = config.teacher.model_copy(update={"cache": None})
+    spec = TeacherSpec(uncached, vocabulary_size(tokenizers[1]), trainer.accelerator.device)
+    told = samples_run(trainer, config, student, open_teacher(spec, run), tokenizers)
+    return open_samples(config.samples, told).dataset(trainer.train_dataset)

@@ -1,4 +1,4 @@
-"""What an objective trains beside the student: its optimizer, and its part of a checkpoint.
+"""What is trained beside the student: its optimizer, and its part of a checkpoint.
 
 A module of the objective's own must not be a part of the student: exports would carry it, sharding
 would cut it. Knows a module, gradients and files; nothing of models, tokens or losses.
@@ -37,6 +37,8 @@ class Sidecar:
         module: its parameters and buffers start alike on every rank: rank 0's are taken.
         beside: how it is optimised.
         max_grad_norm: the student's.
+        attention: virtual attention and how it is optimised, where there is one; clipped on its
+            own.
     """
 
     def __init__(
@@ -46,19 +48,30 @@ class Sidecar:
         beside: Beside | None,
         *,
         max_grad_norm: float,
+        attention: tuple[nn.Module, Beside] | None = None,
     ) -> None:
         self.objective = objective
         self.module = module if module is not None else nn.Module()
         self.beside = beside or Beside(learning_rate=0.0)
         self.max_grad_norm = max_grad_norm
+        parts = [(self.module, self.beside)]
+        if attention is not None:
+            parts.append(attention)
+            self.module = nn.Module()
+            self.module.objective, self.module.virtual_attention = parts[0][0], attention[0]
         self._parameters = dict(self.module.named_parameters())
+        groups = [
+            {
+                "params": list(part.parameters()),
+                "lr": how.learning_rate,
+                "initial_lr": how.learning_rate,
+                "weight_decay": how.weight_decay,
+            }
+            for part, how in parts
+        ]
         self.adamw: torch.optim.AdamW | None = None
         if self._parameters:
-            self.adamw = torch.optim.AdamW(
-                self._parameters.values(),
-                lr=self.beside.learning_rate,
-                weight_decay=self.beside.weight_decay,
-            )
+            self.adamw = torch.optim.AdamW(groups)
         share_first(tensor.data for tensor in self.module.state_dict(keep_vars=True).values())
 
     @staticmethod
@@ -79,6 +92,8 @@ class Sidecar:
         schedule_factor: float,
         loss_scale: float = 1.0,
         scaler: torch.amp.GradScaler | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """One update from the accumulated gradients, which are cleared.
 
@@ -90,15 +105,15 @@ class Sidecar:
                 what did it.
             scaler: the student's, before its `update`: gradients are divided by its scale, and it
                 lowers the scale where they overflow, also if the student's do not.
+            alone: the objective's module trains alone, at its full rate.
         """
         if self.adamw is None:
             return
         gradients, not_finite = self._averaged(loss_scale)
         if scaler is not None:  # after averaging: every rank finds the same
             scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(norm):
-            self._apply(self.adamw, norm, schedule_factor)
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self._apply(self.adamw, schedule_factor, alone)
         elif loss_scale == 1.0 and scaler is None:
             self._refuse(self.adamw, not_finite)
         self.forget_gradients()
@@ -117,14 +132,13 @@ class Sidecar:
         average_over_ranks(gradients)
         return gradients, not_finite
 
-    def _apply(self, adamw: torch.optim.AdamW, norm: Tensor, schedule_factor: float) -> None:
+    def _apply(self, adamw: torch.optim.AdamW, schedule_factor: float, alone: bool) -> None:
         """One update from finite gradients."""
-        if self.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                self._parameters.values(), self.max_grad_norm, norm
-            )
-        for group in adamw.param_groups:
-            group["lr"] = self.beside.learning_rate * schedule_factor
+        factors = [1.0, 0.0] if alone else [schedule_factor] * 2
+        for group, factor in zip(adamw.param_groups, factors, strict=False):
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+            group["lr"] = group["initial_lr"] * factor
         adamw.step()
 
     def _refuse(self, adamw: torch.optim.AdamW, not_finite: list[str]) -> NoReturn:
@@ -135,7 +149,8 @@ class Sidecar:
         problem = (
             f"the gradients of what {self.objective} trains beside the student{where} are not "
             f"finite at step {taken + 1} although the loss is. Lower its learning rate "
-            "(dskd.objective.projector.learning_rate) or the student's learning_rate."
+            "(dskd.objective.projector.learning_rate; of virtual_attention: "
+            "dskd.virtual_attention.learning_rate) or the student's learning_rate."
         )
         raise_together(problem if not_finite else None, first.device)
         raise ValueError(problem)  # finite on every rank, their sum is not

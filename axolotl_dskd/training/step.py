@@ -19,6 +19,7 @@ from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import cross_entropy
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher import Teacher
+from axolotl_dskd.training.attending import Attending
 from axolotl_dskd.types import IGNORE_INDEX, DualBatch, LossOutput, Needs, View
 
 
@@ -57,6 +58,7 @@ class Step:
         distillation: None where there is no teacher: then the loss is the cross-entropy.
         budget: of the cross-entropy's chunks.
         follow: told the head as it is now, on every rank, also on one without supervised tokens.
+        attending: virtual attention, where there is one.
         evaluates: whether to measure the student, too.
 
     Attributes:
@@ -70,6 +72,7 @@ class Step:
         distillation: Distillation | None,
         budget: Budget,
         follow: Callable[[OutputHead], None],
+        attending: Attending | None = None,
         *,
         evaluates: bool = False,
     ) -> None:
@@ -78,6 +81,7 @@ class Step:
         self.distillation = distillation
         self.budget = budget
         self.follow = follow
+        self.attending = attending
         self.evaluates = evaluates
         self.measured: Measured | None = None
         self._refusal: str | None = None
@@ -87,11 +91,22 @@ class Step:
         mask_BL = self.batch.student_mask()
         needs = Needs() if self.distillation is None else self.distillation.objective.needs
         tokens, written = self.batch.student_side(mask_BL), self.batch.written
-        view = replace(self.student.view(tokens, hidden_BLd[mask_BL], needs), written=written)
+        view = self.student.view(tokens, hidden_BLd[mask_BL], needs, evaluates=self.evaluates)
+        view = replace(view, written=written)
         assert view.head is not None
-        self.follow(view.head)
+        # Of the student that learns: what is evaluated must not change what is trained.
+        self.follow(self.student.head() if self.evaluates else view.head)
         if self.evaluates:
             self.measured = measure(view, self.budget)
+        out = self._learned(view)
+        if self.attending is not None and self.evaluates:
+            self.attending.observe(view, self.student.gate(False))
+        elif self.attending is not None:
+            self.attending.add_entropy(out, view)
+        return out
+
+    def _learned(self, view: View) -> LossOutput:
+        """The sums of what is learned: of the objective, or of the cross-entropy alone."""
         if self.distillation is None:
             return cross_entropy(view, self.budget)
         try:

@@ -35,13 +35,15 @@ from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
 from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
+from axolotl_dskd.training.attending import Attending
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
-from axolotl_dskd.training.samples import samples_run
+from axolotl_dskd.training.samples import answered_by_teacher, samples_run
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Step
 from axolotl_dskd.types import DualBatch, LossOutput
+from axolotl_dskd.virtual_attention import VirtualAttention
 
 LOG = get_logger(__name__)
 
@@ -54,6 +56,7 @@ class DSKDTrainer(AxolotlTrainer):
     """
 
     dskd: ClassVar[DSKDConfig]
+    train_dataset: Any
     #: exp(loss) is no perplexity where the loss is not a cross-entropy.
     reports_token_perplexity = False
 
@@ -90,6 +93,7 @@ class DSKDTrainer(AxolotlTrainer):
         self.student = Student(lambda: self.model, self.accelerator, sizes[0])
         self.samples: Samples = DatasetSamples()
         self.distillation: Distillation | None = None
+        self.attending: Attending | None = None
         self.sidecar: Sidecar | None = None
         self.reports = Reports(self)
         self._step: Step | None = None
@@ -112,11 +116,14 @@ class DSKDTrainer(AxolotlTrainer):
             self.reports.record_rows()
             self.student.check(training_has_begun=False)
             self.add_callback(Begin(self._begin))
+            if self.dskd.virtual_attention is not None:
+                self._set_up_attention()
             if self.objective is not None:
                 self._set_up_distillation(self.objective)
             elif self.dskd.samples.source == "teacher":
-                self._let_the_teacher_answer()
-        self.reports.begin(self.objective)
+                self.train_dataset = answered_by_teacher(self, self.dskd, self.student, self._run())
+            self._set_up_sidecar()
+        self.reports.begin(self.objective, self.attending)
         if self.samples.begins_with_evaluation and not checkpoint:
             self.args.eval_on_start = True
         return super().train(*args, **kwargs)
@@ -141,19 +148,41 @@ class DSKDTrainer(AxolotlTrainer):
             )
             heads, embeddings = (head, teacher.head), (embedding, teacher.embedding)
             objective.begin(Pair(heads, embeddings, device))
-        self.sidecar = Sidecar(
-            objective.config.name,
-            objective.module,
-            objective.beside,
-            max_grad_norm=self.args.max_grad_norm,
-        )
         self.distillation = Distillation(teacher, objective)
         tokenizers = objective.facts.student, objective.facts.teacher
         told = samples_run(self, self.dskd, self.student, teacher, tokenizers)
         self.samples = open_samples(self.dskd.samples, told)
-        self.train_dataset: Any = self.samples.dataset(self.train_dataset)
+        self.train_dataset = self.samples.dataset(self.train_dataset)
         self.add_callback(TeacherEpochs(teacher))
         self.add_callback(EndStep(objective.end_step))
+
+    def _set_up_attention(self) -> None:
+        config, device = self.dskd.virtual_attention, self.accelerator.device
+        assert config is not None
+        with self.student.gathered() as (head, _):
+            module = VirtualAttention(
+                config,
+                self.processing_class,
+                self.student.vocab_size,
+                head,
+                device,
+                self.args.seed,
+            )
+        self.attending = Attending(config, module, self.student, self._budget, lambda: self.state)
+        self.add_callback(self.attending)
+
+    def _set_up_sidecar(self) -> None:
+        """For all that trains beside the student; without a teacher, too, checkpoints say so."""
+        attention = None
+        if self.attending is not None:
+            attention = self.attending.module, self.attending.beside(self.args.learning_rate)
+        self.sidecar = Sidecar(
+            "sft" if self.objective is None else self.objective.config.name,
+            None if self.objective is None else self.objective.module,
+            None if self.objective is None else self.objective.beside,
+            max_grad_norm=self.args.max_grad_norm,
+            attention=attention,
+        )
         self.add_callback(
             StepSidecar(
                 self.sidecar,
@@ -161,15 +190,6 @@ class DSKDTrainer(AxolotlTrainer):
                 loss_scale=lambda: self._loss_scale,
             )
         )
-
-    def _let_the_teacher_answer(self) -> None:
-        """Fine-tuning on the teacher's answers: it goes when it has written them."""
-        config = self.dskd.teacher.model_copy(update={"cache": None})
-        tokenizers = self.processing_class, load_teacher_tokenizer(self.dskd)
-        spec = TeacherSpec(config, vocabulary_size(tokenizers[1]), self.accelerator.device)
-        teacher = open_teacher(spec, self._run())
-        told = samples_run(self, self.dskd, self.student, teacher, tokenizers)
-        self.train_dataset = open_samples(self.dskd.samples, told).dataset(self.train_dataset)
 
     def _datasets(self) -> list[Any]:
         """The rows that training and evaluation will see."""
@@ -254,6 +274,7 @@ class DSKDTrainer(AxolotlTrainer):
             self.distillation,
             self._budget,
             self._follow,
+            self.attending,
             evaluates=not self.model.training,
         )
         self._step = step

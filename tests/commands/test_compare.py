@@ -221,6 +221,7 @@ def test_what_cannot_be_compared_is_refused_in_words(
 def test_runs_differ_in_the_dskd_block_alone(folder: Path):
     base = yaml.safe_load((folder / "config.yaml").read_text())
     base["dskd"]["objective"] = {"name": "dual_space", "temperature": 3.0}
+    base["dskd"]["virtual_attention"] = True
     changes = {"objective": {"projector": {"learning_rate": 1e-4}}}
     compare = CompareConfig(
         runs={"sft": {}, "dskd": {}, "slow": changes, "uld": {}}, seeds=[1, 2], held_out=0.5
@@ -233,6 +234,8 @@ def test_runs_differ_in_the_dskd_block_alone(folder: Path):
         assert {k: run.config[k] for k in same} == {k: runs[0].config[k] for k in same}
     sft, dskd, slow, uld = (run.config["dskd"] for run in runs[:4])
     assert sft["kd_ratio"] == 0
+    assert "virtual_attention" not in sft
+    assert dskd["virtual_attention"] is uld["virtual_attention"] is True
     assert slow["objective"] == dskd["objective"] | {"projector": {"learning_rate": 1e-4}}
     assert uld["objective"] == {"name": "uld"}
     assert len({json.dumps(block["teacher"]) for block in (sft, dskd, slow, uld)}) == 1

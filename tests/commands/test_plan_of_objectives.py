@@ -73,3 +73,11 @@ def test_every_objective_is_planned(
     assert memory.peak_phase == "alignment and loss"
     # At least one side's logits of some 200 supervised tokens, in float32.
     assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+
+
+def test_virtual_attention_is_planned_and_holds_no_second_head(tmp_path: Path):
+    tiny.save_pair(tmp_path)
+    plain, gated = (
+        plan(tmp_path, virtual_attention=attention) for attention in (None, {"blocks": 4})
+    )
+    assert plain.total < gated.total < 1.05 * plain.total

@@ -20,6 +20,7 @@ from axolotl_dskd.config import (
     StudentSamplesConfig,
     TeacherConfig,
     TeacherSamplesConfig,
+    VirtualAttentionConfig,
 )
 from tests.support import tiny
 
@@ -63,6 +64,7 @@ BLOCKS: list[type[BaseModel]] = [
     DatasetSamplesConfig,
     StudentSamplesConfig,
     TeacherSamplesConfig,
+    VirtualAttentionConfig,
     *ObjectiveConfig.known.values(),
 ]
 
@@ -126,6 +128,8 @@ WRONG = {
         r"objective:\n    name: dual_space\n    alignment: cma",
     ),
     "samples": ({"samples": "students"}, "dataset"),
+    "virtual attention": ({"virtual_attention": {"block": 4}}, "virtual_attention.block"),
+    "virtual attention of no kind": ({"virtual_attention": {"groups": "words"}}, "kmeans"),
     "a key of other samples": ({"samples": {"from": "teacher", "share": 0.5}}, "share"),
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (

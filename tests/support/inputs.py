@@ -17,7 +17,7 @@ from torch import Tensor
 from axolotl_dskd.data.byte_spans import Spans, give_textless_tokens_room, tile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.objectives import Facts
-from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.output_head import Gate, OutputHead
 from axolotl_dskd.types import Matches, Side, View, Written
 from tests.support import naive, tiny
 
@@ -40,6 +40,7 @@ HEADS: dict[str, dict[str, Any]] = {
         "trains": ("weight", "bias", "lora_A", "lora_B"),
     },
 }
+HEADS["gate"] = HEADS["all"] | {"gate": True, "trains": (*HEADS["all"]["trains"], "gate")}
 
 
 #: Of the samples, where answers are written during training: which are, and the pairs of them.
@@ -163,7 +164,7 @@ class Inputs:
 
     Args:
         one_vocabulary: of both tokenizers.
-        head: of `HEADS`.
+        head: of `HEADS`, or such keys.
         dtype: of all numbers.
         rounded: a dtype whose numbers they shall be.
         copies: how often the samples are there.
@@ -174,7 +175,7 @@ class Inputs:
     def __init__(
         self,
         one_vocabulary: bool,
-        head: str = "all",
+        head: str | dict[str, Any] = "all",
         dtype: torch.dtype = torch.float64,
         rounded: torch.dtype | None = None,
         copies: int = 1,
@@ -197,21 +198,33 @@ class Inputs:
         for ours, _ in self.states:
             ours.requires_grad_()
         (d, D), (V, U) = SIZES, self.facts.vocab_sizes
-        options = dict(HEADS[head])
+        options = dict(HEADS[head] if isinstance(head, str) else head)
         rows = V + options.pop("padding", 0)
         parts = {"weight": randn(rows, d, scale=2 * d**-0.5)}
         if options.pop("bias", False):
             parts["bias"] = randn(rows)
         if options.pop("lora", False):
             parts |= {"lora_A": randn(3, d, scale=0.3), "lora_B": randn(rows, 3, scale=0.3)}
+        if options.pop("gate", False):
+            parts["gate"] = (1 + randn(5, 4, scale=0.4)).to(torch.promote_types(dtype, torch.float))
+            options["groups"] = torch.arange(rows) * 7 % 5
         self.trained = {name: parts[name].requires_grad_() for name in options.pop("trains", ())}
         self.parts, self.options = parts, options | {"vocab_size": V}
         self.heads = (
-            OutputHead(**parts, **self.options),
+            self._student_head(),
             OutputHead(randn(U, D, scale=2 * D**-0.5), bias=randn(U), softcap=8.0),
         )
         self.embeddings = randn(V, d), randn(U, D)
         self.written = [self._written(k, generator) for k in range(written * len(self.pairs))]
+
+    def _student_head(self) -> OutputHead:
+        tensors, options = dict(self.parts), dict(self.options)
+        groups = options.pop("groups", None)
+        if groups is not None:
+            real = groups[: options["vocab_size"]]
+            ids = tuple((real == k).nonzero().flatten() for k in range(len(tensors["gate"])))
+            tensors["gate"] = Gate(tensors["gate"], ids)
+        return OutputHead(**tensors, **options)
 
     def _written(self, k: int, generator: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities at which a student near to this one wrote a sample, and weights; the

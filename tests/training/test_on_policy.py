@@ -14,6 +14,7 @@ from tests.support.equivalence import (
     BASE,
     ROWS,
     SAVED,
+    VARIANTS,
     Training,
     assert_same_training,
     save_pair,
@@ -37,6 +38,7 @@ STUDENT = {
     "seed": 131,
 }
 WAYS = ("packed", "1x8", "two ranks", "resumed")
+PREFERENCE_WAYS = ("two ranks", "resumed", "qlora two ranks")
 #: Of a part of each checkpoint.
 STATE = {"share": 0.75, "reference": None, "evaluated_at": -1}
 
@@ -80,6 +82,27 @@ def test_written_rows_have_no_cross_entropy_and_data_have(trainings: dict[str, T
 def test_every_way_to_train_is_the_same_training(trainings: dict[str, Training], way: str):
     """Packed or padded, one rank or two, interrupted or not: the same texts, so the same losses."""
     assert_same_training(trainings[BASE], trainings[way])
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
+    """Of preference distillation, whose every row is written beside its answer from the data."""
+    where = make_pair(tmp_path_factory.mktemp("preference"))
+    block = {
+        "samples": {**STUDENT, "share": 1.0, "replay": 0},
+        "objective": {"name": "preference"},
+    }
+    return train_variants(where, block, PREFERENCE_WAYS)
+
+
+@pytest.mark.parametrize("way", PREFERENCE_WAYS)
+def test_preference_is_the_same_training_every_way(preferences: dict[str, Training], way: str):
+    like = preferences[VARIANTS[way].like]
+    within = VARIANTS[way].within
+    assert_same_training(like, preferences[way], rel=within, atol=within)
+    for step in preferences[way].metrics:
+        assert step["dskd/written_rows"] == 0.5
+        assert "dskd/won" in step
 
 
 def test_a_checkpoint_holds_what_the_next_steps_draw_from(

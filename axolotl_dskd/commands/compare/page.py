@@ -1,40 +1,27 @@
-"""A comparison as one HTML page: no script, nothing loaded from elsewhere, light and dark.
-
-Every text in it comes from configurations and paths; the template escapes all of it by itself.
-"""
+"""A comparison as one HTML page. Every text in it comes from configurations and paths."""
 
 from __future__ import annotations
 
-import base64
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from axolotl_dskd import __version__
 from axolotl_dskd.commands.compare.outcome import Outcome
 from axolotl_dskd.commands.compare.plan import Run, shown
 from axolotl_dskd.commands.compare.summary import MOMENTS, Method, verdict
+from axolotl_dskd.commands.pages import environment, in_page
 from axolotl_dskd.progress import duration, quantity
 
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+_ENVIRONMENT = environment(
+    Path(__file__).parent,
+    bits="{:.4f}".format,
+    signed="{:+.1%}".format,
+    duration=duration,
+    size=lambda count: quantity(count, "bytes"),
 )
-_ENVIRONMENT.filters |= {
-    "bits": "{:.4f}".format,
-    "percent": "{:.1%}".format,
-    "signed": "{:+.1%}".format,
-    "number": "{:,}".format,
-    "duration": duration,
-    "size": lambda count: quantity(count, "bytes"),
-}
 
 
 def html_page(
@@ -51,10 +38,9 @@ def html_page(
         methods=methods,
         moments=MOMENTS,
         verdicts=[verdict(method, methods[0]) for method in methods[1:]],
-        picture=base64.b64encode(picture).decode(),
+        picture=in_page(picture),
         configs=_configs(runs),
         answers=_answers(outcomes),
-        version=__version__,
     )
 
 

@@ -154,7 +154,8 @@ def _block(base: Config, name: str, changes: Config) -> Config:
         changes["objective"] = {"name": changes["objective"]}
     if name == "sft":
         changes.setdefault("kd_ratio", 0)
-        block.pop("samples", None)  # without a teacher there are the data's
+        for key in ("samples", "virtual_attention"):  # the data's rows, plainly
+            block.pop(key, None)
     elif name in ObjectiveConfig.known:
         changes["objective"] = {"name": name} | changes.get("objective", {})
     elif not changes and name != "dskd":

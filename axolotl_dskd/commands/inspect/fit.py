@@ -5,10 +5,11 @@ Knows configurations, sampled rows and skeletons; the counting itself is `memory
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 
@@ -19,8 +20,10 @@ from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.memory import CUDA_CONTEXT, BatchShape, Plan, PlannedRun, make_plan
 from axolotl_dskd.planning.skeleton import teacher_skeleton
+from axolotl_dskd.virtual_attention import VirtualAttention
 
 #: How the YAML names a teacher's key.
 _TEACHER = "dskd.teacher."
@@ -48,8 +51,18 @@ class Setup:
         """The plan of these skeletons."""
         objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
         batch, _ = batch_shape(self.cfg, self.samples)
-        run = PlannedRun(self.cfg, self.config.teacher, batch, objective, self.card.gpu)
+        run = PlannedRun(
+            self.cfg, self.config.teacher, batch, objective, self.card.gpu, self._attention()
+        )
         return make_plan(student, teacher, run)
+
+    def _attention(self) -> Callable[[OutputHead], VirtualAttention] | None:
+        """What makes virtual attention for a skeleton's head, where it is configured."""
+        keys, facts = self.config.virtual_attention, self.facts
+        if keys is None:
+            return None
+        V, device = facts.vocab_sizes[0], torch.device("meta")
+        return lambda head: VirtualAttention(keys, facts.student, V, head, device, 0)
 
 
 def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape, str]:

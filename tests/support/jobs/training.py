@@ -127,7 +127,7 @@ def _sent_over_loopback() -> int:
 
 def _module(trainer: Any) -> Any:
     """What is trained beside the student; plain fine-tuning has none."""
-    return getattr(getattr(trainer, "objective", None), "module", None)
+    return getattr(getattr(trainer, "sidecar", None), "module", None)
 
 
 def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
