@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from urllib.parse import urlsplit
 
-from axolotl_dskd.teacher.served.teacher import served_name
 from axolotl_dskd.teacher.spec import TeacherSpec
 
 #: Every token's state behind the final norm, as it is.
-POOLER = {"task": "token_embed", "pooling_type": "ALL", "use_activation": False}
+POOLER = json.dumps(
+    {"task": "token_embed", "pooling_type": "ALL", "use_activation": False}, separators=(",", ":")
+)
+#: What to do about a server that is none of this teacher.
+HINT = "`axolotl-dskd serve CONFIG` prints how the server has to be started."
+
+
+def served_name(spec: TeacherSpec) -> str:
+    """The name by which the servers know the teacher."""
+    assert spec.config.server is not None
+    return spec.config.server.model or spec.config.base_model
 
 
 def server_command(spec: TeacherSpec, url: str, longest: int, python: str = "python") -> list[str]:
@@ -18,7 +27,7 @@ def server_command(spec: TeacherSpec, url: str, longest: int, python: str = "pyt
     Args:
         spec: the teacher, which names servers.
         url: where it shall listen: one of them.
-        longest: teacher tokens of the longest row.
+        longest: tokens that it shall have room for.
         python: of the environment that has vLLM.
     """
     config = spec.config
@@ -33,7 +42,7 @@ def server_command(spec: TeacherSpec, url: str, longest: int, python: str = "pyt
         ("--max-model-len", str(longest)),
         ("--runner", "pooling"),
         ("--convert", "embed"),
-        ("--pooler-config", json.dumps(POOLER, separators=(",", ":"))),
+        ("--pooler-config", POOLER),
         ("--host", address.hostname),
         ("--port", str(port)),
     ):
