@@ -30,7 +30,7 @@ from axolotl_dskd.config.samples import (
     TeacherSamplesConfig,
     WritingConfig,
 )
-from axolotl_dskd.config.server import ServerConfig
+from axolotl_dskd.config.server import Gives, ServerConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "DualSpaceConfig",
     "EvaluationConfig",
     "GOLDConfig",
+    "Gives",
     "MinEditConfig",
     "ObjectiveConfig",
     "PolicyConfig",

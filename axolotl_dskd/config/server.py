@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+
+#: What a teacher says of each token: final hidden states, from which all follows, or
+#: log-probabilities of the label and of the likeliest tokens.
+Gives = Literal["states", "logprobs"]
 
 
 def _hidden(value: Any) -> Any:
@@ -46,11 +50,23 @@ Address = Annotated[str, AfterValidator(_plain)]
 
 
 class ServerConfig(BaseModel, extra="forbid"):
-    """A vLLM pooling server that gives the teacher's final hidden states."""
+    """A stock vLLM that runs the teacher's layers."""
 
     url: Address | None = Field(None, description="Where the server listens: http://host:8000.")
     urls: Annotated[list[Address], Field(min_length=1)] | None = Field(
         None, description="Several servers of the same teacher, which share the load."
+    )
+    gives: Gives = Field(
+        "states",
+        description="states: a pooling server gives final hidden states, and so the whole "
+        "distribution. logprobs: a server that writes gives log-probabilities of the labels and, "
+        "where the objective takes them, of the likeliest tokens; nothing of the teacher but its "
+        "tokenizer is loaded here.",
+    )
+    top_k: int = Field(
+        64,
+        ge=1,
+        description="With gives: logprobs, how many of the likeliest tokens are asked for.",
     )
     model: str | None = Field(
         None,
