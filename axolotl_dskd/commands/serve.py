@@ -42,9 +42,11 @@ def serve_commands(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = load_teacher_tokenizer(config)
     spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
-    longest = int(rows_of(cfg).lengths.max())
+    # Who is asked for log-probabilities writes a token behind the row.
+    behind = 1 if config.teacher.gives == "logprobs" else 0
+    longest = int(rows_of(cfg).lengths.max()) + behind
     # Room for rows that are added later, and a number that is easy to read.
-    room = limit = teacher_position_limit(config)
+    room = limit = teacher_position_limit(config) + behind
     if config.samples.source != "student":  # what that writes may be as long as the limit
         room = min(-(-longest // 64) * 64, limit)
     for url in server.addresses:

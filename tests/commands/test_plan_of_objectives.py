@@ -73,3 +73,22 @@ def test_every_objective_is_planned(
     assert memory.peak_phase == "alignment and loss"
     # At least one side's logits of some 200 supervised tokens, in float32.
     assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+
+
+@pytest.mark.parametrize(
+    ("objective", "one_vocabulary"),
+    [
+        ({"name": "token_kd", "temperature": 1.0}, True),
+        ({"name": "chunk_likelihood", "merge": False, "debias": False}, False),
+    ],
+    ids=["token_kd", "chunk_likelihood"],
+)
+def test_nothing_is_held_of_a_teacher_that_is_asked_for_log_probabilities(
+    tmp_path: Path, objective: dict[str, Any], one_vocabulary: bool
+):
+    tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
+    server = {"url": "http://a", "gives": "logprobs", "top_k": 8}
+    teacher = {"base_model": str(tmp_path / "teacher"), "server": server}
+    memory = plan(tmp_path, teacher=teacher, objective=objective)
+    assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+    assert not {"teacher layers", "teacher embedding and head"} & memory.at_peak.keys()

@@ -41,6 +41,13 @@ def test_it_prints_a_command_for_every_server(
     assert "http://a:8001 is not this machine" in refused.output
 
 
+def test_a_server_of_log_probabilities_is_one_that_writes(pair_folder: Path, validated: Any):
+    server = {"url": "http://a:8001", "gives": "logprobs", "top_k": 40}
+    (command,) = serve(pair_folder, server).stdout.splitlines()
+    assert "--max-logprobs 40" in command
+    assert "pooling" not in command
+
+
 def test_https_asks_who_encrypts(pair_folder: Path, validated: Any):
     """vLLM would speak plain HTTP on that port."""
     refused = serve(pair_folder, {"url": "https://a"})

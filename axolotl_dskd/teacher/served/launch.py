@@ -34,18 +34,19 @@ def server_command(spec: TeacherSpec, url: str, longest: int, python: str = "pyt
     address = urlsplit(url)
     port = address.port or (443 if address.scheme == "https" else 80)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", config.base_model]
-    for flag, value in (
+    flags = [
         ("--served-model-name", served_name(spec)),
         ("--revision", config.revision),
         ("--tokenizer", config.tokenizer),
         ("--dtype", str(spec.dtype).removeprefix("torch.")),
         ("--max-model-len", str(longest)),
-        ("--runner", "pooling"),
-        ("--convert", "embed"),
-        ("--pooler-config", POOLER),
-        ("--host", address.hostname),
-        ("--port", str(port)),
-    ):
+    ]
+    if config.gives == "states":
+        flags += [("--runner", "pooling"), ("--convert", "embed"), ("--pooler-config", POOLER)]
+    else:
+        assert config.server is not None
+        flags += [("--max-logprobs", str(config.server.top_k))]
+    for flag, value in (*flags, ("--host", address.hostname), ("--port", str(port))):
         if value is not None:
             command += [flag, value]
     return [*command, "--trust-remote-code"] if config.trust_remote_code else command
