@@ -41,6 +41,10 @@ class Failure(Exception):
         self.wait = wait
 
 
+class Refused(ValueError):
+    """A server says that it will never do what it was asked for."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a server said with status 200.
@@ -121,7 +125,7 @@ class Servers:
             url: ask this server and no other.
 
         Raises:
-            ValueError: no server answers, or one refuses the request.
+            ValueError: no server answers, or (`Refused`) one refuses the request.
         """
         tried = 0
         began = time.monotonic()
@@ -206,7 +210,7 @@ class Servers:
         said = f"{response.status_code} {response.reason_phrase}: {_shown(content)}"
         if response.status_code in _LATER:
             raise Failure(said, _asked_wait(response.headers.get("retry-after")))
-        raise ValueError(f"{url}{path} refuses the request: {said}{self._remedy(response)}")
+        raise Refused(f"{url}{path} refuses the request: {said}{self._remedy(response)}")
 
     def _remedy(self, response: httpx.Response) -> str:
         if response.status_code in (401, 403):

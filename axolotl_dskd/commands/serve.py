@@ -36,17 +36,21 @@ def serve_commands(
         more: arguments for vLLM.
 
     Raises:
-        ValueError: the configuration names no server.
+        ValueError: the configuration names no server, or one that needs a certificate.
     """
     server = _server(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = load_teacher_tokenizer(config)
     spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
-    longest = int(rows_of(cfg).lengths.max())
+    # Who is asked for log-probabilities writes a token behind the row.
+    behind = 1 if config.teacher.gives == "logprobs" else 0
+    longest = int(rows_of(cfg).lengths.max()) + behind
     # Room for rows that are added later, and a number that is easy to read.
-    room = limit = teacher_position_limit(config)
+    room = limit = teacher_position_limit(config) + behind
     if config.samples.source != "student":  # what that writes may be as long as the limit
         room = min(-(-longest // 64) * 64, limit)
+    for url in server.addresses:
+        _check_encryption(url, more)
     return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
 
 
@@ -69,6 +73,22 @@ def run_command(config: DSKDConfig, url: str, command: list[str]) -> None:
     key = _server(config).api_key
     environment: Mapping[str, str] = os.environ | ({} if key is None else {_VLLM_KEY: key})
     os.execvpe(command[0], command, environment)
+
+
+def _check_encryption(url: str, more: tuple[str, ...]) -> None:
+    """vLLM speaks plain HTTP unless it is told more.
+
+    Raises:
+        ValueError: the URL is https, and nothing says who encrypts.
+    """
+    if urlsplit(url).scheme == "https" and not any(
+        flag.startswith(("--ssl-certfile", "--port")) for flag in more
+    ):
+        raise ValueError(
+            f"{url} is https. Say who encrypts: vLLM, by `-- --ssl-certfile FILE --ssl-keyfile "
+            "FILE` behind the command; or a proxy in front of it, by `-- --host 127.0.0.1 --port "
+            "8000`, the address that it hands requests on to."
+        )
 
 
 def _server(config: DSKDConfig) -> ServerConfig:

@@ -30,7 +30,7 @@ from axolotl_dskd.config.samples import (
     TeacherSamplesConfig,
     WritingConfig,
 )
-from axolotl_dskd.config.server import ServerConfig
+from axolotl_dskd.config.server import Gives, ServerConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
@@ -47,6 +47,7 @@ __all__ = [
     "DualSpaceConfig",
     "EvaluationConfig",
     "GOLDConfig",
+    "Gives",
     "MinEditConfig",
     "ObjectiveConfig",
     "PolicyConfig",

@@ -3,18 +3,70 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import re
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+
+#: What a teacher says of each token: final hidden states, from which all follows, or
+#: log-probabilities of the label and of the likeliest tokens.
+Gives = Literal["states", "logprobs"]
+
+
+def _hidden(value: Any) -> Any:
+    """Without user and password, which errors would repeat."""
+    if isinstance(value, list):
+        return [_hidden(each) for each in value]
+    return re.sub(r"^(\w+://)?.*@", r"\1***@", value) if isinstance(value, str) else value
+
+
+def _plain(url: str) -> str:
+    """The URL without a slash at its end.
+
+    Raises:
+        ValueError: it is no http address, or carries what does not belong there.
+    """
+    if "@" in url:
+        raise ValueError(
+            "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
+            "into an environment variable and name it in api_key_env."
+        )
+    try:
+        parts = urlsplit(url)
+        port_is_one = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_is_one = urlsplit(""), False
+    strange = parts.query or parts.fragment or not port_is_one
+    if parts.scheme not in ("http", "https") or not parts.netloc or strange:
+        raise ValueError(
+            f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
+            "http://127.0.0.1:8000."
+        )
+    return url.rstrip("/").removesuffix("/v1")
+
+
+Address = Annotated[str, AfterValidator(_plain)]
 
 
 class ServerConfig(BaseModel, extra="forbid"):
-    """A vLLM pooling server that gives the teacher's final hidden states."""
+    """A stock vLLM that runs the teacher's layers."""
 
-    url: str | None = Field(None, description="Where the server listens: http://host:8000.")
-    urls: Annotated[list[str], Field(min_length=1)] | None = Field(
+    url: Address | None = Field(None, description="Where the server listens: http://host:8000.")
+    urls: Annotated[list[Address], Field(min_length=1)] | None = Field(
         None, description="Several servers of the same teacher, which share the load."
+    )
+    gives: Gives = Field(
+        "states",
+        description="states: a pooling server gives final hidden states, and so the whole "
+        "distribution. logprobs: a server that writes gives log-probabilities of the labels and, "
+        "where the objective takes them, of the likeliest tokens; nothing of the teacher but its "
+        "tokenizer is loaded here.",
+    )
+    top_k: int = Field(
+        64,
+        ge=1,
+        description="With gives: logprobs, how many of the likeliest tokens are asked for.",
     )
     model: str | None = Field(
         None,
@@ -34,14 +86,10 @@ class ServerConfig(BaseModel, extra="forbid"):
         16, ge=1, description="Requests in flight at once, of each training process."
     )
 
-    @field_validator("url", "urls")
+    @field_validator("url", "urls", mode="before")
     @classmethod
-    def _plain_urls(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return _plain(value)
-        return [_plain(url) for url in value]
+    def _without_secrets(cls, value: Any) -> Any:
+        return _hidden(value)
 
     @model_validator(mode="after")
     def _somewhere(self) -> ServerConfig:
@@ -74,28 +122,3 @@ class ServerConfig(BaseModel, extra="forbid"):
         if not (key.isascii() and key.isprintable()):
             raise ValueError(f"{self.api_key_env} holds characters that no key has.")
         return key
-
-
-def _plain(url: str) -> str:
-    """The URL without a slash at its end.
-
-    Raises:
-        ValueError: it is no http address, or carries what does not belong there.
-    """
-    parts = urlsplit(url)
-    if parts.username or parts.password:  # not repeated: it is a secret
-        raise ValueError(
-            "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
-            "into an environment variable and name it in api_key_env."
-        )
-    try:
-        port_is_one = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_one = False
-    strange = parts.query or parts.fragment or not port_is_one
-    if parts.scheme not in ("http", "https") or not parts.netloc or strange:
-        raise ValueError(
-            f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
-            "http://127.0.0.1:8000."
-        )
-    return url.rstrip("/").removesuffix("/v1")

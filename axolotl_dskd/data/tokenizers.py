@@ -59,6 +59,8 @@ def teacher_position_limit(config: DSKDConfig) -> int:
     """
     teacher = config.teacher
     limit = _position_limit(teacher.base_model, teacher.revision, teacher.trust_remote_code)
+    if teacher.gives == "logprobs":
+        limit -= 1  # a server that is asked for them writes a token behind the row
     if teacher.sequence_len and teacher.sequence_len > limit:
         raise ValueError(
             f"dskd.teacher.sequence_len is {teacher.sequence_len}, but {teacher.base_model} has "

@@ -29,7 +29,8 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
         ValueError: the pair is not one that the objective works for.
     """
     writes = config.samples.source == "student"
-    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed, writes)
+    budget, gives = chunk_budget(config, memory), config.teacher.gives
+    setting = Setting(config.kd_ratio, budget, seed, writes, gives)
     return objective_class(config.objective)(config.objective, facts, setting)
 
 

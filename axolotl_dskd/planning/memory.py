@@ -26,7 +26,7 @@ from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
-from axolotl_dskd.types import Matches, Side, View, Written
+from axolotl_dskd.types import Logprobs, Matches, Side, View, Written
 from axolotl_dskd.virtual_attention import VirtualAttention
 
 GIB = 1 << 30
@@ -179,9 +179,25 @@ def _pair(student: Any, teacher: Any, run: PlannedRun) -> Pair:
     head = output_head(student, V)
     if run.attention is not None:
         head = replace(head, gate=run.attention(head).gate(1.0))
-    heads = head, output_head(teacher, U).frozen()
-    embeddings = (model.get_input_embeddings().weight for model in (student, teacher))
-    return Pair(heads, (*embeddings,), torch.device("meta"))
+    heads, models = [head], [student]
+    if run.teacher.gives == "states":
+        heads.append(output_head(teacher, U).frozen())
+        models.append(teacher)
+    embeddings = (model.get_input_embeddings().weight for model in models)
+    return Pair((*heads,), (*embeddings,), torch.device("meta"))
+
+
+def _teachers(tokens: Side, heads: tuple[OutputHead, ...], run: PlannedRun) -> View:
+    """What the teacher says of its tokens."""
+    M = len(tokens)
+    if run.teacher.server is not None and run.teacher.gives == "logprobs":
+        k, said = run.teacher.server.top_k, torch.empty(M, device="meta")
+        ids = torch.empty((M, k), dtype=torch.long, device="meta")
+        return View(tokens, logprobs=Logprobs(said, ids, ids.float()))
+    head = heads[1]
+    hidden, *embedded = (head.weight.new_empty((M, head.hidden_size)) for _ in range(3))
+    embeddings = run.objective.needs.embeddings
+    return View(tokens, head, hidden, (embedded[0], embedded[1]) if embeddings else None)
 
 
 def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor:
@@ -193,21 +209,19 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
     ours, theirs = _tokens(N, samples), _tokens(M, samples)
     heads = _pair(student, teacher, run).heads
     objective.follow(1, heads[0])
-    D = heads[1].hidden_size
-    embedded: list[tuple[Tensor, Tensor] | None] = [None, None]
+    embedded = None
     if objective.needs.embeddings:
         weight = student.get_input_embeddings().weight.detach()
-        embedded[0] = weight[ours.input_ids], weight[ours.labels]
-        embedded[1] = (heads[1].weight.new_empty((M, D)), heads[1].weight.new_empty((M, D)))
+        embedded = weight[ours.input_ids], weight[ours.labels]
     out = objective(
         View(
             ours,
             heads[0],
             hidden.flatten(0, 1)[torch.arange(N)],
-            embedded[0],
+            embedded,
             _written(objective, N, samples),
         ),
-        View(theirs, heads[1], heads[1].weight.new_empty((M, D)), embedded[1]),
+        _teachers(theirs, heads, run),
         _matches(N, M),
     )
     return out.loss
@@ -299,7 +313,7 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         "optimizer states": states,
         "projectors with their optimizer": 3 * mapped,
         "teacher layers": body if run.teacher.layers_are_loaded else 0,
-        "teacher embedding and head": ends,
+        "teacher embedding and head": ends if run.teacher.gives == "states" else 0,
     }
     notes = [note] if note else []
     _checkpointing(student, run)

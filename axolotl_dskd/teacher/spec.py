@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.teacher.load import resolve_dtype
+from axolotl_dskd.types import Needs
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class TrainingRun:
             has left.
         longest_written: tokens of the longest row with an answer that is written in training.
         how_to_resume: in words, from which checkpoint; nothing where there is none.
+        needs: what the teacher will be asked for.
     """
 
     datasets: Sequence[Any] = ()
@@ -69,6 +71,7 @@ class TrainingRun:
     local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
     longest_written: int = 0
     how_to_resume: Callable[[], str] = lambda: ""
+    needs: Needs = field(default_factory=Needs)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something that may fail on one rank alone.

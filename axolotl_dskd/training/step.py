@@ -36,17 +36,11 @@ class Distillation:
             teacher = self.teacher(batch, self.objective.needs)
         else:
             self.teacher.idle(batch)
-            teacher = self._nothing(student)
+            teacher = self.teacher.nothing(student.tokens)
         out = self.objective(student, teacher, batch.matches)
         if student.written is not None:
             out.references = int((student.references != IGNORE_INDEX).sum())
         return out
-
-    def _nothing(self, student: View) -> View:
-        """What a teacher says where there is no token; student: without token either."""
-        head = self.teacher.head
-        states = head.weight.new_empty((0, head.hidden_size))
-        return View(student.tokens, head, states, (states, states))
 
 
 class Step:

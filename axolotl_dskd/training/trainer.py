@@ -42,7 +42,7 @@ from axolotl_dskd.training.reports import Reports
 from axolotl_dskd.training.samples import answered_by_teacher, samples_run
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Step
-from axolotl_dskd.types import DualBatch, LossOutput
+from axolotl_dskd.types import DualBatch, LossOutput, Needs
 from axolotl_dskd.virtual_attention import VirtualAttention
 
 LOG = get_logger(__name__)
@@ -121,7 +121,9 @@ class DSKDTrainer(AxolotlTrainer):
             if self.objective is not None:
                 self._set_up_distillation(self.objective)
             elif self.dskd.samples.source == "teacher":
-                self.train_dataset = answered_by_teacher(self, self.dskd, self.student, self._run())
+                self.train_dataset = answered_by_teacher(
+                    self, self.dskd, self.student, self._run(Needs())
+                )
             self._set_up_sidecar()
         self.reports.begin(self.objective, self.attending)
         if self.samples.begins_with_evaluation and not checkpoint:
@@ -138,7 +140,7 @@ class DSKDTrainer(AxolotlTrainer):
             )
         device = self.accelerator.device
         spec = TeacherSpec(self.dskd.teacher, objective.facts.vocab_sizes[1], device)
-        teacher = open_teacher(spec, self._run())
+        teacher = open_teacher(spec, self._run(objective.needs))
         teacher.begin()
         for collator in self._collators:
             collator.read_cached = teacher.reader()
@@ -146,7 +148,8 @@ class DSKDTrainer(AxolotlTrainer):
             self.student.check_sizes(
                 head, embedding, compares_embeddings=objective.needs.embeddings
             )
-            heads, embeddings = (head, teacher.head), (embedding, teacher.embedding)
+            heads = tuple(h for h in (head, teacher.head) if h is not None)
+            embeddings = tuple(e for e in (embedding, teacher.embedding) if e is not None)
             objective.begin(Pair(heads, embeddings, device))
         self.distillation = Distillation(teacher, objective)
         tokenizers = objective.facts.student, objective.facts.teacher
@@ -198,7 +201,7 @@ class DSKDTrainer(AxolotlTrainer):
         datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
         return [dataset for dataset in datasets if dataset is not None]
 
-    def _run(self) -> TrainingRun:
+    def _run(self, needs: Needs) -> TrainingRun:
         """What a teacher is told of this run."""
         device = self.accelerator.device
         writes = self.dskd.samples.source == "student"
@@ -213,6 +216,7 @@ class DSKDTrainer(AxolotlTrainer):
             local_main_first=self.accelerator.local_main_process_first,
             longest_written=teacher_position_limit(self.dskd) if writes else 0,
             how_to_resume=self._how_to_resume,
+            needs=needs,
         )
 
     def _how_to_resume(self) -> str:

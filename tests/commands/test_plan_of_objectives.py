@@ -81,3 +81,22 @@ def test_virtual_attention_is_planned_and_holds_no_second_head(tmp_path: Path):
         plan(tmp_path, virtual_attention=attention) for attention in (None, {"blocks": 4})
     )
     assert plain.total < gated.total < 1.05 * plain.total
+
+
+@pytest.mark.parametrize(
+    ("objective", "one_vocabulary"),
+    [
+        ({"name": "token_kd", "temperature": 1.0}, True),
+        ({"name": "chunk_likelihood", "merge": False, "debias": False}, False),
+    ],
+    ids=["token_kd", "chunk_likelihood"],
+)
+def test_nothing_is_held_of_a_teacher_that_is_asked_for_log_probabilities(
+    tmp_path: Path, objective: dict[str, Any], one_vocabulary: bool
+):
+    tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
+    server = {"url": "http://a", "gives": "logprobs", "top_k": 8}
+    teacher = {"base_model": str(tmp_path / "teacher"), "server": server}
+    memory = plan(tmp_path, teacher=teacher, objective=objective)
+    assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+    assert not {"teacher layers", "teacher embedding and head"} & memory.at_peak.keys()

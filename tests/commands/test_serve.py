@@ -41,6 +41,24 @@ def test_it_prints_a_command_for_every_server(
     assert "http://a:8001 is not this machine" in refused.output
 
 
+def test_a_server_of_log_probabilities_is_one_that_writes(pair_folder: Path, validated: Any):
+    server = {"url": "http://a:8001", "gives": "logprobs", "top_k": 40}
+    (command,) = serve(pair_folder, server).stdout.splitlines()
+    assert "--max-logprobs 40" in command
+    assert "pooling" not in command
+
+
+def test_https_asks_who_encrypts(pair_folder: Path, validated: Any):
+    """vLLM would speak plain HTTP on that port."""
+    refused = serve(pair_folder, {"url": "https://a"})
+    assert refused.exit_code == 1
+    assert "--ssl-certfile FILE --ssl-keyfile FILE" in refused.output
+    encrypted = serve(pair_folder, {"url": "https://a"}, "--", "--ssl-certfile", "x")
+    assert "--host a --port 443 --ssl-certfile x" in encrypted.stdout
+    behind = serve(pair_folder, {"url": "https://a"}, "--", "--host", "127.0.0.1", "--port", "8000")
+    assert behind.stdout.strip().endswith("--host 127.0.0.1 --port 8000")
+
+
 def test_run_becomes_the_server_with_its_key(
     pair_folder: Path, monkeypatch: pytest.MonkeyPatch, validated: Any
 ):

@@ -18,7 +18,7 @@ from axolotl_dskd.data.byte_spans import Spans, give_textless_tokens_room, tile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.objectives import Facts
 from axolotl_dskd.output_head import Gate, OutputHead
-from axolotl_dskd.types import Matches, Side, View, Written
+from axolotl_dskd.types import Logprobs, Matches, Side, View, Written
 from tests.support import naive, tiny
 
 #: Hidden sizes, student's first.
@@ -170,6 +170,7 @@ class Inputs:
         copies: how often the samples are there.
         seed: of the numbers.
         written: some answers were written during training (`WRITTEN`, `PAIRS`).
+        top: the teacher also says log-probabilities, of its so many likeliest tokens too.
     """
 
     def __init__(
@@ -181,7 +182,9 @@ class Inputs:
         copies: int = 1,
         seed: int = 17,
         written: bool = False,
+        top: int | None = None,
     ) -> None:
+        self.top = top
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -275,8 +278,18 @@ class Inputs:
             hidden = torch.cat([self.states[i][which] for i in order]) if pairs else empty
             embedded = table[tokens.input_ids], table[tokens.labels]
             written = self._what_was_written(order) if which == 0 else None
-            views.append(View(tokens, self.heads[which], hidden, embedded, written))
+            said = self.logprobs(hidden, tokens) if which == 1 and self.top is not None else None
+            views.append(View(tokens, self.heads[which], hidden, embedded, written, said))
         return Batch(views[0], views[1], matches_of(pairs), pairs)
+
+    def logprobs(self, hidden: Tensor, tokens: Side) -> Logprobs:
+        """What the teacher says where it gives no states; in float64, whatever the states are."""
+        head = self.heads[1]
+        parts = head.weight.double(), None if head.bias is None else head.bias.double()
+        logits = naive.head_logits(hidden.double(), *parts, softcap=head.softcap)
+        log_p = logits.log_softmax(-1)
+        top, ids = log_p.topk(self.top or 0, -1)
+        return Logprobs(log_p.gather(-1, tokens.labels[:, None])[:, 0], ids, top)
 
     def logits(self, hidden: Tensor, side: int, frozen: bool = False) -> Tensor:
         """What the plain form of a head gives; `frozen`: no gradient goes to the head."""

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -61,11 +62,16 @@ class VLLM:
         self.process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def of_teacher(cls, teacher: Path, folder: Path) -> VLLM:
-        """The server of a teacher, as `axolotl-dskd serve` would start it."""
+    def of_teacher(cls, teacher: Path, folder: Path, **keys: Any) -> VLLM:
+        """The server of a teacher, as `axolotl-dskd serve` would start it.
+
+        Args:
+            keys: of `dskd.teacher.server`.
+        """
         url = f"http://127.0.0.1:{free_port()}"
+        server = {"url": url, **keys}
         config = TeacherConfig.model_validate(
-            {"base_model": str(teacher), "dtype": "float32", "server": {"url": url}}
+            {"base_model": str(teacher), "dtype": "float32", "server": server}
         )
         spec = TeacherSpec(config, 0, torch.device("cpu"))
         return cls(url, server_command(spec, url, 512, str(PYTHON)), folder)
