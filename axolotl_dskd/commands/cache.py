@@ -61,7 +61,7 @@ def _spec(config: DSKDConfig) -> TeacherSpec:
     if not config.uses_teacher:
         raise ValueError("kd_ratio is 0: training needs no teacher, so there is nothing to cache.")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return TeacherSpec(config.teacher, vocabulary_size(load_teacher_tokenizer(config)), device)
+    return TeacherSpec(config.one_teacher, vocabulary_size(load_teacher_tokenizer(config)), device)
 
 
 def rows_of(cfg: Any) -> CacheableRows:
@@ -303,7 +303,7 @@ def prune_cache(cfg: Any, config: DSKDConfig) -> tuple[Plan, list[str]]:
     for other in _teachers(folder.root):
         if other == folder.path:
             continue
-        if config.teacher.dtype == "auto" and _only_dtype_differs(folder, other):
+        if config.one_teacher.dtype == "auto" and _only_dtype_differs(folder, other):
             LOG.warning(f"{other} stays: it is of this teacher where dtype auto is another")
             continue
         lines.append(f"{other}: another teacher or storage ({', '.join(_line(other)[:3])})")

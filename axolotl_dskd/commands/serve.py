@@ -41,7 +41,7 @@ def serve_commands(
     server = _server(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = load_teacher_tokenizer(config)
-    spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
+    spec = TeacherSpec(config.one_teacher, vocabulary_size(tokenizer), device)
     longest = int(rows_of(cfg).lengths.max())
     # Room for rows that are added later, and a number that is easy to read.
     room = limit = teacher_position_limit(config)
@@ -72,9 +72,9 @@ def run_command(config: DSKDConfig, url: str, command: list[str]) -> None:
 
 
 def _server(config: DSKDConfig) -> ServerConfig:
-    if config.teacher.server is None:
+    if config.one_teacher.server is None:
         raise ValueError(
             "there is no `server:` in dskd.teacher. Add\n"
             "dskd:\n  teacher:\n    server: {url: http://127.0.0.1:8000}"
         )
-    return config.teacher.server
+    return config.one_teacher.server

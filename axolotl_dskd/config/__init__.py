@@ -23,6 +23,7 @@ from axolotl_dskd.config.objectives import (
     TokenKDConfig,
     ULDConfig,
 )
+from axolotl_dskd.config.route import RouteConfig, about_teacher
 from axolotl_dskd.config.samples import (
     DatasetSamplesConfig,
     SamplesConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "PolicyConfig",
     "PreferenceConfig",
     "ProjectorConfig",
+    "RouteConfig",
     "SamplesConfig",
     "ServerConfig",
     "SinkhornConfig",
@@ -61,4 +63,5 @@ __all__ = [
     "TokenKDConfig",
     "ULDConfig",
     "WritingConfig",
+    "about_teacher",
 ]

@@ -1,4 +1,4 @@
-"""What an objective trains beside the student: its optimizer, and its part of a checkpoint.
+"""What objectives train beside the student: its optimizer, and its part of a checkpoint.
 
 A module of the objective's own must not be a part of the student: exports would carry it, sharding
 would cut it. Knows a module, gradients and files; nothing of models, tokens or losses.
@@ -7,6 +7,7 @@ would cut it. Knows a module, gradients and files; nothing of models, tokens or 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,41 +26,53 @@ _LAST_FILE = "trainer_state.json"
 
 
 class Sidecar:
-    """Trains an objective's module and keeps it in checkpoints; without a module it notes in
-    checkpoints which objective wrote them.
+    """Trains an objective's modules, one for each teacher that has one, and keeps them in
+    checkpoints; without a module it notes in checkpoints which objective wrote them.
 
     float32 AdamW that follows the student's learning-rate schedule: gradients are averaged over
-    ranks, clipped to the same norm as the student's, and the learning rate is the module's own
+    ranks, clipped to the same norm as the student's, and the learning rate is a module's own
     times the factor by which the schedule scales the student's.
 
     Args:
         objective: its name.
-        module: its parameters and buffers start alike on every rank: rank 0's are taken.
-        beside: how it is optimised.
+        modules: by the teacher's name, which is empty where there is one teacher. Their parameters
+            and buffers start alike on every rank: rank 0's are taken.
+        beside: how each is optimised.
         max_grad_norm: the student's.
     """
 
     def __init__(
         self,
         objective: str,
-        module: nn.Module | None,
-        beside: Beside | None,
+        modules: Mapping[str, nn.Module],
+        beside: Mapping[str, Beside],
         *,
         max_grad_norm: float,
     ) -> None:
         self.objective = objective
-        self.module = module if module is not None else nn.Module()
-        self.beside = beside or Beside(learning_rate=0.0)
+        #: By what the names of its tensors begin with.
+        self.modules = {f"{name}." if name else "": module for name, module in modules.items()}
+        self.warmup_steps = max((way.warmup_steps for way in beside.values()), default=0)
         self.max_grad_norm = max_grad_norm
-        self._parameters = dict(self.module.named_parameters())
-        self.adamw: torch.optim.AdamW | None = None
-        if self._parameters:
-            self.adamw = torch.optim.AdamW(
-                self._parameters.values(),
-                lr=self.beside.learning_rate,
-                weight_decay=self.beside.weight_decay,
-            )
-        share_first(tensor.data for tensor in self.module.state_dict(keep_vars=True).values())
+        self._parameters: dict[str, nn.Parameter] = {}
+        groups = []
+        for prefix, (name, module) in zip(self.modules, modules.items(), strict=True):
+            named = {f"{prefix}{key}": value for key, value in module.named_parameters()}
+            self._parameters |= named
+            if named:
+                rate, decay = beside[name].learning_rate, beside[name].weight_decay
+                group = {"params": list(named.values()), "lr": rate, "own_lr": rate}
+                groups.append({**group, "weight_decay": decay})
+        self.adamw = torch.optim.AdamW(groups) if groups else None
+        share_first(tensor.data for tensor in self.tensors(keep_vars=True).values())
+
+    def tensors(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {
+            f"{prefix}{name}": tensor
+            for prefix, module in self.modules.items()
+            for name, tensor in module.state_dict(keep_vars=keep_vars).items()
+        }
 
     @staticmethod
     def folder(checkpoint: str | Path) -> Path:
@@ -67,12 +80,13 @@ class Sidecar:
         return Path(checkpoint) / _FOLDER
 
     def is_alone(self, step: int) -> bool:
-        """Whether the module trains alone at this step."""
-        return step < self.beside.warmup_steps
+        """Whether the modules train alone at this step."""
+        return step < self.warmup_steps
 
     def forget_gradients(self) -> None:
         """Drop what was accumulated."""
-        self.module.zero_grad(set_to_none=True)
+        for module in self.modules.values():
+            module.zero_grad(set_to_none=True)
 
     def step(
         self,
@@ -124,7 +138,7 @@ class Sidecar:
                 self._parameters.values(), self.max_grad_norm, norm
             )
         for group in adamw.param_groups:
-            group["lr"] = self.beside.learning_rate * schedule_factor
+            group["lr"] = group["own_lr"] * schedule_factor
         adamw.step()
 
     def _refuse(self, adamw: torch.optim.AdamW, not_finite: list[str]) -> NoReturn:
@@ -145,7 +159,7 @@ class Sidecar:
         are."""
         folder = Path(checkpoint) / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        _write(self.module.state_dict(), folder / _WEIGHTS)
+        _write(self.tensors(), folder / _WEIGHTS)
         state = {}
         if self.adamw is not None:
             state = {
@@ -174,15 +188,17 @@ class Sidecar:
                 f"the objective's part in {folder} is damaged ({error}). "
                 f"{_other_checkpoint(checkpoint)}"
             ) from error
-        ours = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
+        ours = {name: tuple(t.shape) for name, t in self.tensors().items()}
         theirs = {name: tuple(t.shape) for name, t in weights.items()}
         if (written_by, theirs) != (self.objective, ours):
             raise ValueError(
                 f"what the objective trains in {folder} does not fit this run: found "
-                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teacher, student "
+                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teachers, student "
                 "and objective must be those of the interrupted run."
             )
-        self.module.load_state_dict(weights)
+        for prefix, module in self.modules.items():
+            own = module.state_dict()
+            module.load_state_dict({name: weights[f"{prefix}{name}"] for name in own})
         for name, parameter in self._parameters.items():
             prefix = f"{name}."
             assert self.adamw is not None

@@ -18,8 +18,10 @@ from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, about_teacher
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
+from axolotl_dskd.data.reconcile import TEACHER
+from axolotl_dskd.data.routing import rows_of_teacher
 from axolotl_dskd.data.tokenizers import (
     exact_share,
     load_teacher_tokenizer,
@@ -34,13 +36,13 @@ from axolotl_dskd.objectives import Facts, Objective, Pair, build_objective, chu
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
-from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
+from axolotl_dskd.teacher import Teacher, TeacherSpec, TrainingRun, open_teacher
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
 from axolotl_dskd.training.samples import samples_run
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
-from axolotl_dskd.training.step import Distillation, Step
+from axolotl_dskd.training.step import Distillation, Lesson, Step
 from axolotl_dskd.types import DualBatch, LossOutput
 
 LOG = get_logger(__name__)
@@ -63,31 +65,38 @@ class DSKDTrainer(AxolotlTrainer):
         return type(cls.__name__, (cls,), {"dskd": config, "__module__": cls.__module__})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        student, teacher = kwargs["processing_class"], load_teacher_tokenizer(self.dskd)
+        student = kwargs["processing_class"]
+        self.teacher_tokenizers = {
+            name: load_teacher_tokenizer(one) for name, one in self.dskd.each().items()
+        }
+        # Of several, 0 is in every vocabulary.
+        pads = {tokenizer.pad_token_id or 0 for tokenizer in self.teacher_tokenizers.values()}
         self._collators = []
         for key in ("data_collator", "eval_data_collator"):
             if kwargs.get(key) is not None:
                 kwargs[key] = DualCollator(
                     kwargs[key],
                     padding_side=student.padding_side,
-                    teacher_pad_id=teacher.pad_token_id or 0,
+                    teacher_pad_id=pads.pop() if len(pads) == 1 else 0,
                 )
                 self._collators.append(kwargs[key])
         lower_is_better(kwargs["args"])
         super().__init__(*args, **kwargs)
-        sizes = vocabulary_size(student), vocabulary_size(teacher)
         memory = total_memory(self.accelerator.device)
-        self.objective: Objective[Any] | None = None
+        #: By the teacher's name, in their order; one alone has an empty name.
+        self.objectives: dict[str, Objective[Any]] = {}
         if self.dskd.uses_teacher:
-            share, longest = exact_share(self.train_dataset), longest_supervised(self._datasets())
-            facts = Facts(student, teacher, sizes, share, longest)
-            self.objective = build_objective(self.dskd, facts, memory=memory, seed=self.args.seed)
-            LOG.info(self.objective.describe())
+            for number, (name, one) in enumerate(self.dskd.each().items()):
+                with about_teacher(name):
+                    facts = self._facts(number, student, self.teacher_tokenizers[name])
+                    objective = build_objective(one, facts, memory=memory, seed=self.args.seed)
+                LOG.info(f"{name}: {objective.describe()}" if name else objective.describe())
+                self.objectives[name] = objective
         self._budget = chunk_budget(self.dskd, memory)
         # Hugging Face's own hook for a loss of sums: no division by accumulation steps, no labels
         # for the model (so no patched forward computes a loss of its own).
         self.compute_loss_func = self._divided
-        self.student = Student(lambda: self.model, self.accelerator, sizes[0])
+        self.student = Student(lambda: self.model, self.accelerator, vocabulary_size(student))
         self.samples: Samples = DatasetSamples()
         self.distillation: Distillation | None = None
         self.sidecar: Sidecar | None = None
@@ -112,46 +121,45 @@ class DSKDTrainer(AxolotlTrainer):
             self.reports.record_rows()
             self.student.check(training_has_begun=False)
             self.add_callback(Begin(self._begin))
-            if self.objective is not None:
-                self._set_up_distillation(self.objective)
-        self.reports.begin(self.objective)
+            if self.objectives:
+                self._set_up_distillation()
+        self.reports.begin(self.objectives)
         if self.samples.begins_with_evaluation and not checkpoint:
             self.args.eval_on_start = True
         return super().train(*args, **kwargs)
 
-    def _set_up_distillation(self, objective: Objective[Any]) -> None:
-        beside = objective.beside
-        if self.is_deepspeed_enabled and beside is not None and beside.warmup_steps:
+    def _set_up_distillation(self) -> None:
+        beside = {name: o.beside for name, o in self.objectives.items() if o.beside is not None}
+        if self.is_deepspeed_enabled and any(way.warmup_steps for way in beside.values()):
             # Not in the file that was validated, but in one of accelerate's.
             raise ValueError(
                 "dskd.objective.projector.warmup_steps does not work under DeepSpeed, which "
                 "updates the student within its backward. Remove it."
             )
-        device = self.accelerator.device
-        spec = TeacherSpec(self.dskd.teacher, objective.facts.vocab_sizes[1], device)
-        teacher = open_teacher(spec, self._run())
-        teacher.begin()
+        teachers = self._open_teachers()
+        lessons = {name: Lesson(teachers[name], o) for name, o in self.objectives.items()}
+        self.distillation = Distillation(lessons)
         for collator in self._collators:
-            collator.read_cached = teacher.reader()
+            collator.readers = [teacher.reader() for teacher in teachers.values()]
         with self.student.gathered() as (head, embedding):
             self.student.check_sizes(
-                head, embedding, compares_embeddings=objective.needs.embeddings
+                head, embedding, compares_embeddings=self.distillation.needs.embeddings
             )
-            heads, embeddings = (head, teacher.head), (embedding, teacher.embedding)
-            objective.begin(Pair(heads, embeddings, device))
+            for teacher, objective in lessons.values():
+                heads, embeddings = (head, teacher.head), (embedding, teacher.embedding)
+                objective.begin(Pair(heads, embeddings, self.accelerator.device))
         self.sidecar = Sidecar(
-            objective.config.name,
-            objective.module,
-            objective.beside,
+            self.dskd.objective.name,
+            {name: o.module for name, o in self.objectives.items() if o.module is not None},
+            beside,
             max_grad_norm=self.args.max_grad_norm,
         )
-        self.distillation = Distillation(teacher, objective)
-        tokenizers = objective.facts.student, objective.facts.teacher
-        told = samples_run(self, self.dskd, self.student, teacher, tokenizers)
+        told = samples_run(self, self.dskd, self.student, teachers)
         self.samples = open_samples(self.dskd.samples, told)
         self.train_dataset: Any = self.samples.dataset(self.train_dataset)
-        self.add_callback(TeacherEpochs(teacher))
-        self.add_callback(EndStep(objective.end_step))
+        for teacher, objective in lessons.values():
+            self.add_callback(TeacherEpochs(teacher))
+            self.add_callback(EndStep(objective.end_step))
         self.add_callback(
             StepSidecar(
                 self.sidecar,
@@ -160,19 +168,42 @@ class DSKDTrainer(AxolotlTrainer):
             )
         )
 
-    def _datasets(self) -> list[Any]:
-        """The rows that training and evaluation will see."""
+    def _open_teachers(self) -> dict[str, Teacher]:
+        """All teachers of the run, which have begun, by name."""
+        teachers = {}
+        for number, (name, one) in enumerate(self.dskd.each().items()):
+            with about_teacher(name):
+                size = self.objectives[name].facts.vocab_sizes[1]
+                spec = TeacherSpec(one.one_teacher, size, self.accelerator.device)
+                teachers[name] = open_teacher(spec, self._run(number, one))
+                teachers[name].begin()
+        return teachers
+
+    def _facts(self, number: int, student: Any, teacher: Any) -> Facts:
+        """What is known of the student and one of the teachers without weights."""
+        share = exact_share(rows_of_teacher(self.train_dataset, number))
+        longest = longest_supervised(self._datasets(number))
+        sizes = vocabulary_size(student), vocabulary_size(teacher)
+        return Facts(student, teacher, sizes, share, longest)
+
+    def _datasets(self, teacher: int) -> list[Any]:
+        """The rows of a teacher that training and evaluation will see."""
         evaluation = self.eval_dataset
         datasets = [self.train_dataset]
         datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-        return [dataset for dataset in datasets if dataset is not None]
+        return [rows_of_teacher(rows, teacher) for rows in datasets if rows is not None]
 
-    def _run(self) -> TrainingRun:
-        """What a teacher is told of this run."""
+    def _run(self, number: int, config: DSKDConfig) -> TrainingRun:
+        """What a teacher is told of this run.
+
+        Args:
+            number: the teacher's.
+            config: with this teacher alone.
+        """
         device = self.accelerator.device
         writes = self.dskd.samples.source == "student"
         return TrainingRun(
-            datasets=self._datasets(),
+            datasets=self._datasets(number),
             student_is_sharded=self.student.is_sharded,
             rank=self.args.process_index,
             gather=lambda number: self.accelerator.gather(
@@ -180,7 +211,7 @@ class DSKDTrainer(AxolotlTrainer):
             ).tolist(),
             stop_together=partial(raise_together, device=device),
             local_main_first=self.accelerator.local_main_process_first,
-            longest_written=teacher_position_limit(self.dskd) if writes else 0,
+            longest_written=teacher_position_limit(config) if writes else 0,
             how_to_resume=self._how_to_resume,
         )
 
@@ -199,7 +230,7 @@ class DSKDTrainer(AxolotlTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += PREPARED_COLUMNS
+            self._signature_columns += (*PREPARED_COLUMNS, TEACHER)
 
     # ---- the loss ----------------------------------------------------------------------------
 
@@ -209,7 +240,7 @@ class DSKDTrainer(AxolotlTrainer):
         """The micro-batches of a step, from where samples come from, and then their count."""
         batches = self.samples(list(islice(epoch_iterator, num_batches)), self.state.global_step)
         if self.distillation is not None:
-            self.distillation.teacher.expect([DualBatch.pop_from(dict(b)) for b in batches])
+            self.distillation.expect([DualBatch.pop_from(dict(batch)) for batch in batches])
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -236,7 +267,7 @@ class DSKDTrainer(AxolotlTrainer):
         """The student's forward without logits; the loss is computed where its head would be."""
         batch = DualBatch.pop_from(inputs)
         if self.distillation is not None and not model.training:
-            self.distillation.teacher.expect([batch])
+            self.distillation.expect([batch])
         step = Step(
             batch,
             self.student,
@@ -278,7 +309,7 @@ class DSKDTrainer(AxolotlTrainer):
         if self.distillation is None or step == self._followed_step:
             return
         self._followed_step = step
-        self.distillation.objective.follow(step, head)
+        self.distillation.follow(step, head)
 
     # ---- metrics -----------------------------------------------------------------------------
 

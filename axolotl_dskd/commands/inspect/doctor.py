@@ -56,7 +56,7 @@ def inspect_run(
     if not config.uses_teacher:
         raise ValueError("dskd.kd_ratio is 0: this run uses no teacher, so there is no pair.")
     if probe_count:
-        check_quantised(config.teacher)
+        check_quantised(config.one_teacher)
     progress("tokenizers")
     vocabularies = _vocabularies(cfg, config)
     tokenizers = vocabularies[0].tokenizer, vocabularies[1].tokenizer
@@ -70,8 +70,8 @@ def inspect_run(
         raise ValueError(_nothing_kept(coverage, samples))
     progress("models")
     student = student_skeleton(cfg, tokenizers[0])
-    teacher = teacher_skeleton(config.teacher, card.device)
-    names = str(cfg.base_model), config.teacher.base_model
+    teacher = teacher_skeleton(config.one_teacher, card.device)
+    names = str(cfg.base_model), config.one_teacher.base_model
     ours, theirs = (
         side_facts(model, tokenizer, name, kept, prefix, rate)
         for model, tokenizer, name, prefix, rate in zip(
@@ -91,8 +91,8 @@ def inspect_run(
     if probe_count:
         device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
         probed = probe_rows(kept, probe_count)
-        result = probe(config.teacher, probed, theirs.vocabulary, device, progress)
-        fidelity = result.words("4 bits" if config.teacher.load_in_4bit else "8 bits")
+        result = probe(config.one_teacher, probed, theirs.vocabulary, device, progress)
+        fidelity = result.words("4 bits" if config.one_teacher.load_in_4bit else "8 bits")
     return Report(
         config=path,
         student=ours,

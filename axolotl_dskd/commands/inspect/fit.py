@@ -40,7 +40,7 @@ class Setup:
         """The same with other values of keys, named as in the YAML."""
         ours = {k.removeprefix(_TEACHER): v for k, v in changes.items() if k.startswith(_TEACHER)}
         others = {k: v for k, v in changes.items() if not k.startswith(_TEACHER)}
-        teacher = self.config.teacher.model_copy(update=ours)
+        teacher = self.config.one_teacher.model_copy(update=ours)
         config = self.config.model_copy(update={"teacher": teacher})
         return replace(self, cfg=DictDefault({**self.cfg, **others}), config=config)
 
@@ -48,7 +48,7 @@ class Setup:
         """The plan of these skeletons."""
         objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
         batch, _ = batch_shape(self.cfg, self.samples)
-        run = PlannedRun(self.cfg, self.config.teacher, batch, objective, self.card.gpu)
+        run = PlannedRun(self.cfg, self.config.one_teacher, batch, objective, self.card.gpu)
         return make_plan(student, teacher, run)
 
 
@@ -105,7 +105,7 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     plan = setup.plan(student, teacher)
     held = sum(plan.held.values())
     notes = list(plan.notes)
-    if (setup.config.teacher.device_map or "") not in ("", {"": 0}):
+    if (setup.config.one_teacher.device_map or "") not in ("", {"": 0}):
         notes.append("dskd.teacher.device_map is not followed: all of the teacher is counted here")
     if card.gpu:
         notes.append("CUDA context and fragmentation (5% of a step) are allowances, not counts")
@@ -126,7 +126,7 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
 def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes that would take less memory and what they cost, those that change the result least
     first."""
-    cfg, teacher = setup.cfg, setup.config.teacher
+    cfg, teacher = setup.cfg, setup.config.one_teacher
     if not cfg.gradient_checkpointing:
         cost = "each step takes about a third longer, the result stays"
         yield {"gradient_checkpointing": True}, cost
@@ -178,7 +178,7 @@ def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[St
         if changes is None:
             return
         changed = setup.changed(changes)
-        changed_teacher = teacher_skeleton(changed.config.teacher, setup.card.device)
+        changed_teacher = teacher_skeleton(changed.config.one_teacher, setup.card.device)
         smaller = changed.plan(student, changed_teacher).total
         if total - smaller < 0.01 * (total - CUDA_CONTEXT):
             useless.append(set(changes))
