@@ -25,15 +25,16 @@ _VLLM_KEY = "VLLM_API_KEY"
 
 
 def serve_commands(
-    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...]
+    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...], teacher: int = 0
 ) -> dict[str, list[str]]:
     """The command of each server, by its URL.
 
     Args:
         cfg: Axolotl's validated configuration; its data sets say how long rows are.
-        config: its `dskd:` block.
+        config: its `dskd:` block with one teacher.
         python: of the environment that has vLLM.
         more: arguments for vLLM.
+        teacher: its number.
 
     Raises:
         ValueError: the configuration names no server.
@@ -42,7 +43,7 @@ def serve_commands(
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = load_teacher_tokenizer(config)
     spec = TeacherSpec(config.one_teacher, vocabulary_size(tokenizer), device)
-    longest = int(rows_of(cfg).lengths.max())
+    longest = int(rows_of(cfg, teacher).lengths.max())
     # Room for rows that are added later, and a number that is easy to read.
     room = limit = teacher_position_limit(config)
     if config.samples.source != "student":  # what that writes may be as long as the limit

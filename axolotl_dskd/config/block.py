@@ -117,6 +117,24 @@ class DSKDConfig(Block):
             for name, teacher in self.teachers.items()
         }
 
+    def choose(self, name: str | None) -> tuple[int, str, DSKDConfig]:
+        """The number, the name and the configuration of one teacher.
+
+        Args:
+            name: None where there is only one.
+
+        Raises:
+            ValueError: there is no such teacher, or there are several to choose from.
+        """
+        each = self.each()
+        if len(each) == 1 and name is None:
+            name = next(iter(each))
+        if name is None or name not in each:
+            found = f"no teacher {name!r}" if name else "several teachers"
+            names = " or ".join(f"--teacher {other}" for other in each if other)
+            raise ValueError(f"the configuration has {found}: say {names or 'no --teacher'}.")
+        return list(each).index(name), name, each[name]
+
     @classmethod
     def of(cls, cfg: Any) -> DSKDConfig | None:
         """The typed block of an Axolotl config, or None where there is none."""

@@ -161,16 +161,25 @@ def test_the_student_writes_for_each_rows_own_teacher(on_policy: dict[str, Train
 
 
 def test_each_teacher_answers_its_own_prompts(folder: Path, train: Train):
+    """As it does where it is the only teacher and its rows are all there are."""
     samples = {"from": "teacher", "max_new_tokens": 8, "temperature": 0}
     block = two_teachers.block(folder, samples=samples)
-    trainer = train(tiny.base_config(folder, max_steps=1, dskd=block))[1]
-    rows = trainer.train_dataset
-    assert [row["dskd_teacher"] for row in rows] == [0, 1] * (ROWS // 2)
-    teachers = [lesson.teacher.model for lesson in trainer.distillation.lessons.values()]
-    for row in rows:
-        ids, labels = (torch.tensor(row[f"teacher_{c}"]) for c in ("input_ids", "labels"))
-        said = labels[1:] >= 0
-        with torch.no_grad():
-            logits = teachers[row["dskd_teacher"]](input_ids=ids[None]).logits[0, :-1]
-        # What it takes for most likely it has written, its end apart.
-        assert (logits.argmax(-1)[said] == labels[1:][said])[:-1].all()
+    rows = two_teachers.rows(ROWS)
+
+    def answered(name: str, block: dict[str, Any], rows: list[dict[str, Any]]) -> list[Any]:
+        path = tiny.write_rows(folder / f"answered-{name}.jsonl", rows)
+        data = [{"path": str(path), "ds_type": "json", "type": "chat_template"}]
+        config = tiny.base_config(folder, max_steps=1, dskd=block, datasets=data)
+        return list(train(config)[1].train_dataset)
+
+    together = answered("all", block, rows)
+    assert [row["dskd_teacher"] for row in together] == [0, 1] * (ROWS // 2)
+    for number, name in enumerate(NAMES):
+        alone = answered(
+            name, {"teacher": block["teachers"][name], "samples": samples}, rows[number::2]
+        )
+        mine = [
+            {column: value for column, value in row.items() if column != "dskd_teacher"}
+            for row in together[number::2]
+        ]
+        assert mine == alone
