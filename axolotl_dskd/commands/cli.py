@@ -92,6 +92,9 @@ def _yaml(path: Path) -> Any:
 _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
 
+_teacher = click.option("--teacher", metavar="NAME", help="Which of several teachers.")
+
+
 class _CacheGroup(click.Group):
     """Subcommands, with an answer for those who name a config file right away."""
 
@@ -147,9 +150,10 @@ def write(config: Path, part: tuple[int, int]) -> None:
     CUDA_VISIBLE_DEVICES and --part.
     """
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.cache import write_cache
+        from axolotl_dskd.commands.cache import cached_teachers, write_cache
 
-        write_cache(cfg, dskd, out, part=part)
+        for number, one in cached_teachers(dskd):
+            write_cache(cfg, one, out, part=part, teacher=number)
 
 
 @cache.command()
@@ -157,9 +161,11 @@ def write(config: Path, part: tuple[int, int]) -> None:
 def info(config: Path) -> None:
     """Show what the cache holds, and how much of CONFIG's rows."""
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.cache import show_cache
+        from axolotl_dskd.commands.cache import cached_teachers
+        from axolotl_dskd.commands.upkeep import show_cache
 
-        show_cache(cfg, dskd, out)
+        for number, one in cached_teachers(dskd):
+            show_cache(cfg, one, out, teacher=number)
 
 
 @cache.command()
@@ -167,9 +173,10 @@ def info(config: Path) -> None:
 def verify(config: Path) -> None:
     """Read every byte of the teacher's states and take out what is damaged."""
     with _work(config) as (_, dskd, out):
-        from axolotl_dskd.commands.cache import verify_cache
+        from axolotl_dskd.commands.cache import cached_teachers
+        from axolotl_dskd.commands.upkeep import verify_cache
 
-        damage = verify_cache(dskd)
+        damage = [line for _, one in cached_teachers(dskd) for line in verify_cache(one)]
         for line in damage:
             click.echo(line, out)
         if damage:
@@ -186,15 +193,15 @@ def verify(config: Path) -> None:
 def prune(config: Path, yes: bool) -> None:
     """List what CONFIG does not use and, when confirmed, remove it."""
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.cache import carry_out, prune_cache
+        from axolotl_dskd.commands.upkeep import carry_out, prune_caches
 
-        plan, lines = prune_cache(cfg, dskd)
-        for line in lines:
-            click.echo(line, out)
-        if not lines:
-            click.echo("Nothing to remove.", out)
-        elif yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True):
-            click.echo(carry_out(plan), out)
+        for plan, lines in prune_caches(cfg, dskd):
+            for line in lines:
+                click.echo(line, out)
+            if not lines:
+                click.echo("Nothing to remove.", out)
+            elif yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True):
+                click.echo(carry_out(plan), out)
 
 
 @contextmanager
@@ -218,8 +225,9 @@ def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
 @click.option(
     "--python", default="python", show_default=True, help="Of the environment that has vLLM."
 )
+@_teacher
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
+def serve(config: Path, run: bool, python: str, teacher: str | None, more: tuple[str, ...]) -> None:
     """Print the command that starts the server of CONFIG's teacher, a stock vLLM.
 
     What follows `--` is handed on to vLLM.
@@ -227,12 +235,13 @@ def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
     with _work(config) as (cfg, dskd, out):
         from axolotl_dskd.commands.serve import in_words, run_command, serve_commands
 
-        commands = serve_commands(cfg, dskd, python, more)
+        number, _, one = dskd.choose(teacher)
+        commands = serve_commands(cfg, one, python, more, number)
         for command in commands.values():
-            click.echo(in_words(dskd, command), out)
+            click.echo(in_words(one, command), out)
         if run:
             out.flush()
-            run_command(dskd, *next(iter(commands.items())))
+            run_command(one, *next(iter(commands.items())))
 
 
 @main.command()
@@ -249,6 +258,7 @@ def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
     type=click.IntRange(1),
     help="Also measure what quantising the teacher changes, on N rows (loads it twice).",
 )
+@_teacher
 def inspect(**options: Any) -> None:
     """Tokenizer pair, sample of your rows and memory plan of CONFIG, before anything is trained."""
     with quiet():

@@ -25,15 +25,16 @@ _VLLM_KEY = "VLLM_API_KEY"
 
 
 def serve_commands(
-    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...]
+    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...], teacher: int = 0
 ) -> dict[str, list[str]]:
     """The command of each server, by its URL.
 
     Args:
         cfg: Axolotl's validated configuration; its data sets say how long rows are.
-        config: its `dskd:` block.
+        config: its `dskd:` block with one teacher.
         python: of the environment that has vLLM.
         more: arguments for vLLM.
+        teacher: its number.
 
     Raises:
         ValueError: the configuration names no server, or one that needs a certificate.
@@ -41,10 +42,10 @@ def serve_commands(
     server = _server(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = load_teacher_tokenizer(config)
-    spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
+    spec = TeacherSpec(config.one_teacher, vocabulary_size(tokenizer), device)
     # Who is asked for log-probabilities writes a token behind the row.
-    behind = 1 if config.teacher.gives == "logprobs" else 0
-    longest = int(rows_of(cfg).lengths.max()) + behind
+    behind = 1 if config.one_teacher.gives == "logprobs" else 0
+    longest = int(rows_of(cfg, teacher).lengths.max()) + behind
     # Room for rows that are added later, and a number that is easy to read.
     room = limit = teacher_position_limit(config) + behind
     if config.samples.source != "student":  # what that writes may be as long as the limit
@@ -92,9 +93,9 @@ def _check_encryption(url: str, more: tuple[str, ...]) -> None:
 
 
 def _server(config: DSKDConfig) -> ServerConfig:
-    if config.teacher.server is None:
+    if config.one_teacher.server is None:
         raise ValueError(
             "there is no `server:` in dskd.teacher. Add\n"
             "dskd:\n  teacher:\n    server: {url: http://127.0.0.1:8000}"
         )
-    return config.teacher.server
+    return config.one_teacher.server

@@ -23,6 +23,7 @@ from axolotl_dskd.config.objectives import (
     TokenKDConfig,
     ULDConfig,
 )
+from axolotl_dskd.config.route import RouteConfig, about_teacher
 from axolotl_dskd.config.samples import (
     DatasetSamplesConfig,
     SamplesConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "PolicyConfig",
     "PreferenceConfig",
     "ProjectorConfig",
+    "RouteConfig",
     "SamplesConfig",
     "ServerConfig",
     "SinkhornConfig",
@@ -64,4 +66,5 @@ __all__ = [
     "ULDConfig",
     "VirtualAttentionConfig",
     "WritingConfig",
+    "about_teacher",
 ]

@@ -8,7 +8,7 @@ meta tensors. Knows models and settings; nothing of rows or reports.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -116,6 +116,36 @@ class Plan:
     def total(self) -> int:
         """Bytes at the fullest moment."""
         return sum(self.at_peak.values())
+
+
+#: What of a plan each of several teachers has of its own; the rest is the student's.
+_OF_A_TEACHER = (
+    "projectors with their optimizer",
+    "teacher layers",
+    "teacher embedding and head",
+)
+
+
+def of_all_teachers(plans: Sequence[Plan]) -> Plan:
+    """The plan of a run with several teachers, as if a whole batch asked the largest of them.
+
+    Args:
+        plans: with each of them alone.
+    """
+    first = plans[0]
+    held = {
+        name: (sum if name in _OF_A_TEACHER else max)(plan.held[name] for plan in plans)
+        for name in first.held
+    }
+    names = dict.fromkeys(name for plan in plans for name in plan.phases)
+    phases = {
+        name: max(
+            (plan.phases[name] for plan in plans if name in plan.phases),
+            key=lambda parts: sum(parts.values()),
+        )
+        for name in names
+    }
+    return Plan(held, phases, list(dict.fromkeys(note for plan in plans for note in plan.notes)))
 
 
 def _checkpointing(student: Any, run: PlannedRun) -> None:

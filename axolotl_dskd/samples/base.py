@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from axolotl_dskd.data.answers import AnsweredRows
+from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
 from axolotl_dskd.data.collator import DualCollator
 from axolotl_dskd.generation import Writer
 
@@ -35,9 +35,10 @@ class SamplesRun:
         decode: the student's ids to text.
         device: of collectives.
         rank: this process' number.
+        by_teacher: the same run with each of several teachers and its rows; none: there is one.
     """
 
-    answered: Callable[[], AnsweredRows]
+    answered: Callable[[], AnsweredRows | RoutedAnswers]
     collator: DualCollator
     writer: Callable[[str, list[int], int], Writer]
     max_length: int
@@ -49,6 +50,7 @@ class SamplesRun:
     decode: Callable[[list[int]], str]
     device: torch.device
     rank: int = 0
+    by_teacher: Sequence[SamplesRun] = ()
 
 
 class Samples(Protocol):

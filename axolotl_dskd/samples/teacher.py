@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from axolotl_dskd.config import TeacherSamplesConfig
+from axolotl_dskd.data.answers import AnsweredRows
 from axolotl_dskd.data.collator import fill_columns
+from axolotl_dskd.data.routing import in_their_places, rows_of_teacher
 from axolotl_dskd.generation import Answer, Sampling, prompt_seed
 from axolotl_dskd.ranks import gather_objects, max_over_ranks
 from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
@@ -42,7 +44,9 @@ class TeacherSamples(Samples):
     def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
         self.config = config
         self.run = run
-        self.answered = run.answered()
+        answered = run.answered()
+        assert isinstance(answered, AnsweredRows), "one teacher at a time"
+        self.answered = answered
         self.tally = Tally()
 
     def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
@@ -158,6 +162,32 @@ class TeacherSamples(Samples):
         decides["ends"] = self.answered.end_ids["teacher"]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return self.run.folder / f"dskd-answers-{digest}"
+
+
+class SeveralTeachersSamples(Samples):
+    """Rows whose answers their own teacher has written.
+
+    Args:
+        config: its keys.
+        run: the training.
+    """
+
+    def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
+        self.config = config
+        self.run = run
+
+    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
+        """See `Samples`: the rows are answered already."""
+        return batches
+
+    def dataset(self, rows: Any) -> Any:
+        """See `TeacherSamples`; a teacher that no row asks writes nothing."""
+        parts = [rows_of_teacher(rows, number) for number in range(len(self.run.by_teacher))]
+        answered = [
+            TeacherSamples(self.config, run).dataset(part) if len(part) else part
+            for run, part in zip(self.run.by_teacher, parts, strict=True)
+        ]
+        return in_their_places(answered, rows)
 
 
 def _save(folder: Path, answers: dict[int, Answer]) -> None:

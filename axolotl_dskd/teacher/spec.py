@@ -50,7 +50,8 @@ class TrainingRun:
     """What a training run tells its teacher. The defaults are those of a run in one process.
 
     Attributes:
-        datasets: rows that training and evaluation will see, the same on every rank.
+        datasets: gives the rows that training and evaluation will see, the same on every rank;
+            others before answers are written for them.
         student_is_sharded: whether ranks hold parts of the student.
         rank: this process' number.
         gather: an integer of every rank, by rank; returns when each has given its own.
@@ -63,7 +64,7 @@ class TrainingRun:
         needs: what the teacher will be asked for.
     """
 
-    datasets: Sequence[Any] = ()
+    datasets: Callable[[], Sequence[Any]] = tuple
     student_is_sharded: bool = False
     rank: int = 0
     gather: Callable[[int], list[int]] = lambda number: [number]

@@ -156,6 +156,20 @@ class Attending(TrainerCallback):
             )
 
 
+def attend(trainer: Any, config: VirtualAttentionConfig, budget: Budget) -> Attending:
+    """Virtual attention of a trainer that is about to train, from now on.
+
+    Args:
+        config: its keys.
+        budget: of chunks where margins are looked at.
+    """
+    student, device = trainer.student, trainer.accelerator.device
+    tokenizer, seed = trainer.processing_class, trainer.args.seed
+    with student.gathered() as (head, _):
+        module = VirtualAttention(config, tokenizer, student.vocab_size, head, device, seed)
+    return Attending(config, module, student, budget, lambda: trainer.state)
+
+
 def _plain(numbers: Tensor) -> list[list[float]]:
     """As they stand in a record."""
     return [[round(x, 5) for x in row] for row in numbers.detach().tolist()]

@@ -7,6 +7,7 @@ would cut it. Knows a module, gradients and files; nothing of models, tokens or 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,54 +26,55 @@ _LAST_FILE = "trainer_state.json"
 
 
 class Sidecar:
-    """Trains an objective's module and keeps it in checkpoints; without a module it notes in
-    checkpoints which objective wrote them.
+    """Trains an objective's modules, one for each teacher that has one, and keeps them in
+    checkpoints; without a module it notes in checkpoints which objective wrote them.
 
     float32 AdamW that follows the student's learning-rate schedule: gradients are averaged over
-    ranks, clipped to the same norm as the student's, and the learning rate is the module's own
+    ranks, clipped to the same norm as the student's, and the learning rate is a module's own
     times the factor by which the schedule scales the student's.
 
     Args:
         objective: its name.
-        module: its parameters and buffers start alike on every rank: rank 0's are taken.
-        beside: how it is optimised.
-        max_grad_norm: the student's.
-        attention: virtual attention and how it is optimised, where there is one; clipped on its
-            own.
+        modules: by the teacher's name, which is empty where there is one teacher, or
+            `virtual_attention`. Their parameters and buffers start alike on every rank: rank 0's
+            are taken.
+        beside: how each is optimised; those with `warmup_steps` train alone at first.
+        max_grad_norm: the student's, for each of them.
     """
 
     def __init__(
         self,
         objective: str,
-        module: nn.Module | None,
-        beside: Beside | None,
+        modules: Mapping[str, nn.Module],
+        beside: Mapping[str, Beside],
         *,
         max_grad_norm: float,
-        attention: tuple[nn.Module, Beside] | None = None,
     ) -> None:
         self.objective = objective
-        self.module = module if module is not None else nn.Module()
-        self.beside = beside or Beside(learning_rate=0.0)
+        #: By what the names of its tensors begin with.
+        self.modules = {f"{name}." if name else "": module for name, module in modules.items()}
+        self.warmup_steps = max((way.warmup_steps for way in beside.values()), default=0)
         self.max_grad_norm = max_grad_norm
-        parts = [(self.module, self.beside)]
-        if attention is not None:
-            parts.append(attention)
-            self.module = nn.Module()
-            self.module.objective, self.module.virtual_attention = parts[0][0], attention[0]
-        self._parameters = dict(self.module.named_parameters())
-        groups = [
-            {
-                "params": list(part.parameters()),
-                "lr": how.learning_rate,
-                "initial_lr": how.learning_rate,
-                "weight_decay": how.weight_decay,
-            }
-            for part, how in parts
-        ]
-        self.adamw: torch.optim.AdamW | None = None
-        if self._parameters:
-            self.adamw = torch.optim.AdamW(groups)
-        share_first(tensor.data for tensor in self.module.state_dict(keep_vars=True).values())
+        self._parameters: dict[str, nn.Parameter] = {}
+        groups = []
+        for prefix, (name, module) in zip(self.modules, modules.items(), strict=True):
+            named = {f"{prefix}{key}": value for key, value in module.named_parameters()}
+            self._parameters |= named
+            if named:
+                way = beside[name]
+                group = {"params": list(named.values()), "lr": way.learning_rate}
+                group |= {"own_lr": way.learning_rate, "is_first": way.warmup_steps > 0}
+                groups.append({**group, "weight_decay": way.weight_decay})
+        self.adamw = torch.optim.AdamW(groups) if groups else None
+        share_first(tensor.data for tensor in self.tensors(keep_vars=True).values())
+
+    def tensors(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {
+            f"{prefix}{name}": tensor
+            for prefix, module in self.modules.items()
+            for name, tensor in module.state_dict(keep_vars=keep_vars).items()
+        }
 
     @staticmethod
     def folder(checkpoint: str | Path) -> Path:
@@ -80,12 +82,13 @@ class Sidecar:
         return Path(checkpoint) / _FOLDER
 
     def is_alone(self, step: int) -> bool:
-        """Whether the module trains alone at this step."""
-        return step < self.beside.warmup_steps
+        """Whether the modules train alone at this step."""
+        return step < self.warmup_steps
 
     def forget_gradients(self) -> None:
         """Drop what was accumulated."""
-        self.module.zero_grad(set_to_none=True)
+        for module in self.modules.values():
+            module.zero_grad(set_to_none=True)
 
     def step(
         self,
@@ -105,7 +108,7 @@ class Sidecar:
                 what did it.
             scaler: the student's, before its `update`: gradients are divided by its scale, and it
                 lowers the scale where they overflow, also if the student's do not.
-            alone: the objective's module trains alone, at its full rate.
+            alone: what has warm-up steps trains, at its full rate, and nothing else does.
         """
         if self.adamw is None:
             return
@@ -134,11 +137,11 @@ class Sidecar:
 
     def _apply(self, adamw: torch.optim.AdamW, schedule_factor: float, alone: bool) -> None:
         """One update from finite gradients."""
-        factors = [1.0, 0.0] if alone else [schedule_factor] * 2
-        for group, factor in zip(adamw.param_groups, factors, strict=False):
+        for group in adamw.param_groups:
             if self.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-            group["lr"] = group["initial_lr"] * factor
+            factor = float(group["is_first"]) if alone else schedule_factor
+            group["lr"] = group["own_lr"] * factor
         adamw.step()
 
     def _refuse(self, adamw: torch.optim.AdamW, not_finite: list[str]) -> NoReturn:
@@ -160,7 +163,7 @@ class Sidecar:
         are."""
         folder = Path(checkpoint) / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        _write(self.module.state_dict(), folder / _WEIGHTS)
+        _write(self.tensors(), folder / _WEIGHTS)
         state = {}
         if self.adamw is not None:
             state = {
@@ -189,15 +192,17 @@ class Sidecar:
                 f"the objective's part in {folder} is damaged ({error}). "
                 f"{_other_checkpoint(checkpoint)}"
             ) from error
-        ours = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
+        ours = {name: tuple(t.shape) for name, t in self.tensors().items()}
         theirs = {name: tuple(t.shape) for name, t in weights.items()}
         if (written_by, theirs) != (self.objective, ours):
             raise ValueError(
                 f"what the objective trains in {folder} does not fit this run: found "
-                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teacher, student "
+                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teachers, student "
                 "and objective must be those of the interrupted run."
             )
-        self.module.load_state_dict(weights)
+        for prefix, module in self.modules.items():
+            own = module.state_dict()
+            module.load_state_dict({name: weights[f"{prefix}{name}"] for name in own})
         for name, parameter in self._parameters.items():
             prefix = f"{name}."
             assert self.adamw is not None

@@ -6,12 +6,13 @@ whole; what it found is read afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from axolotl_dskd.config import about_teacher
 from axolotl_dskd.evaluation.measure import Measured, measure
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.models.student import Student
@@ -20,15 +21,15 @@ from axolotl_dskd.objectives.cross_entropy import cross_entropy
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher import Teacher
 from axolotl_dskd.training.attending import Attending
+from axolotl_dskd.training.parts import Found, part_of, together
 from axolotl_dskd.types import IGNORE_INDEX, DualBatch, LossOutput, Needs, View
 
 
-class Distillation:
-    """What a run learns from: a teacher that is open, and the objective that has begun."""
+class Lesson(NamedTuple):
+    """A teacher that is open, and the objective that has begun with it."""
 
-    def __init__(self, teacher: Teacher, objective: Objective[Any]) -> None:
-        self.teacher = teacher
-        self.objective = objective
+    teacher: Teacher
+    objective: Objective[Any]
 
     def __call__(self, batch: DualBatch, student: View) -> LossOutput:
         """The sums over a batch."""
@@ -41,6 +42,61 @@ class Distillation:
         if student.written is not None:
             out.references = int((student.references != IGNORE_INDEX).sum())
         return out
+
+
+class Distillation:
+    """What a run learns from: its teachers, each with an objective of its own.
+
+    Args:
+        lessons: by the teacher's name, in their order; one alone has an empty name.
+    """
+
+    def __init__(self, lessons: Mapping[str, Lesson]) -> None:
+        self.lessons = dict(lessons)
+        self.needs = _of_student(lesson.objective for lesson in self.lessons.values())
+
+    def __call__(self, batch: DualBatch, student: View) -> tuple[LossOutput, dict[str, Found]]:
+        """The sums over a batch, and, where there are several teachers, those over each one's part.
+
+        Every teacher is called on every rank, also on one that has no sample for it.
+        """
+        if batch.teachers is None:
+            (lesson,) = self.lessons.values()
+            return lesson(batch, student), {}
+        found: dict[str, Found] = {}
+        problems = []
+        for number, (name, lesson) in enumerate(self.lessons.items()):
+            part = part_of(batch, number)
+            try:
+                with about_teacher(name):
+                    found[name] = Found(part, lesson(part.batch, part.view(student)))
+            except ValueError as error:  # the next teacher may need every rank
+                problems.append(error)
+        if problems:
+            raise problems[0]
+        return together(found.values()), found
+
+    def expect(self, batches: Sequence[DualBatch]) -> None:
+        """Name the teachers the batches that they will be asked about."""
+        for number, lesson in enumerate(self.lessons.values()):
+            lesson.teacher.expect(
+                [b if b.teachers is None else part_of(b, number).batch for b in batches]
+            )
+
+    def follow(self, step: int, head: OutputHead) -> None:
+        """See `Objective.follow`."""
+        for lesson in self.lessons.values():
+            lesson.objective.follow(step, head)
+
+
+def _of_student(objectives: Iterable[Objective[Any]]) -> Needs:
+    """What of the student has to be given where all of these are to have what they need."""
+    needs = [objective.needs for objective in objectives]
+    return Needs(
+        embeddings=any(one.embeddings for one in needs),
+        written=any(one.written for one in needs),
+        contrast=any(one.contrast for one in needs),
+    )
 
 
 class Step:
@@ -57,6 +113,7 @@ class Step:
 
     Attributes:
         measured: after the forward of a step that evaluates.
+        found: of each of several teachers, by name.
     """
 
     def __init__(
@@ -78,12 +135,13 @@ class Step:
         self.attending = attending
         self.evaluates = evaluates
         self.measured: Measured | None = None
+        self.found: dict[str, Found] = {}
         self._refusal: str | None = None
 
     def at_head(self, hidden_BLd: Tensor) -> LossOutput:
         """The sums over the batch, from what the head was given."""
         mask_BL = self.batch.student_mask()
-        needs = Needs() if self.distillation is None else self.distillation.objective.needs
+        needs = Needs() if self.distillation is None else self.distillation.needs
         tokens, written = self.batch.student_side(mask_BL), self.batch.written
         view = self.student.view(tokens, hidden_BLd[mask_BL], needs, evaluates=self.evaluates)
         view = replace(view, written=written)
@@ -104,7 +162,8 @@ class Step:
         if self.distillation is None:
             return cross_entropy(view, self.budget)
         try:
-            return self.distillation(self.batch, view)
+            out, self.found = self.distillation(self.batch, view)
+            return out
         except ValueError as error:  # said later, by all ranks: none may wait for this one
             self._refusal = str(error)
             return cross_entropy(view, self.budget)

@@ -16,6 +16,7 @@ from axolotl_dskd.config import (
     DualSpaceConfig,
     ObjectiveConfig,
     ProjectorConfig,
+    RouteConfig,
     ServerConfig,
     StudentSamplesConfig,
     TeacherConfig,
@@ -57,6 +58,7 @@ def test_a_run_without_a_block_is_not_ours(pair_folder: Path, validated: Validat
 
 BLOCKS: list[type[BaseModel]] = [
     DSKDConfig,
+    RouteConfig,
     TeacherConfig,
     CacheConfig,
     ServerConfig,
@@ -97,6 +99,8 @@ def test_the_readme_names_every_key_with_its_default(model: type[BaseModel]):
             assert f"{name}:" in text, name
 
 
+SEVERAL = {"teacher": None, "teachers": {"a": {"base_model": "x"}, "b": {"base_model": "y"}}}
+
 WRONG = {
     "unknown key": ({"temprature": 1.0}, "temprature"),
     "unknown teacher key": ({"teacher": {"base_model": "x", "base_modl": "y"}}, "base_modl"),
@@ -136,7 +140,33 @@ WRONG = {
         {"samples": "student", "kd_ratio": 0.0},
         "what the student writes is none",
     ),
-    "no teacher": ({"teacher": None}, "base_model|teacher"),
+    "no teacher": ({"teacher": None}, "needs either `teacher.* found neither"),
+    "one teacher and several": (
+        {"teachers": {"a": {"base_model": "x"}}, "route": {"field": "task"}},
+        "either `teacher.* found both",
+    ),
+    "teachers without a route": (
+        {"teacher": None, "teachers": {"a": {"base_model": "x"}}},
+        "says which teacher a row asks",
+    ),
+    "a route without teachers": ({"route": {"field": "task"}}, "belong together"),
+    "a route of two kinds": (SEVERAL | {"route": {"field": "t", "datasets": {}}}, "one of both"),
+    "a route to nobody": (
+        SEVERAL | {"route": {"datasets": {"rows.jsonl": "c"}}},
+        "asks c, but dskd.teachers has a, b",
+    ),
+    "a data set without teacher": (
+        SEVERAL | {"route": {"datasets": {"other": "a"}}},
+        "no teacher for the data set '.*rows.jsonl'",
+    ),
+    "a name that no metric can have": (
+        {"teacher": None, "teachers": {"a/b": {"base_model": "x"}}, "route": {"field": "t"}},
+        "should match pattern",
+    ),
+    "a key of one of several teachers": (
+        {"teacher": None, "teachers": {"a": {"base": "x"}}, "route": {"field": "t"}},
+        r"teachers.a.base",
+    ),
     "two quantisations": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},
         "Set one of them",
@@ -338,3 +368,30 @@ def test_a_module_without_a_dot_is_found_too(tmp_path: Path, monkeypatch: pytest
     block = {"teacher": {"base_model": "x"}, "objective": "lonely_objective"}
     assert DSKDConfig.model_validate(block).objective.name == "lonely_objective"
     del ObjectiveConfig.known["lonely"]
+
+
+def test_names_in_a_route_that_no_data_set_has_are_refused(pair_folder: Path, validated: Validated):
+    rows = str(pair_folder / "rows.jsonl")
+    block = SEVERAL | {"route": {"datasets": {rows: "a", "rows.json": "b"}}}
+    with pytest.raises(ValueError, match=r"names rows\.json, which is neither the path nor"):
+        validated(tiny.base_config(pair_folder, dskd=block))
+
+
+def test_several_teachers_are_as_many_configurations_of_one():
+    block = SEVERAL | {"route": {"field": "task"}, "kd_ratio": 0.3}
+    config = DSKDConfig.model_validate(block)
+    each = config.each()
+    assert list(each) == ["a", "b"]
+    assert each["b"] == DSKDConfig.model_validate({"teacher": {"base_model": "y"}, "kd_ratio": 0.3})
+    assert DSKDConfig.model_validate(config.model_dump()) == config
+    assert config.choose("b") == (1, "b", each["b"])
+    for name in (None, "c"):
+        with pytest.raises(ValueError, match="--teacher a or --teacher b"):
+            config.choose(name)
+
+
+def test_a_subset_goes_by_its_name_before_its_path():
+    route = RouteConfig(datasets={"hub/mix": "a", "code": "b"})
+    assert route.of_dataset({"path": "hub/mix", "name": None}) == "a"
+    assert route.of_dataset({"path": "hub/mix", "name": "code"}) == "b"
+    route.check_datasets([{"path": "hub/mix", "name": ["code", "prose"]}])

@@ -321,7 +321,7 @@ def test_another_name_tokenizer_or_context_is_refused(folder: Path, server: Rude
         opened(folder, server.url, model="llama")
     rows = Dataset.from_dict({"teacher_input_ids": [[1] * 600], "teacher_labels": [[1] * 600]})
     with pytest.raises(ValueError, match=r"reads 512 tokens at most.*has 600.*--max-model-len 600"):
-        opened(folder, server.url, run=TrainingRun(datasets=[rows]))
+        opened(folder, server.url, run=TrainingRun(datasets=lambda: [rows]))
     server.tokenizer = tiny.byte_level_tokenizer()
     with pytest.raises(ValueError, match=r"has another tokenizer than dskd\.teacher"):
         opened(folder, server.url)
@@ -368,7 +368,7 @@ def test_a_cache_keeps_what_was_served(folder: Path, server: RudeServer, tmp_pat
     spec = TeacherSpec(TeacherConfig.model_validate(block), 600, CPU)
     expected = opened(folder, None)(rows, NEEDS)
     for already in (False, True):
-        teacher = open_teacher(spec, TrainingRun(datasets=[Dataset.from_dict(columns)]))
+        teacher = open_teacher(spec, TrainingRun(datasets=lambda: [Dataset.from_dict(columns)]))
         before = len(server.requests)
         teacher.begin()
         teacher.expect([rows])

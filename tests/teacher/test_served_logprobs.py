@@ -71,7 +71,7 @@ def opened(
     where: dict[str, Any] = {"url" if isinstance(url, str) else "urls": url, "gives": "logprobs"}
     where |= {"retries": 2, "timeout": 5, "top_k": 7, **keys}
     block = {"base_model": str(folder / "teacher"), "dtype": "float32", "server": where}
-    run = TrainingRun(datasets=rows or [], needs=needs)
+    run = TrainingRun(datasets=lambda: rows or [], needs=needs)
     return open_teacher(TeacherSpec(TeacherConfig.model_validate(block), V, CPU), run)
 
 

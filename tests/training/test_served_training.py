@@ -20,7 +20,7 @@ from axolotl_dskd.types import DualBatch, Needs
 from tests.support import tiny
 from tests.support.batches import batch
 from tests.support.ranks import run
-from tests.support.runs import losses
+from tests.support.runs import losses, objective_of, teacher_of
 from tests.support.sharding import SHARDED
 from tests.support.vllm import MISSING, PYTHON, VLLM
 
@@ -100,7 +100,7 @@ def same_training(found: tuple[Any, Any], expected: tuple[Any, Any], steps: int 
     )
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert theirs
-    for part in (lambda run: run[0], lambda run: run[1].objective.module):
+    for part in (lambda run: run[0], lambda run: objective_of(run[1]).module):
         ours, theirs = (part(run).state_dict() for run in (found, expected))
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -111,7 +111,7 @@ def test_twenty_steps_are_those_of_the_live_teacher(
 ):
     server.wait()
     found = train(config(server, "found"))
-    assert isinstance(found[1].distillation.teacher, ServedTeacher)
+    assert isinstance(teacher_of(found[1]), ServedTeacher)
     same_training(found, live)
 
 

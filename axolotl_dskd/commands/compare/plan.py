@@ -114,8 +114,10 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path, gpus: int = 1) ->
                 "output_dir": str(folder / "model"),
                 "dataset_prepared_path": str(prepared / f"seed{seed}"),
             }
-            if block["teacher"].get("shard") != "full":  # a part of each layer fills no cache
-                config["dskd"]["teacher"].setdefault("cache", _cache(block, out))
+            ours = config["dskd"]
+            for teacher in (ours.get("teachers") or {"": ours["teacher"]}).values():
+                if teacher.get("shard") != "full":  # a part of each layer fills no cache
+                    teacher.setdefault("cache", _cache(teacher, out))
             runs.append(Run(name, seed, config, folder, digest))
     return runs
 
@@ -208,9 +210,9 @@ def _held_out(base: Config, held_out: str | float | None) -> Config:
     return base
 
 
-def _cache(block: Config, out: Path) -> Config:
+def _cache(teacher: Config, out: Path) -> Config:
     """One teacher cache for all runs, in the dtype that the teacher runs in or a wider one."""
-    dtype = "float32" if block["teacher"].get("dtype") == "float32" else "auto"
+    dtype = "float32" if teacher.get("dtype") == "float32" else "auto"
     return {"path": str(out / "teacher-cache"), "dtype": dtype}
 
 
@@ -228,7 +230,7 @@ def _digest(content: Any) -> str:
 def _input_files(base: Config, blocks: Iterable[DSKDConfig]) -> list[list[Any]]:
     """Local files that the runs read, each with what tells it from another version of it."""
     names = [base.get("base_model"), base.get("tokenizer_config")]
-    for teacher in (block.teacher for block in blocks):
+    for teacher in (one.one_teacher for block in blocks for one in block.each().values()):
         names += [teacher.base_model, teacher.adapter, teacher.tokenizer]
     for dataset in [*(base.get("datasets") or []), *(base.get("test_datasets") or [])]:
         inside = dataset.get("data_files") or []

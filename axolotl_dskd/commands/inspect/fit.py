@@ -21,40 +21,63 @@ from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.planning.memory import CUDA_CONTEXT, BatchShape, Plan, PlannedRun, make_plan
+from axolotl_dskd.planning.memory import (
+    CUDA_CONTEXT,
+    BatchShape,
+    Plan,
+    PlannedRun,
+    make_plan,
+    of_all_teachers,
+)
 from axolotl_dskd.planning.skeleton import teacher_skeleton
 from axolotl_dskd.virtual_attention import VirtualAttention
-
-#: How the YAML names a teacher's key.
-_TEACHER = "dskd.teacher."
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the plan of a configuration is made from."""
+    """What the plan of a configuration is made from.
+
+    Attributes:
+        config: with one teacher.
+        samples, facts: of its rows.
+        name: of the teacher, where there are several.
+        others: the same run with each of the others, and their skeletons.
+    """
 
     cfg: Any
     config: DSKDConfig
     card: Card
     samples: Sequence[DatasetSample]
     facts: Facts
+    name: str = ""
+    others: Sequence[tuple[Setup, Any]] = ()
+
+    @property
+    def prefix(self) -> str:
+        """How the YAML names the teacher's keys."""
+        return f"dskd.teachers.{self.name}." if self.name else "dskd.teacher."
 
     def changed(self, changes: dict[str, Any]) -> Setup:
         """The same with other values of keys, named as in the YAML."""
-        ours = {k.removeprefix(_TEACHER): v for k, v in changes.items() if k.startswith(_TEACHER)}
-        others = {k: v for k, v in changes.items() if not k.startswith(_TEACHER)}
-        teacher = self.config.teacher.model_copy(update=ours)
-        config = self.config.model_copy(update={"teacher": teacher})
-        return replace(self, cfg=DictDefault({**self.cfg, **others}), config=config)
+        ours, prefix = self.config.one_teacher, self.prefix
+        new = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in changes.items() if not k.startswith(prefix)}
+        return replace(
+            self,
+            cfg=DictDefault({**self.cfg, **rest}),
+            config=self.config.model_copy(update={"teacher": ours.model_copy(update=new)}),
+            others=[(other.changed(rest), skeleton) for other, skeleton in self.others],
+        )
 
     def plan(self, student: Any, teacher: Any) -> Plan:
-        """The plan of these skeletons."""
+        """The plan of these skeletons, beside those of the other teachers."""
         objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
         batch, _ = batch_shape(self.cfg, self.samples)
         run = PlannedRun(
-            self.cfg, self.config.teacher, batch, objective, self.card.gpu, self._attention()
+            self.cfg, self.config.one_teacher, batch, objective, self.card.gpu, self._attention()
         )
-        return make_plan(student, teacher, run)
+        plan = make_plan(student, teacher, run)
+        return of_all_teachers([plan, *(s.plan(student, other) for s, other in self.others)])
 
     def _attention(self) -> Callable[[OutputHead], VirtualAttention] | None:
         """What makes virtual attention for a skeleton's head, where it is configured."""
@@ -118,8 +141,10 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     plan = setup.plan(student, teacher)
     held = sum(plan.held.values())
     notes = list(plan.notes)
-    if (setup.config.teacher.device_map or "") not in ("", {"": 0}):
+    if (setup.config.one_teacher.device_map or "") not in ("", {"": 0}):
         notes.append("dskd.teacher.device_map is not followed: all of the teacher is counted here")
+    if setup.others:
+        notes.append("all teachers are counted; a batch is planned as if one of them had all of it")
     if card.gpu:
         notes.append("CUDA context and fragmentation (5% of a step) are allowances, not counts")
     fits = plan.total <= card.memory
@@ -139,13 +164,13 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
 def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes that would take less memory and what they cost, those that change the result least
     first."""
-    cfg, teacher = setup.cfg, setup.config.teacher
+    cfg, teacher, prefix = setup.cfg, setup.config.one_teacher, setup.prefix
     if not cfg.gradient_checkpointing:
         cost = "each step takes about a third longer, the result stays"
         yield {"gradient_checkpointing": True}, cost
     if teacher.layers_are_loaded:
         yield (
-            {_TEACHER + "cache": {"path": "./outputs/teacher-cache"}},
+            {prefix + "cache": {"path": "./outputs/teacher-cache"}},
             f"`axolotl-dskd cache write` first, about {_cache_bytes(setup, hidden_size) / 1e9:.1f} "
             "GB on disk; steps run no teacher",
         )
@@ -160,9 +185,9 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
     if "adam" in str(cfg.optimizer) and "8bit" not in str(cfg.optimizer):
         yield {"optimizer": "adamw_bnb_8bit"}, "the optimizer's states are rounded"
     if teacher.layers_are_loaded and not (teacher.load_in_4bit or teacher.adapter):
-        changes = {_TEACHER + "load_in_4bit": True}
+        changes = {prefix + "load_in_4bit": True}
         if teacher.load_in_8bit:
-            changes[_TEACHER + "load_in_8bit"] = False
+            changes[prefix + "load_in_8bit"] = False
         yield changes, "the teacher is rounded: `--probe 32` measures by how much"
     if (half := cfg.sequence_len // 2) >= 256:
         yield {"sequence_len": half}, "longer rows are dropped or cut (excess_length_strategy)"
@@ -191,7 +216,7 @@ def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[St
         if changes is None:
             return
         changed = setup.changed(changes)
-        changed_teacher = teacher_skeleton(changed.config.teacher, setup.card.device)
+        changed_teacher = teacher_skeleton(changed.config.one_teacher, setup.card.device)
         smaller = changed.plan(student, changed_teacher).total
         if total - smaller < 0.01 * (total - CUDA_CONTEXT):
             useless.append(set(changes))

@@ -31,6 +31,7 @@ from axolotl_dskd.data.reconcile import (
     TOO_LONG,
     differing_example,
 )
+from axolotl_dskd.data.routing import rows_of_teacher
 
 #: Outcomes of a row beside those of `reconcile`.
 UNTOKENIZED, STUDENT_LENGTH = "not tokenized", "student too long or empty"
@@ -97,11 +98,15 @@ def _choosing(count: int, seed: int, sizes: list[int]) -> Callable[..., Any]:
     return choose
 
 
-def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> list[DatasetSample]:
+def sample_rows(
+    cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int, teacher: int = 0
+) -> list[DatasetSample]:
     """Up to `count` rows of every training dataset, prepared for both sides.
 
     Args:
         cfg: Axolotl's validated configuration; `tokenizer`: the student's.
+        config: the `dskd:` block with one teacher.
+        teacher: its number: of several, only the rows that ask it are followed.
 
     Raises:
         ValueError: a dataset cannot be loaded or prepared; the message says which and why.
@@ -134,9 +139,14 @@ def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> 
                 if name in str(error):
                     raise
                 raise ValueError(f"dataset {name}: {error}") from error
-        sample = DatasetSample(name, total=sizes[0], sampled=sizes[1])
-        sample.outcomes[UNTOKENIZED] = max(0, sample.sampled - len(rows))
-        _follow(sample, rows, cfg, reconcile)
+        total, sampled = sizes
+        mine = rows_of_teacher(rows, teacher)
+        if len(mine) < len(rows):  # several teachers: as if the others' rows were not there
+            share = len(mine) / len(rows)
+            total, sampled = round(total * share), round(sampled * share)
+        sample = DatasetSample(name, total=total, sampled=sampled)
+        sample.outcomes[UNTOKENIZED] = max(0, sample.sampled - len(mine))
+        _follow(sample, mine, cfg, reconcile)
         samples.append(sample)
     return samples
 

@@ -49,7 +49,7 @@ class Probe:
         self.servers = servers
         self.name = served_name(spec)
         self.config = spec.config
-        lengths = (int(dataset_keys(dataset)[2].max()) for dataset in run.datasets if dataset)
+        lengths = (int(dataset_keys(dataset)[2].max()) for dataset in run.datasets() if dataset)
         #: Tokens of the longest row.
         self.longest = max(*lengths, run.longest_written, 0)
 

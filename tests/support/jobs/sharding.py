@@ -25,7 +25,7 @@ def projector_step() -> dict[str, Any]:
     own."""
     process_group()
     projectors = Projectors(4, 6, with_query=True, seed=this_rank())
-    optimizer = Sidecar("dual_space", projectors, Beside(learning_rate=0.1), max_grad_norm=0.0)
+    optimizer = Sidecar("dual_space", {"": projectors}, {"": Beside(0.1)}, max_grad_norm=0.0)
     optimizer.adamw = torch.optim.SGD(projectors.parameters(), lr=0.1)  # type: ignore[assignment]
     start = {k: v.clone() for k, v in projectors.state_dict().items()}
     for parameter in projectors.parameters():
