@@ -202,5 +202,8 @@ class DSKDArgs(BaseModel):
             )
         if route := data["dskd"].get("route"):
             entries = [*(data.get("datasets") or []), *(data.get("test_datasets") or [])]
-            RouteConfig.model_validate(dict(route)).check_datasets(entries)
+            RouteConfig.model_validate(dict(route)).check_datasets(
+                # Axolotl may have read them already.
+                [e.model_dump() if isinstance(e, BaseModel) else e for e in entries]
+            )
         return data

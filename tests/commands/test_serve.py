@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from axolotl_dskd.commands.cli import main
-from tests.support import tiny
+from tests.support import tiny, two_teachers
 
 
 def serve(folder: Path, server: dict[str, Any] | None, *arguments: str) -> Result:
@@ -78,3 +78,21 @@ def test_without_a_server_it_says_what_to_add(pair_folder: Path, validated: Any)
     result = serve(pair_folder, None)
     assert result.exit_code == 1
     assert "server: {url: http://127.0.0.1:8000}" in result.output
+
+
+def test_of_several_teachers_one_is_named(pair_folder: Path, validated: Any):
+    two_teachers.save(pair_folder)
+    block = two_teachers.block(pair_folder)
+    block["teachers"]["chat"]["server"] = {"url": "http://a:8001"}
+    path = pair_folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny.base_config(pair_folder, dskd=block)))
+    result = CliRunner().invoke(main, ["serve", str(path), "--teacher", "chat"])
+    assert result.exit_code == 0, result.output
+    assert str(pair_folder / "second") in shlex.split(result.stdout)
+    for arguments, said in (
+        ([], "--teacher math or --teacher chat"),
+        (["--teacher", "math"], "server"),
+    ):
+        refused = CliRunner().invoke(main, ["serve", str(path), *arguments])
+        assert refused.exit_code == 1
+        assert said in refused.output

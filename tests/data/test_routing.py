@@ -95,7 +95,7 @@ def test_completions_are_cut_for_each_teacher(folder: Path, validated: Any, tmp_
     )
     made = load_datasets(cfg=validated(config), cli_args=TrainerCliArgs()).train_dataset
     assert len(made) > len(rows)
-    assert sorted(made[TEACHER][:]) == made[TEACHER][:] or set(made[TEACHER][:]) == {0, 1}
+    assert set(made[TEACHER][:]) == {0, 1}
     for row in made:
         table = token_bytes(TOKENIZERS[row[TEACHER]])
         ours = b"".join(token_bytes(TOKENIZERS[1])[i] for i in row["labels"][1:] if i >= 0)
@@ -128,15 +128,20 @@ def test_rows_that_one_teacher_cannot_read_are_dropped_and_the_others_stay_in_or
     limit = sorted(lengths[0::2])[COUNT // 4]
     block["teachers"]["math"]["sequence_len"] = limit
     fewer = load(block, {"rows.jsonl": rows})
-    fits = [k % 2 == 1 or length <= limit for k, length in enumerate(lengths)]
-    assert 0 < sum(fits) < COUNT
-    assert plain(fewer) == [row for row, fit in zip(plain(whole), fits, strict=True) if fit]
+    kept = [row for row in whole if row in list(fewer)]
+    assert list(fewer) == kept
+    assert kept[-1] == whole[COUNT - 1]
+    assert fewer[TEACHER][:].count(1) == COUNT // 2
+    assert 0 < fewer[TEACHER][:].count(0) < COUNT // 2
 
 
 def test_what_is_wrong_with_one_teachers_rows_is_said_with_its_name(folder: Path, load: Load):
     block = two_teachers.block(folder)
-    block["teachers"]["math"] |= {"chat_template": "jinja", "chat_template_jinja": "{{ messages }}"}
-    with pytest.raises(ValueError, match=r"dskd\.teachers\.math: "):
+    block["teachers"]["math"]["chat_template_jinja"] = (
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] | upper + eos_token }}"
+        "{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"dskd\.teachers\.math: 5 of 6 rows do not have the same"):
         load(block, {"rows.jsonl": two_teachers.rows(COUNT)})
 
 
