@@ -8,8 +8,7 @@ meta tensors. Knows models and settings; nothing of rows or reports.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -17,17 +16,16 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, head_module, output_head, single
 from axolotl_dskd.objectives import Objective, Pair
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
+from axolotl_dskd.planning.plan import Plan, PlannedRun
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Logprobs, Matches, Side, View, Written
-from axolotl_dskd.virtual_attention import VirtualAttention
 
 GIB = 1 << 30
 
@@ -35,117 +33,6 @@ GIB = 1 << 30
 CUDA_CONTEXT = int(0.6 * GIB)
 #: Of what a step allocates and frees, the share that PyTorch's allocator keeps on top in pieces.
 FRAGMENTATION = 0.05
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The largest batch of one process and one micro-step.
-
-    Attributes:
-        rows, length: of the student's input; `samples` in it (more than rows where packed).
-        supervised: student tokens that are trained on.
-        teacher_length: longest teacher side of a sample; `teacher_supervised` in the whole batch.
-        padded: rows carry a padding mask.
-    """
-
-    rows: int
-    length: int
-    samples: int
-    supervised: int
-    teacher_length: int
-    teacher_supervised: int
-    padded: bool
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """What the plan depends on beside the two models.
-
-    Attributes:
-        cfg: Axolotl's validated configuration.
-        teacher: the teacher's keys.
-        batch: the largest one.
-        objective: as the trainer builds it, not begun.
-        on_gpu: whether it is a GPU that is planned for.
-        attention: makes virtual attention for a student's head, or None.
-    """
-
-    cfg: Any
-    teacher: TeacherConfig
-    batch: BatchShape
-    objective: Objective[Any]
-    on_gpu: bool
-    attention: Callable[[OutputHead], VirtualAttention] | None = None
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The dtype of mixed precision, if any."""
-        return torch.bfloat16 if self.cfg.bf16 else torch.float16 if self.cfg.fp16 else None
-
-    @property
-    def optimizer(self) -> str:
-        """Axolotl's name of it."""
-        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer) or "adamw_torch_fused")
-
-
-@dataclass
-class Plan:
-    """Bytes of one process.
-
-    Attributes:
-        held: what stays during all of training, by name.
-        phases: what each phase of a step (and the start) has on top at its own fullest moment.
-        notes: what is assumed, in words.
-    """
-
-    held: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase with the fullest moment."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
-
-    @property
-    def at_peak(self) -> dict[str, int]:
-        """Every part of the fullest moment."""
-        return {k: v for k, v in {**self.held, **self.phases[self.peak_phase]}.items() if v}
-
-    @property
-    def total(self) -> int:
-        """Bytes at the fullest moment."""
-        return sum(self.at_peak.values())
-
-
-#: What of a plan each of several teachers has of its own; the rest is the student's.
-_OF_A_TEACHER = (
-    "projectors with their optimizer",
-    "teacher layers",
-    "teacher embedding and head",
-)
-
-
-def of_all_teachers(plans: Sequence[Plan]) -> Plan:
-    """The plan of a run with several teachers, as if a whole batch asked the largest of them.
-
-    Args:
-        plans: with each of them alone.
-    """
-    first = plans[0]
-    held = {
-        name: (sum if name in _OF_A_TEACHER else max)(plan.held[name] for plan in plans)
-        for name in first.held
-    }
-    names = dict.fromkeys(name for plan in plans for name in plan.phases)
-    phases = {
-        name: max(
-            (plan.phases[name] for plan in plans if name in plan.phases),
-            key=lambda parts: sum(parts.values()),
-        )
-        for name in names
-    }
-    return Plan(held, phases, list(dict.fromkeys(note for plan in plans for note in plan.notes)))
 
 
 def _checkpointing(student: Any, run: PlannedRun) -> None:

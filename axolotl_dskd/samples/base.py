@@ -27,6 +27,7 @@ class SamplesRun:
         writer: by who writes ("student", "teacher"), ids that end an answer, and how many tokens
             at once.
         max_length: of a row, in the student's tokens, and of a packed row.
+        batch: rows of a micro-batch; None where they are packed.
         contrast: the data's own answer must stand beside each written one.
         evaluates: whether there are evaluations during training.
         total_steps: of the training, once it has begun.
@@ -42,6 +43,7 @@ class SamplesRun:
     collator: DualCollator
     writer: Callable[[str, list[int], int], Writer]
     max_length: int
+    batch: int | None
     contrast: bool
     evaluates: bool
     total_steps: Callable[[], int]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from axolotl_dskd.config import DSKDConfig, about_teacher
+from axolotl_dskd.config import DSKDConfig, WritingConfig, about_teacher
 from axolotl_dskd.data.routing import rows_of_teacher
 from axolotl_dskd.data.tokenizers import (
     exact_share,
@@ -35,6 +35,9 @@ def facts(trainer: Any, number: int, student: Any, teacher: Any) -> Facts:
     """
     share = exact_share(rows_of_teacher(trainer.train_dataset, number))
     longest = longest_supervised(_datasets(trainer, number))
+    samples = trainer.dskd.samples
+    if longest is not None and isinstance(samples, WritingConfig):
+        longest = max(longest, samples.max_new_tokens)
     sizes = vocabulary_size(student), vocabulary_size(teacher)
     return Facts(student, teacher, sizes, share, longest)
 

@@ -94,6 +94,7 @@ def _of_one(
         collator=trainer.data_collator,
         writer=writer,
         max_length=int(cfg.sequence_len),
+        batch=None if cfg.sample_packing else int(trainer.args.per_device_train_batch_size),
         contrast=trainer.distillation is not None and trainer.distillation.needs.contrast,
         evaluates=trainer.eval_dataset is not None and trainer.args.eval_strategy != "no",
         total_steps=lambda: trainer.state.max_steps,

@@ -21,14 +21,8 @@ from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.planning.memory import (
-    CUDA_CONTEXT,
-    BatchShape,
-    Plan,
-    PlannedRun,
-    make_plan,
-    of_all_teachers,
-)
+from axolotl_dskd.planning.memory import CUDA_CONTEXT, make_plan
+from axolotl_dskd.planning.plan import BatchShape, Plan, PlannedRun, of_all_teachers
 from axolotl_dskd.planning.skeleton import teacher_skeleton
 from axolotl_dskd.virtual_attention import VirtualAttention
 
