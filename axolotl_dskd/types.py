@@ -189,7 +189,7 @@ class DualBatch:
         teacher_input_ids, teacher_labels, teacher_attention_mask: [S, L'], row s is sample s.
         cached_states, cached: from the teacher's cache, or None: [M, bytes] uint8, the packed
             states of the supervised teacher tokens, and [S] bool, which samples were found (the
-            others' states are zeros; of several teachers', padded to the widest).
+            others' states are zeros). Those of several teachers are padded to the widest.
         teachers: [S] the number of the teacher that each sample asks, or None: there is one.
         matches: of the supervised tokens; of no tokens where there is only a teacher's side.
         written: where answers of the batch were written during training, else None.

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
@@ -44,8 +44,7 @@ def samples_run(
     ]
 
     def answered() -> RoutedAnswers:
-        each = [run.answered() for run in runs]
-        return RoutedAnswers([one for one in each if isinstance(one, AnsweredRows)])
+        return RoutedAnswers([cast(AnsweredRows, run.answered()) for run in runs])
 
     return replace(runs[0], answered=answered, by_teacher=runs)
 

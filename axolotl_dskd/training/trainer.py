@@ -61,15 +61,15 @@ class DSKDTrainer(AxolotlTrainer):
         self.teacher_tokenizers = {
             name: load_teacher_tokenizer(one) for name, one in self.dskd.each().items()
         }
-        # Of several, 0 is in every vocabulary.
         pads = {tokenizer.pad_token_id or 0 for tokenizer in self.teacher_tokenizers.values()}
+        pad_id = pads.pop() if len(pads) == 1 else 0  # which is in every vocabulary
         self._collators = []
         for key in ("data_collator", "eval_data_collator"):
             if kwargs.get(key) is not None:
                 kwargs[key] = DualCollator(
                     kwargs[key],
                     padding_side=student.padding_side,
-                    teacher_pad_id=pads.pop() if len(pads) == 1 else 0,
+                    teacher_pad_id=pad_id,
                 )
                 self._collators.append(kwargs[key])
         lower_is_better(kwargs["args"])
