@@ -15,8 +15,8 @@ from tests.support import process, tiny
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _data_sets_saved_in_this_process() -> None:
-    process.save_datasets_in_this_process()
+def _data_sets_handled_in_this_process() -> None:
+    process.handle_datasets_in_this_process()
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
-"""The real commands, each in a process of its own."""
+"""The real commands and what ends or changes them."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
 
 from tests.support import tiny
+from tests.support.ranks import launch, run
 
 pytestmark = pytest.mark.slow
 
@@ -65,49 +64,21 @@ def test_preprocess_then_train_distils_and_the_metrics_fall(pair_folder: Path):
 
 
 def test_a_mistake_ends_the_command_with_its_message_before_weights_load(pair_folder: Path):
+    (pair_folder / "student" / "model.safetensors").unlink()
     config = tiny.base_config(pair_folder, batch_flattening=True)
-    result = axolotl("train", pair_folder, config)
-    output = result.stdout + result.stderr
-    assert result.returncode != 0
-    assert "use `sample_packing: true` instead" in output
-    assert "Loading weights" not in output
+    [[found]] = launch(1, [{"do": "train", "config": config}])
+    assert "use `sample_packing: true` instead" in found["error"]
 
 
-def test_merging_the_adapter_needs_no_teacher(pair_folder: Path):
-    config = tiny.base_config(
-        pair_folder,
-        max_steps=2,
-        adapter="lora",
-        lora_r=4,
-        lora_alpha=8,
-        lora_target_modules=["q_proj", "v_proj"],
-    )
-    trained = axolotl("train", pair_folder, config)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    shutil.rmtree(pair_folder / "teacher")
-    merged = axolotl("merge-lora", pair_folder, config)
-    assert merged.returncode == 0, merged.stdout + merged.stderr
-    model = AutoModelForCausalLM.from_pretrained(pair_folder / "out" / "merged")
-    assert not any("lora" in name for name, _ in model.named_parameters())
-
-
-def test_ligers_patches_do_not_get_in_the_way(pair_folder: Path, train: Any):
+def test_ligers_patches_do_not_get_in_the_way(pair_folder: Path):
     """Its patched forward returns no logits when labels are given; the loss needs none.
 
-    In a process of its own, since the patches stay for good.
+    Each in a process of its own, since the patches stay for good.
     """
     plugins = ["axolotl.integrations.liger.LigerPlugin", "axolotl_dskd.DSKDPlugin"]
-    liger = tiny.base_config(
-        pair_folder,
-        plugins=plugins,
-        liger_fused_linear_cross_entropy=True,
-        save_strategy="steps",
-        save_steps=4,
+    keys = {"plugins": plugins, "liger_fused_linear_cross_entropy": True}
+    plain, liger = (
+        run(1, {"do": "train", "config": tiny.base_config(pair_folder, **more)})[0]["losses"]
+        for more in ({}, keys)
     )
-    trained = axolotl("train", pair_folder, liger)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    state = json.loads((pair_folder / "out" / "checkpoint-4" / "trainer_state.json").read_text())
-    found = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    _, trainer = train(tiny.base_config(pair_folder, output_dir=str(pair_folder / "plain")))
-    plain = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert found == pytest.approx(plain, rel=1e-5)
+    assert liger == pytest.approx(plain, rel=1e-5)

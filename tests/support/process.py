@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import gc
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
+from unittest import mock
 
 
 def prepare_ranks() -> None:
     """For the fork server of `tests.support.ranks`, and thereby for every rank."""
     run_on_this_cpu()
     shard_on_this_cpu()
-    save_datasets_in_this_process()
+    handle_datasets_in_this_process()
+    make_configuration_classes_once()
     import_and_compile_ahead()
     leave_imports_to_no_collection()
 
@@ -28,20 +31,40 @@ def prepare_to_train_here() -> None:
     import axolotl.core.builders
     import axolotl.train  # noqa: F401
 
+    make_configuration_classes_once()
     leave_imports_to_no_collection()
 
 
-def save_datasets_in_this_process() -> None:
-    """`datasets` otherwise starts an interpreter for each data set that it writes, also for one
-    of sixteen rows."""
+def handle_datasets_in_this_process() -> None:
+    """`datasets` otherwise starts a process to map, filter or write a data set, also where one is
+    all that was asked for, and for sixteen rows."""
     import datasets
 
-    save = datasets.Dataset.save_to_disk
+    def without_another_process(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def here(*args: Any, num_proc: int | None = None, **kwargs: Any) -> Any:
+            return method(*args, num_proc=None if num_proc == 1 else num_proc, **kwargs)
 
-    def save_here(self: Any, path: Any, num_proc: Any = None, **kwargs: Any) -> None:
-        save(self, path, **kwargs)
+        return here
 
-    datasets.Dataset.save_to_disk = save_here
+    for name in ("map", "filter", "save_to_disk"):
+        setattr(datasets.Dataset, name, without_another_process(getattr(datasets.Dataset, name)))
+
+
+@cache
+def make_configuration_classes_once() -> None:
+    """Axolotl otherwise joins its hundreds of keys with those of plugins anew for each
+    configuration, which takes as long as two steps of a tiny training."""
+    import axolotl.utils.config
+    from axolotl.integrations.base import PluginManager
+
+    join = axolotl.utils.config.merge_input_args
+    joined = cache(lambda plugins: join())
+
+    def made_once() -> Any:
+        return joined(tuple(PluginManager.get_instance().get_input_args()))
+
+    axolotl.utils.config.merge_input_args = made_once
 
 
 def leave_imports_to_no_collection() -> None:
@@ -85,6 +108,7 @@ def run_on_this_cpu() -> None:
 
 def shard_on_this_cpu() -> None:
     """Accelerate takes up FSDP and DeepSpeed on accelerators only; what follows works on CPUs."""
+    import deepspeed.comm.torch
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
@@ -103,6 +127,8 @@ def shard_on_this_cpu() -> None:
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = init
+    # Otherwise DeepSpeed compiles a reduction over shared memory first, a minute or more of C++.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
     ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
 
@@ -111,11 +137,24 @@ def import_and_compile_ahead() -> None:
     """What every forked rank would otherwise import or compile anew (5 to 10 s a rank)."""
     import importlib
 
+    import axolotl.utils.config
     import numpy as np
+    from axolotl.integrations.base import PluginManager
     from axolotl.utils.samplers import multipack
 
-    for module in ("axolotl.core.builders", "axolotl.prompt_strategies.chat_template"):
+    from axolotl_dskd.plugin import DSKDPlugin
+
+    for module in (
+        "axolotl.core.builders",
+        "axolotl.monkeypatch.lora_kernels",
+        "axolotl.prompt_strategies.chat_template",
+        "transformers.models.llama.modeling_llama",
+    ):
         importlib.import_module(module)
+    with mock.patch.object(
+        PluginManager, "get_input_args", lambda _: [DSKDPlugin().get_input_args()]
+    ):
+        axolotl.utils.config.merge_input_args()
     lengths = np.arange(1, 9)
     multipack.pack_parallel(lengths, 16, 100, 8, num_processes=1)
     multipack.allocate_sequentially(lengths, 0, 16, 1)
