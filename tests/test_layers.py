@@ -32,7 +32,8 @@ ALLOWED = {
     "samples": {"config", "data", "generation", "ranks"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "servers": {"config"},
-    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers"},
+    "vllm": {"servers"},
+    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers", "vllm"},
     "planning": {"config", "losses", "models", "objectives", "teacher"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {

@@ -6,7 +6,6 @@ What does not fit is refused, with what to start the server with. What cannot be
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import psutil
@@ -25,14 +24,11 @@ from axolotl_dskd.teacher.load import load_teacher
 from axolotl_dskd.teacher.served.ends import local_weights
 from axolotl_dskd.teacher.served.wire import HINT, ask_for_states
 from axolotl_dskd.teacher.spec import TeacherSpec, TrainingRun
+from axolotl_dskd.vllm import TEXT, check_model, check_tokenizer
 
 LOG = get_logger(__name__)
 
-TEXT = (
-    "Water boils at one hundred degrees because its molecules then move fast enough to leave. "
-    "Ünïcode, too: 你好. def add(a, b):\n    return a + b\n"
-)
-#: Tokens of it whose states are asked for, and of its beginning: short rows need no more context.
+#: Tokens of the text that are read, and of its beginning: short rows need no more context.
 _READ, _PART = 48, 24
 #: Relative differences of states. Below: rounding, 4-bit weights included. Above: another model.
 _OTHER_MODEL = 0.5
@@ -77,8 +73,8 @@ def probe(
     read_ids = ids[:_READ]
     given: list[Tensor] = []
     for url in servers.config.addresses:
-        _check_model(servers, url, name, longest)
-        _check_tokenizer(servers, url, name, ids)
+        check_model(servers, url, name, longest, "dskd.teacher.sequence_len")
+        check_tokenizer(servers, url, name, ids)
         whole, part = (
             _states(servers, url, name, read, head) for read in (read_ids, read_ids[:_PART])
         )
@@ -100,42 +96,6 @@ def _states(servers: Servers, url: str, name: str, ids: list[int], head: OutputH
     width, dtype = head.hidden_size, head.weight.dtype
     asked = ask_for_states(servers, name, ids, width=width, dtype=dtype, url=url)
     return servers.start(asked).result().float()
-
-
-def _check_model(servers: Servers, url: str, name: str, longest: int) -> None:
-    """The server knows the teacher and reads texts that are long enough."""
-    answer = servers.start(servers.ask("GET", "/v1/models", url=url)).result()
-    try:
-        models = {model["id"]: model for model in json.loads(answer.content)["data"]}
-        limit = models[name]["max_model_len"] if name in models else 0
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{url}/v1/models gives no list of models: is it vLLM? {HINT}") from None
-    if name not in models:
-        raise ValueError(
-            f"{url} serves {', '.join(sorted(models))}, not {name}. If that is the teacher, set "
-            f"dskd.teacher.server.model to its name there. {HINT}"
-        )
-    if limit is not None and limit < longest:
-        raise ValueError(
-            f"{url} reads {limit} tokens at most, and the longest row has {longest} on the "
-            f"teacher's side. Start it with --max-model-len {longest}, or set "
-            f"dskd.teacher.sequence_len: {limit}."
-        )
-
-
-def _check_tokenizer(servers: Servers, url: str, name: str, ids: list[int]) -> None:
-    """The server's tokenizer gives the ids that ours gives."""
-    body = {"model": name, "prompt": TEXT, "add_special_tokens": False}
-    answer = servers.start(servers.ask("POST", "/tokenize", body, url=url)).result()
-    try:
-        theirs = json.loads(answer.content)["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{url}/tokenize gives no tokens: is it vLLM? {HINT}") from None
-    if theirs != ids:
-        raise ValueError(
-            f"{url} has another tokenizer than dskd.teacher: it reads {TEXT[:20]!r}… as "
-            f"{theirs[:8]}…, not as {ids[:8]}…. Serve the model that base_model names."
-        )
 
 
 def _check_reading(url: str, whole: Tensor, part: Tensor) -> None:
