@@ -56,12 +56,14 @@ class Setting:
         budget: how many tokens' logits may be held at once.
         seed: for whatever is drawn at the start.
         written: the student writes answers during training.
+        references: rows of the data are learned from, too.
     """
 
     kd_ratio: float = 0.5
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     written: bool = False
+    references: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
+from axolotl_dskd.config import DSKDConfig, ObjectiveConfig, StudentSamplesConfig
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
@@ -28,8 +28,10 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
     Raises:
         ValueError: the pair is not one that the objective works for.
     """
-    writes = config.samples.source == "student"
-    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed, writes)
+    samples = config.samples
+    writes = isinstance(samples, StudentSamplesConfig)
+    references = not (isinstance(samples, StudentSamplesConfig) and samples.share == 1)
+    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed, writes, references)
     return objective_class(config.objective)(config.objective, facts, setting)
 
 
