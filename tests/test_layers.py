@@ -26,7 +26,7 @@ ALLOWED = {
     "cache": set(),
     "losses": set(),
     "models": {"ranks"},
-    "generation": {"ranks"},
+    "generation": {"config", "ranks", "servers", "vllm"},
     "evaluation": {"config", "generation", "losses", "ranks"},
     "data": {"config"},
     "samples": {"config", "data", "generation", "ranks"},
@@ -38,11 +38,11 @@ ALLOWED = {
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
         *("config", "data", "evaluation", "generation", "losses", "machine", "models"),
-        *("objectives", "ranks", "samples", "teacher"),
+        *("objectives", "ranks", "samples", "servers", "teacher", "vllm"),
     },
     "commands": {
         *("cache", "config", "data", "evaluation", "losses", "machine", "models", "objectives"),
-        *("planning", "progress", "teacher"),
+        *("planning", "progress", "samples", "teacher"),
     },
 }
 LONGEST_MODULE = 350

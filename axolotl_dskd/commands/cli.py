@@ -223,13 +223,23 @@ def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
 )
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
-    """Print the command that starts the server of CONFIG's teacher, a stock vLLM.
+    """Print the commands that start the servers of CONFIG, each a stock vLLM: the teacher's, and
+    the one that writes (`engine: {vllm: …}`).
 
-    What follows `--` is handed on to vLLM.
+    What follows `--` is handed on to the teacher's; --run starts that one.
     """
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.serve import in_words, run_command, serve_commands
+        from axolotl_dskd.commands.serve import (
+            in_words,
+            run_command,
+            serve_commands,
+            writer_in_words,
+        )
 
+        if (writer := writer_in_words(cfg, dskd, python)) is not None:
+            click.echo(writer, out)
+            if dskd.teacher.server is None and not run:
+                return
         commands = serve_commands(cfg, dskd, python, more)
         for command in commands.values():
             click.echo(in_words(dskd, command), out)

@@ -30,7 +30,7 @@ from axolotl_dskd.config.samples import (
     TeacherSamplesConfig,
     WritingConfig,
 )
-from axolotl_dskd.config.server import ServerConfig
+from axolotl_dskd.config.server import Endpoint, ServerConfig, StudentWriterConfig, WriterConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "DivergenceKeys",
     "DivergenceName",
     "DualSpaceConfig",
+    "Endpoint",
     "EvaluationConfig",
     "GOLDConfig",
     "MinEditConfig",
@@ -56,9 +57,11 @@ __all__ = [
     "SinkhornConfig",
     "SpanSupportConfig",
     "StudentSamplesConfig",
+    "StudentWriterConfig",
     "TeacherConfig",
     "TeacherSamplesConfig",
     "TokenKDConfig",
     "ULDConfig",
+    "WriterConfig",
     "WritingConfig",
 ]

@@ -1,24 +1,20 @@
-"""`dskd.teacher.server`: a teacher that another process serves. Imports nothing of this package."""
+"""Servers that run a model for a training: the teacher's layers (`dskd.teacher.server`), or a vLLM
+that writes (`dskd.samples.engine`). Imports nothing of this package."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 
-class ServerConfig(BaseModel, extra="forbid"):
-    """A vLLM pooling server that gives the teacher's final hidden states."""
+class Endpoint(BaseModel, extra="forbid"):
+    """How a server is asked, and with how much patience."""
 
-    url: str | None = Field(None, description="Where the server listens: http://host:8000.")
-    urls: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="Several servers of the same teacher, which share the load."
-    )
     model: str | None = Field(
-        None,
-        description="The name by which the server knows the teacher. Default: teacher.base_model.",
+        None, description="The name by which the server knows the model. Default: its base_model."
     )
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the server's key. Default: no key."
@@ -32,6 +28,39 @@ class ServerConfig(BaseModel, extra="forbid"):
     )
     concurrency: int = Field(
         16, ge=1, description="Requests in flight at once, of each training process."
+    )
+
+    @property
+    def addresses(self) -> list[str]:
+        """All servers."""
+        raise NotImplementedError
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            ValueError: the variable is not set, or holds no key.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
+        if not key:
+            raise ValueError(
+                f"api_key_env of a server names {self.api_key_env}, which is not set. Export the "
+                "server's key under this name."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
+        return key
+
+
+class ServerConfig(Endpoint):
+    """A vLLM pooling server that gives the teacher's final hidden states."""
+
+    url: str | None = Field(None, description="Where the server listens: http://host:8000.")
+    urls: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Several servers of the same teacher, which share the load."
     )
 
     @field_validator("url", "urls")
@@ -56,24 +85,39 @@ class ServerConfig(BaseModel, extra="forbid"):
         """All servers."""
         return [self.url] if self.url is not None else list(self.urls or ())
 
-    @property
-    def api_key(self) -> str | None:
-        """The key, from the environment.
 
-        Raises:
-            ValueError: the variable is not set, or holds no key.
-        """
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
-        if not key:
-            raise ValueError(
-                f"dskd.teacher.server.api_key_env names {self.api_key_env}, which is not set. "
-                "Export the server's key under this name."
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
-        return key
+class WriterConfig(Endpoint):
+    """A vLLM that writes answers."""
+
+    url: str = Field(description="Where it listens: http://host:8000.")
+    timeout: float = Field(600.0, gt=0, description="Seconds for one answer.")
+    concurrency: int = Field(64, ge=1, description="Answers that each process asks for at once.")
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, value: str) -> str:
+        return _plain(value)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The one server."""
+        return [self.url]
+
+
+class StudentWriterConfig(WriterConfig):
+    """A vLLM that writes what the student would, kept up to date while it trains."""
+
+    sync: Literal["auto", "weights", "adapter"] = Field(
+        "auto",
+        description="What the server is given: all weights, or the adapter. auto: the adapter of "
+        "a student that has one.",
+    )
+    sync_every: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps between two updates; above 1 the student that writes is up "
+        "to so many steps old.",
+    )
 
 
 def _plain(url: str) -> str:
@@ -85,8 +129,8 @@ def _plain(url: str) -> str:
     parts = urlsplit(url)
     if parts.username or parts.password:  # not repeated: it is a secret
         raise ValueError(
-            "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
-            "into an environment variable and name it in api_key_env."
+            "the URL of a server holds a user or password. URLs are logged; put a key into an "
+            "environment variable and name it in api_key_env."
         )
     try:
         port_is_one = parts.port is None or parts.port > 0
@@ -94,8 +138,5 @@ def _plain(url: str) -> str:
         port_is_one = False
     strange = parts.query or parts.fragment or not port_is_one
     if parts.scheme not in ("http", "https") or not parts.netloc or strange:
-        raise ValueError(
-            f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
-            "http://127.0.0.1:8000."
-        )
+        raise ValueError(f"{url!r} is no address of a server. Write it like http://127.0.0.1:8000.")
     return url.rstrip("/").removesuffix("/v1")

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, WritingConfig
 from axolotl_dskd.data.answers import AnsweredRows
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.tokenizers import vocabulary_size
@@ -16,6 +16,7 @@ from axolotl_dskd.models.student import Student
 from axolotl_dskd.samples import SamplesRun
 from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
+from axolotl_dskd.training.vllm import vllm_writer
 
 #: Rows from which is learned how answers end.
 _ROWS = 1000
@@ -45,6 +46,9 @@ def samples_run(
     def writer(who: str, end_ids: list[int], batch_tokens: int) -> Writer:
         model = student if who == "student" else teacher
         tokenizer = tokenizers[0 if who == "student" else 1]
+        if isinstance(config.samples, WritingConfig) and config.samples.engine != "transformers":
+            server = config.samples.engine.vllm
+            return vllm_writer(trainer, config, server, student, tokenizer, end_ids)
         return TransformersWriter(
             model.running,
             end_ids=end_ids,

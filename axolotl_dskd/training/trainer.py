@@ -181,10 +181,10 @@ class DSKDTrainer(AxolotlTrainer):
             stop_together=partial(raise_together, device=device),
             local_main_first=self.accelerator.local_main_process_first,
             longest_written=teacher_position_limit(self.dskd) if writes else 0,
-            how_to_resume=self._how_to_resume,
+            how_to_resume=self.how_to_resume,
         )
 
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
         folder = Path(self.args.output_dir)
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         return f"Then go on with resume_from_checkpoint: {last}" if last else ""

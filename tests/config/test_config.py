@@ -18,6 +18,7 @@ from axolotl_dskd.config import (
     ProjectorConfig,
     ServerConfig,
     StudentSamplesConfig,
+    StudentWriterConfig,
     TeacherConfig,
     TeacherSamplesConfig,
 )
@@ -63,6 +64,7 @@ BLOCKS: list[type[BaseModel]] = [
     DatasetSamplesConfig,
     StudentSamplesConfig,
     TeacherSamplesConfig,
+    StudentWriterConfig,
     *ObjectiveConfig.known.values(),
 ]
 
@@ -127,6 +129,19 @@ WRONG = {
     ),
     "samples": ({"samples": "students"}, "dataset"),
     "a key of other samples": ({"samples": {"from": "teacher", "share": 0.5}}, "share"),
+    "an engine without an address": (
+        {"samples": {"from": "student", "engine": {"vllm": {}}}},
+        "vllm.url",
+    ),
+    "a teacher that is brought up to date": (
+        {
+            "samples": {
+                "from": "teacher",
+                "engine": {"vllm": {"url": "http://x", "sync": "weights"}},
+            }
+        },
+        "sync",
+    ),
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (
         {"samples": "student", "kd_ratio": 0.0},
