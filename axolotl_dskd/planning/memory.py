@@ -23,6 +23,7 @@ from axolotl_dskd.objectives import Objective, Pair
 from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
+from axolotl_dskd.planning.writing import writing
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Matches, Side, View, Written
 
@@ -64,6 +65,8 @@ class PlannedRun:
         batch: the largest one.
         objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
+        writing: [rows, tokens] of prompts and answers that the student writes at once; None: it
+            does not write in this process.
     """
 
     cfg: Any
@@ -71,6 +74,7 @@ class PlannedRun:
     batch: BatchShape
     objective: Objective[Any]
     on_gpu: bool
+    writing: tuple[int, int] | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -299,6 +303,10 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
     phases["optimizer step"]["optimizer's temporaries"] = step_bytes(
         run.optimizer, [*trained, *trained_beside], on_gpu=run.on_gpu
     )
+    if run.writing is not None:
+        static = [*student.parameters(), *student.buffers()]
+        with attention(run.cfg.attn_implementation, padded=True):
+            phases["writing"] = writing(student, static, run.writing, run.autocast)
     # Before the first step there are no optimizer states yet.
     start -= held["optimizer states"] + 2 * mapped
     if start > 0:
