@@ -8,7 +8,7 @@ that are empty until they are gathered in place (`gathered`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -108,6 +108,27 @@ def raise_together(problem: str | None, device: torch.device) -> None:
     ]
     if named:
         raise ValueError("\n".join(named))
+
+
+def first_for_all(work: Callable[[], T], device: torch.device) -> T:
+    """What rank 0 finds out, on every rank: a small plain value.
+
+    Args:
+        work: done by rank 0 alone.
+        device: of the process group's tensors.
+
+    Raises:
+        ValueError: on every rank, if the work raises one or an OSError.
+    """
+    found: Any = None
+    problem = None
+    if is_first():
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    raise_together(problem, device)
+    return gather_objects(found)[0]
 
 
 class _Whole(torch.autograd.Function):

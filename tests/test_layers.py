@@ -26,23 +26,24 @@ ALLOWED = {
     "cache": set(),
     "losses": set(),
     "models": {"ranks"},
-    "generation": {"ranks"},
+    "generation": {"config", "ranks", "servers", "vllm"},
     "evaluation": {"config", "generation", "losses", "ranks"},
     "data": {"config"},
     "samples": {"config", "data", "generation", "ranks"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "servers": {"config"},
+    "vllm": {"servers"},
     "virtual_attention": {"config", "data", "losses", "ranks"},
-    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers"},
+    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers", "vllm"},
     "planning": {"config", "losses", "models", "objectives", "teacher", "virtual_attention"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
         *("config", "data", "evaluation", "generation", "losses", "machine", "models"),
-        *("objectives", "ranks", "samples", "teacher", "virtual_attention"),
+        *("objectives", "ranks", "samples", "servers", "teacher", "virtual_attention", "vllm"),
     },
     "commands": {
         *("cache", "config", "data", "evaluation", "losses", "machine", "models", "objectives"),
-        *("planning", "progress", "teacher", "virtual_attention"),
+        *("planning", "progress", "samples", "teacher", "virtual_attention"),
     },
 }
 LONGEST_MODULE = 350

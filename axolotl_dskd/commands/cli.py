@@ -228,14 +228,24 @@ def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
 @_teacher
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
 def serve(config: Path, run: bool, python: str, teacher: str | None, more: tuple[str, ...]) -> None:
-    """Print the command that starts the server of CONFIG's teacher, a stock vLLM.
+    """Print the commands that start the servers of CONFIG, each a stock vLLM: the teacher's, and
+    the one that writes (`engine: {vllm: …}`).
 
-    What follows `--` is handed on to vLLM.
+    What follows `--` is handed on to the teacher's; --run starts that one.
     """
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.serve import in_words, run_command, serve_commands
+        from axolotl_dskd.commands.serve import (
+            in_words,
+            run_command,
+            serve_commands,
+            writer_in_words,
+        )
 
         number, _, one = dskd.choose(teacher)
+        if (writer := writer_in_words(cfg, one, python)) is not None:
+            click.echo(writer, out)
+            if one.one_teacher.server is None and not run:
+                return
         commands = serve_commands(cfg, one, python, more, number)
         for command in commands.values():
             click.echo(in_words(one, command), out)

@@ -1,4 +1,5 @@
-"""`axolotl-dskd serve`: how the teacher's server has to be started, from the configuration."""
+"""`axolotl-dskd serve`: how the servers of a configuration have to be started: the teacher's, and
+the one that writes."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from urllib.parse import urlsplit
 import torch
 
 from axolotl_dskd.commands.cache import rows_of
-from axolotl_dskd.config import DSKDConfig, ServerConfig
+from axolotl_dskd.config import DSKDConfig, ServerConfig, WritingConfig
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
     teacher_position_limit,
     vocabulary_size,
 )
+from axolotl_dskd.samples import writing_server
 from axolotl_dskd.teacher import TeacherSpec
 from axolotl_dskd.teacher.served.launch import server_command
 
@@ -53,6 +55,25 @@ def serve_commands(
     for url in server.addresses:
         _check_encryption(url, more)
     return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
+
+
+def writer_in_words(cfg: Any, config: DSKDConfig, python: str) -> str | None:
+    """The command of the server that writes, as a shell takes it; None where none does.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        config: its `dskd:` block.
+        python: of the environment that has vLLM.
+
+    Raises:
+        ValueError: it shall be given what the student has not.
+    """
+    if not isinstance(config.samples, WritingConfig) or config.samples.engine == "transformers":
+        return None
+    server = config.samples.engine.vllm
+    rank = int(cfg.lora_r) if cfg.adapter in ("lora", "qlora") else None
+    key = "" if server.api_key_env is None else f'{_VLLM_KEY}="${server.api_key_env}" '
+    return key + writing_server(cfg, config, server, rank).in_words(python)
 
 
 def in_words(config: DSKDConfig, command: list[str]) -> str:

@@ -31,7 +31,13 @@ from axolotl_dskd.config.samples import (
     TeacherSamplesConfig,
     WritingConfig,
 )
-from axolotl_dskd.config.server import Gives, ServerConfig
+from axolotl_dskd.config.server import (
+    Endpoint,
+    Gives,
+    ServerConfig,
+    StudentWriterConfig,
+    WriterConfig,
+)
 from axolotl_dskd.config.teacher import TeacherConfig
 from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
@@ -46,6 +52,7 @@ __all__ = [
     "DivergenceKeys",
     "DivergenceName",
     "DualSpaceConfig",
+    "Endpoint",
     "EvaluationConfig",
     "GOLDConfig",
     "Gives",
@@ -60,11 +67,13 @@ __all__ = [
     "SinkhornConfig",
     "SpanSupportConfig",
     "StudentSamplesConfig",
+    "StudentWriterConfig",
     "TeacherConfig",
     "TeacherSamplesConfig",
     "TokenKDConfig",
     "ULDConfig",
     "VirtualAttentionConfig",
+    "WriterConfig",
     "WritingConfig",
     "about_teacher",
 ]

@@ -1,4 +1,5 @@
-"""`dskd.teacher.server`: a teacher that another process serves. Imports nothing of this package."""
+"""Servers that run a model for a training: the teacher's layers (`dskd.teacher.server`), or a vLLM
+that writes (`dskd.samples.engine`). Imports nothing of this package."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def _plain(url: str) -> str:
     """
     if "@" in url:
         raise ValueError(
-            "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
-            "into an environment variable and name it in api_key_env."
+            "the URL of a server holds a user or password. URLs are logged; put a key into an "
+            "environment variable and name it in api_key_env."
         )
     try:
         parts = urlsplit(url)
@@ -39,17 +40,59 @@ def _plain(url: str) -> str:
         parts, port_is_one = urlsplit(""), False
     strange = parts.query or parts.fragment or not port_is_one
     if parts.scheme not in ("http", "https") or not parts.netloc or strange:
-        raise ValueError(
-            f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
-            "http://127.0.0.1:8000."
-        )
+        raise ValueError(f"{url!r} is no address of a server. Write it like http://127.0.0.1:8000.")
     return url.rstrip("/").removesuffix("/v1")
 
 
 Address = Annotated[str, AfterValidator(_plain)]
 
 
-class ServerConfig(BaseModel, extra="forbid"):
+class Endpoint(BaseModel, extra="forbid"):
+    """How a server is asked, and with how much patience."""
+
+    model: str | None = Field(
+        None, description="The name by which the server knows the model. Default: its base_model."
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the server's key. Default: no key."
+    )
+    timeout: float = Field(120.0, gt=0, description="Seconds for one answer.")
+    retries: int = Field(
+        10,
+        ge=0,
+        description="How often a request is made again after a failure of the server, waiting "
+        "1, 2, 4 … 30 seconds: 10 bridge a restart of three minutes.",
+    )
+    concurrency: int = Field(
+        16, ge=1, description="Requests in flight at once, of each training process."
+    )
+
+    @property
+    def addresses(self) -> list[str]:
+        """All servers."""
+        raise NotImplementedError
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            ValueError: the variable is not set, or holds no key.
+        """
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
+        if not key:
+            raise ValueError(
+                f"api_key_env of a server names {self.api_key_env}, which is not set. Export the "
+                "server's key under this name."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
+        return key
+
+
+class ServerConfig(Endpoint):
     """A stock vLLM that runs the teacher's layers."""
 
     url: Address | None = Field(None, description="Where the server listens: http://host:8000.")
@@ -67,23 +110,6 @@ class ServerConfig(BaseModel, extra="forbid"):
         64,
         ge=1,
         description="With gives: logprobs, how many of the likeliest tokens are asked for.",
-    )
-    model: str | None = Field(
-        None,
-        description="The name by which the server knows the teacher. Default: teacher.base_model.",
-    )
-    api_key_env: str | None = Field(
-        None, description="Environment variable that holds the server's key. Default: no key."
-    )
-    timeout: float = Field(120.0, gt=0, description="Seconds for one answer.")
-    retries: int = Field(
-        10,
-        ge=0,
-        description="How often a request is made again after a failure of the server, waiting "
-        "1, 2, 4 … 30 seconds: 10 bridge a restart of three minutes.",
-    )
-    concurrency: int = Field(
-        16, ge=1, description="Requests in flight at once, of each training process."
     )
 
     @field_validator("url", "urls", mode="before")
@@ -104,21 +130,36 @@ class ServerConfig(BaseModel, extra="forbid"):
         """All servers."""
         return [self.url] if self.url is not None else list(self.urls or ())
 
-    @property
-    def api_key(self) -> str | None:
-        """The key, from the environment.
 
-        Raises:
-            ValueError: the variable is not set, or holds no key.
-        """
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
-        if not key:
-            raise ValueError(
-                f"dskd.teacher.server.api_key_env names {self.api_key_env}, which is not set. "
-                "Export the server's key under this name."
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
-        return key
+class WriterConfig(Endpoint):
+    """A vLLM that writes answers."""
+
+    url: Address = Field(description="Where it listens: http://host:8000.")
+    timeout: float = Field(600.0, gt=0, description="Seconds for one answer.")
+    concurrency: int = Field(64, ge=1, description="Answers that each process asks for at once.")
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _without_secrets(cls, value: Any) -> Any:
+        return _hidden(value)
+
+    @property
+    def addresses(self) -> list[str]:
+        """The one server."""
+        return [self.url]
+
+
+class StudentWriterConfig(WriterConfig):
+    """A vLLM that writes what the student would, kept up to date while it trains."""
+
+    sync: Literal["auto", "weights", "adapter"] = Field(
+        "auto",
+        description="What the server is given: all weights, or the adapter. auto: the adapter of "
+        "a student that has one.",
+    )
+    sync_every: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps between two updates; above 1 the student that writes is up "
+        "to so many steps old.",
+    )

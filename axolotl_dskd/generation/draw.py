@@ -45,14 +45,16 @@ class Draw(LogitsProcessor):
             scores: [B, V] logits.
         """
         temperature = self.sampling.temperature or 1.0
-        logits = scores[:, : self.vocab_size].float() / temperature
-        logprobs = logits.log_softmax(-1)
+        logits = scores[:, : self.vocab_size].float()
+        logprobs = plain = logits.log_softmax(-1)
+        if temperature != 1.0:
+            logprobs = (logits / temperature).log_softmax(-1)
         if self._numbers is None:
             drawn = logprobs.argmax(-1, keepdim=True)
         else:
             number = self._numbers[:, len(self.logprobs)].to(logprobs.device)
             drawn = self._draw(logprobs, number.unsqueeze(1))
-        self.logprobs.append(logprobs.gather(1, drawn).squeeze(1))
+        self.logprobs.append(plain.gather(1, drawn).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def _draw(self, logprobs: Tensor, number: Tensor) -> Tensor:

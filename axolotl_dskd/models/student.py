@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from axolotl_dskd.models.heads import check_output_head, gated, head_module, output_head
 from axolotl_dskd.output_head import Gate, OutputHead
-from axolotl_dskd.ranks import gathered, multiply, whole
+from axolotl_dskd.ranks import first_for_all, gathered, is_first, is_sharded, multiply, whole
 from axolotl_dskd.types import Needs, Side, View
 
 
@@ -169,6 +170,41 @@ class Student:
                 yield
             finally:
                 add_hooks(prepared.engine)
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Largest rank of its LoRA; None where it has none."""
+        adapters = getattr(self._model(), "peft_config", None)
+        return max(int(adapter.r) for adapter in adapters.values()) if adapters else None
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Write it as users would have it: with LoRA the adapter, else all weights.
+
+        On every rank alike; a sharded student is gathered tensor by tensor, to rank 0's main
+        memory, and rank 0 writes.
+
+        Args:
+            folder: of its own.
+
+        Raises:
+            ValueError: on every rank, where it cannot be written.
+        """
+        model = self.accelerator.unwrap_model(self._model())
+        adapter = self.adapter_rank is not None
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if adapter and not tensor.requires_grad:
+                continue
+            with gathered([tensor]):
+                full = whole(tensor).detach()
+                if is_first():
+                    tensors[name] = full.cpu() if is_sharded(tensor) else full
+        keys: dict[str, Any] = {"save_embedding_layers": False} if adapter else {}
+        first_for_all(
+            lambda: model.save_pretrained(folder, state_dict=tensors, **keys),
+            self.accelerator.device,
+        )
 
     @torch.no_grad()
     def embed(self, tokens: Side) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,7 @@ class Setting:
         seed: for whatever is drawn at the start.
         written: the student writes answers during training.
         gives: what the teacher says of each token.
+        references: rows of the data are learned from, too.
     """
 
     kd_ratio: float = 0.5
@@ -64,6 +65,7 @@ class Setting:
     seed: int = 0
     written: bool = False
     gives: Gives = "states"
+    references: bool = True
 
 
 @dataclass(frozen=True)

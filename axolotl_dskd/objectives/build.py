@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from axolotl_dskd.config import DSKDConfig, ObjectiveConfig, about_teacher
+from axolotl_dskd.config import (
+    DSKDConfig,
+    ObjectiveConfig,
+    StudentSamplesConfig,
+    about_teacher,
+)
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
@@ -28,9 +33,16 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
     Raises:
         ValueError: the pair is not one that the objective works for.
     """
-    writes = config.samples.source == "student"
-    budget, gives = chunk_budget(config, memory), config.one_teacher.gives
-    setting = Setting(config.kd_ratio, budget, seed, writes, gives)
+    samples = config.samples
+    writes = isinstance(samples, StudentSamplesConfig)
+    setting = Setting(
+        config.kd_ratio,
+        chunk_budget(config, memory),
+        seed,
+        written=writes,
+        gives=config.one_teacher.gives,
+        references=not (isinstance(samples, StudentSamplesConfig) and samples.share == 1),
+    )
     return objective_class(config.objective)(config.objective, facts, setting)
 
 

@@ -24,6 +24,7 @@ from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
 from axolotl_dskd.planning.plan import Plan, PlannedRun
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
+from axolotl_dskd.planning.writing import writing
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
 from axolotl_dskd.types import Logprobs, Matches, Side, View, Written
 
@@ -238,6 +239,10 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
     phases["optimizer step"]["optimizer's temporaries"] = step_bytes(
         run.optimizer, [*trained, *trained_beside], on_gpu=run.on_gpu
     )
+    if run.writing is not None:
+        static = [*student.parameters(), *student.buffers()]
+        with attention(run.cfg.attn_implementation, padded=True):
+            phases["writing"] = writing(student, static, run.writing, run.autocast)
     # Before the first step there are no optimizer states yet.
     start -= held["optimizer states"] + 2 * mapped
     if start > 0:

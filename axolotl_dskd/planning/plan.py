@@ -48,6 +48,8 @@ class PlannedRun:
         objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
         attention: makes virtual attention for a student's head, or None.
+        writing: [rows, tokens] of prompts and answers that the student writes at once; None: it
+            does not write in this process.
     """
 
     cfg: Any
@@ -56,6 +58,7 @@ class PlannedRun:
     objective: Objective[Any]
     on_gpu: bool
     attention: Callable[[OutputHead], VirtualAttention] | None = None
+    writing: tuple[int, int] | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -70,11 +70,6 @@ def training_run(trainer: Any, number: int, config: DSKDConfig, needs: Needs) ->
     device = trainer.accelerator.device
     writes = config.samples.source == "student"
 
-    def how_to_resume() -> str:
-        folder = Path(trainer.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        return f"Then go on with resume_from_checkpoint: {last}" if last else ""
-
     return TrainingRun(
         datasets=lambda: _datasets(trainer, number),
         student_is_sharded=trainer.student.is_sharded,
@@ -85,9 +80,16 @@ def training_run(trainer: Any, number: int, config: DSKDConfig, needs: Needs) ->
         stop_together=partial(raise_together, device=device),
         local_main_first=trainer.accelerator.local_main_process_first,
         longest_written=teacher_position_limit(config) if writes else 0,
-        how_to_resume=how_to_resume,
+        how_to_resume=partial(how_to_resume, trainer),
         needs=needs,
     )
+
+
+def how_to_resume(trainer: Any) -> str:
+    """From which checkpoint, in words; nothing where there is none."""
+    folder = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return f"Then go on with resume_from_checkpoint: {last}" if last else ""
 
 
 def _datasets(trainer: Any, number: int) -> list[Any]:

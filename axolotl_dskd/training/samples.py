@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, WritingConfig
 from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.routing import rows_of_teacher
@@ -20,6 +20,7 @@ from axolotl_dskd.samples import SamplesRun, open_samples
 from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.training.opening import open_teachers
+from axolotl_dskd.training.vllm import vllm_writer
 
 #: Rows from which is learned how answers end.
 _ROWS = 1000
@@ -74,6 +75,9 @@ def _of_one(
     def writer(who: str, end_ids: list[int], batch_tokens: int) -> Writer:
         model = student if who == "student" else teacher
         tokenizer = tokenizers[0 if who == "student" else 1]
+        if isinstance(config.samples, WritingConfig) and config.samples.engine != "transformers":
+            server = config.samples.engine.vllm
+            return vllm_writer(trainer, config, server, student, tokenizer, end_ids)
         return TransformersWriter(
             model.running,
             end_ids=end_ids,

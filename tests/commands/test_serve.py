@@ -74,6 +74,33 @@ def test_run_becomes_the_server_with_its_key(
     assert environment["VLLM_API_KEY"] == "sesame"
 
 
+def test_it_prints_the_command_of_the_server_that_writes(pair_folder: Path, validated: Any):
+    engine = {"vllm": {"url": "http://c:8003", "model": "student"}}
+    path = pair_folder / "writes.yaml"
+    lora = {"adapter": "lora", "lora_r": 12, "lora_alpha": 8, "lora_target_linear": True}
+    for samples, adapter, flags, variables in (
+        ("student", {}, ["--port", "8003"], ["VLLM_SERVER_DEV_MODE=1"]),
+        (
+            "student",
+            lora,
+            ["--enable-lora", "--max-lora-rank", "16"],
+            ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"],
+        ),
+        ("teacher", {}, ["--port", "8003"], []),
+    ):
+        block = {
+            "teacher": {"base_model": str(pair_folder / "teacher")},
+            "samples": {"from": samples, "engine": engine},
+        }
+        path.write_text(yaml.safe_dump(tiny.base_config(pair_folder, dskd=block, **adapter)))
+        result = CliRunner().invoke(main, ["serve", str(path), "--python", "there/python"])
+        assert result.exit_code == 0, result.output
+        words = shlex.split(result.stdout)
+        assert words[: len(variables) + 1] == [*variables, "there/python"]
+        assert words[words.index("--model") + 1] == str(pair_folder / samples)
+        assert words[-len(flags) :] == flags
+
+
 def test_without_a_server_it_says_what_to_add(pair_folder: Path, validated: Any):
     result = serve(pair_folder, None)
     assert result.exit_code == 1

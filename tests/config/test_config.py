@@ -19,6 +19,7 @@ from axolotl_dskd.config import (
     RouteConfig,
     ServerConfig,
     StudentSamplesConfig,
+    StudentWriterConfig,
     TeacherConfig,
     TeacherSamplesConfig,
     VirtualAttentionConfig,
@@ -67,6 +68,7 @@ BLOCKS: list[type[BaseModel]] = [
     StudentSamplesConfig,
     TeacherSamplesConfig,
     VirtualAttentionConfig,
+    StudentWriterConfig,
     *ObjectiveConfig.known.values(),
 ]
 
@@ -135,6 +137,19 @@ WRONG = {
     "virtual attention": ({"virtual_attention": {"block": 4}}, "virtual_attention.block"),
     "virtual attention of no kind": ({"virtual_attention": {"groups": "words"}}, "kmeans"),
     "a key of other samples": ({"samples": {"from": "teacher", "share": 0.5}}, "share"),
+    "an engine without an address": (
+        {"samples": {"from": "student", "engine": {"vllm": {}}}},
+        "vllm.url",
+    ),
+    "a teacher that is brought up to date": (
+        {
+            "samples": {
+                "from": "teacher",
+                "engine": {"vllm": {"url": "http://x", "sync": "weights"}},
+            }
+        },
+        "sync",
+    ),
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (
         {"samples": "student", "kd_ratio": 0.0},

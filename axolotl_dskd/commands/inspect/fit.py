@@ -17,7 +17,7 @@ from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import DatasetSample
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
 from axolotl_dskd.output_head import OutputHead
@@ -68,7 +68,13 @@ class Setup:
         objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
         batch, _ = batch_shape(self.cfg, self.samples)
         run = PlannedRun(
-            self.cfg, self.config.one_teacher, batch, objective, self.card.gpu, self._attention()
+            self.cfg,
+            self.config.one_teacher,
+            batch,
+            objective,
+            self.card.gpu,
+            self._attention(),
+            writing_shape(self.cfg, self.config),
         )
         plan = make_plan(student, teacher, run)
         return of_all_teachers([plan, *(s.plan(student, other) for s, other in self.others)])
@@ -123,6 +129,23 @@ def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape,
         padded=count > 1 or bool(cfg.pad_to_sequence_len),
     )
     return shape, f"{count} row(s) of {length} tokens ({why})"
+
+
+def writing_shape(cfg: Any, config: DSKDConfig) -> tuple[int, int] | None:
+    """Rows and tokens that the student writes at once, in this process; None: none.
+
+    Answers are as long as they may be; of prompts there is no telling how short they are, and short
+    ones make more rows.
+    """
+    samples = config.samples
+    if not isinstance(samples, StudentSamplesConfig) or samples.engine != "transformers":
+        return None
+    length = min(samples.max_new_tokens, cfg.sequence_len)
+    of_a_step = (cfg.micro_batch_size or 1) * (cfg.gradient_accumulation_steps or 1)
+    rows = max(1, samples.batch_tokens // length)
+    if not cfg.sample_packing:
+        rows = min(rows, of_a_step)
+    return rows, min(samples.batch_tokens // rows, cfg.sequence_len)
 
 
 def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:

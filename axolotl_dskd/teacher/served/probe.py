@@ -7,7 +7,6 @@ is tried in `probe_states` and `probe_logprobs`.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cached_property
 from typing import Any
@@ -21,16 +20,13 @@ from axolotl_dskd.cache import dataset_keys
 from axolotl_dskd.servers import Servers
 from axolotl_dskd.teacher.load import load_teacher
 from axolotl_dskd.teacher.served.ends import local_weights
-from axolotl_dskd.teacher.served.launch import HINT, served_name
+from axolotl_dskd.teacher.served.launch import served_name
 from axolotl_dskd.teacher.spec import TeacherSpec, TrainingRun
+from axolotl_dskd.vllm import TEXT, check_model, check_tokenizer
 
 LOG = get_logger(__name__)
 
-TEXT = (
-    "Water boils at one hundred degrees because its molecules then move fast enough to leave. "
-    "Ünïcode, too: 你好. def add(a, b):\n    return a + b\n"
-)
-#: Tokens of it that are asked about, and of its beginning: short rows need no more context.
+#: Tokens of the text that are asked about, and of its beginning: short rows need no more context.
 READ, PART = 48, 24
 #: Larger checkpoints are not read to compare them: it would take longer than a minute.
 _LARGEST_COMPARED = 8 << 30
@@ -70,44 +66,15 @@ class Probe:
         Raises:
             ValueError: it does not.
         """
-        self._check_model(url, room)
-        self._check_tokenizer(url)
-
-    def _check_model(self, url: str, room: int) -> None:
-        name, servers = self.name, self.servers
-        answer = servers.start(servers.ask("GET", "/v1/models", url=url)).result()
-        try:
-            models = {model["id"]: model for model in json.loads(answer.content)["data"]}
-            limit = models[name]["max_model_len"] if name in models else 0
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{url}/v1/models gives no list of models: is it vLLM? {HINT}"
-            ) from None
-        if name not in models:
-            raise ValueError(
-                f"{url} serves {', '.join(sorted(models))}, not {name}. If that is the teacher, "
-                f"set dskd.teacher.server.model to its name there. {HINT}"
-            )
-        if limit is not None and limit < room:
-            raise ValueError(
-                f"{url} reads {limit} tokens at most, and the longest row has {self.longest} on "
-                f"the teacher's side. Start it with --max-model-len {room}, or set "
-                f"dskd.teacher.sequence_len: {limit - (room - self.longest)}."
-            )
-
-    def _check_tokenizer(self, url: str) -> None:
-        servers, ids = self.servers, self.ids
-        body = {"model": self.name, "prompt": TEXT, "add_special_tokens": False}
-        answer = servers.start(servers.ask("POST", "/tokenize", body, url=url)).result()
-        try:
-            theirs = json.loads(answer.content)["tokens"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{url}/tokenize gives no tokens: is it vLLM? {HINT}") from None
-        if theirs != ids:
-            raise ValueError(
-                f"{url} has another tokenizer than dskd.teacher: it reads {TEXT[:20]!r}… as "
-                f"{theirs[:8]}…, not as {ids[:8]}…. Serve the model that base_model names."
-            )
+        check_model(
+            self.servers,
+            url,
+            self.name,
+            self.longest,
+            "dskd.teacher.sequence_len",
+            behind=room - self.longest,
+        )
+        check_tokenizer(self.servers, url, self.name, self.ids)
 
     def local_model(self) -> Any:
         """The teacher in float32 on the CPU, where all of it is on this machine and fits; or None,
