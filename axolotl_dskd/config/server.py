@@ -160,6 +160,6 @@ class StudentWriterConfig(WriterConfig):
     sync_every: int = Field(
         1,
         ge=1,
-        description="Optimizer steps between two updates; above 1 the student that writes is up "
-        "to so many steps old.",
+        description="Optimizer steps between two updates. Above 1 the student that writes is up to "
+        "so many steps old, and a resumed run, which begins with an update, writes otherwise.",
     )

@@ -68,7 +68,10 @@ class Teacher(Protocol):
         Raises:
             ValueError: there is no model in this process.
         """
-        raise ValueError("this teacher is not in the training's own process, so it cannot write")
+        raise ValueError(
+            "this teacher is not in the training's own process, so it cannot write there: let a "
+            "vLLM write (dskd.samples.engine)."
+        )
 
     @property
     def runs_together(self) -> bool:
