@@ -76,6 +76,11 @@ class DSKDConfig(Block):
                 "`route: {datasets: {<path>: <teacher>}}` says which teacher a row asks."
             )
         if self.teachers is not None and self.route is not None:
+            if "virtual_attention" in self.teachers:
+                raise ValueError(
+                    "dskd.teachers: virtual_attention is what else checkpoints keep beside the "
+                    "student. Give that teacher another name."
+                )
             unknown = set((self.route.datasets or {}).values()) - self.teachers.keys()
             if unknown:
                 raise ValueError(

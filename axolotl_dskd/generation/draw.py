@@ -76,7 +76,8 @@ class Draw(LogitsProcessor):
         total = probability.cumsum(-1)
         # Below the end, so that nothing without probability is found.
         place = (number * total[:, -1:]).minimum(torch.nextafter(total[:, -1:], number * 0))
-        found = torch.searchsorted(total, place, right=True)
+        # NaN finds no place: any token will do, the loss of this step says what is wrong.
+        found = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
         return found if order is None else order.gather(1, found)
 
 

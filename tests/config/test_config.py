@@ -174,6 +174,14 @@ WRONG = {
         {"teacher": None, "teachers": {"a/b": {"base_model": "x"}}, "route": {"field": "t"}},
         "should match pattern",
     ),
+    "a name that checkpoints have": (
+        {
+            "teacher": None,
+            "teachers": {"virtual_attention": {"base_model": "x"}},
+            "route": {"field": "t"},
+        },
+        "another name",
+    ),
     "a key of one of several teachers": (
         {"teacher": None, "teachers": {"a": {"base": "x"}}, "route": {"field": "t"}},
         r"teachers.a.base",

@@ -97,6 +97,16 @@ def test_tokens_come_as_often_as_they_are_likely():
     assert float((found - expected).abs().max()) < 0.03
 
 
+@pytest.mark.parametrize("keys", [{}, {"top_k": 3}, {"top_p": 0.3}], ids=str)
+def test_a_model_that_is_no_more_writes_what_the_loss_will_refuse(keys: dict[str, Any]):
+    student = model()
+    with torch.no_grad():
+        student.lm_head.weight.fill_(torch.nan)
+    for answer in written(student, Sampling(3, **keys)):
+        assert all(0 <= token < V for token in answer.ids)
+        assert all(x != x for x in answer.logprobs)
+
+
 @pytest.mark.parametrize("keys", [{"top_k": 3}, {"top_p": 0.3}], ids=str)
 def test_what_is_filtered_is_never_drawn(keys: dict[str, Any]):
     student = model()
