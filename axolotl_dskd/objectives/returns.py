@@ -81,4 +81,4 @@ class Moments(nn.Module):
         mean = total / count.clamp_min(1e-300)
         variance = (squares / count.clamp_min(1e-300) - mean.square()).clamp_min(0)
         known = variance > _SPREAD
-        return known * (values - mean) / torch.where(known, variance, 1.0).sqrt()
+        return known * (values - mean) / (torch.where(known, variance, 1.0) + 1e-8).sqrt()

@@ -113,6 +113,8 @@ class Preference(Objective[PreferenceConfig], config=PreferenceConfig):
         if not config.reference_free and len(pairs):
             theirs = teachers_sums(teacher, samples, budget)
         taught = student.references != IGNORE_INDEX
+        if written is not None and written.pairs is not None:
+            taught |= torch.isin(tokens.sample_ids, written.pairs[:, 0])
         found: Values = {}
 
         def loss(log_q: Tensor, _: Tensor) -> Tensor:
