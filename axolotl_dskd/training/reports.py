@@ -12,6 +12,7 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.evaluation import answers
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.evaluation.measure import TextBytes
 from axolotl_dskd.evaluation.rows import means
 from axolotl_dskd.evaluation.scores import RowScores
@@ -149,7 +150,7 @@ class Reports:
     def _no_sums(self) -> dict[str, MetricSums]:
         """Of all rows, under an empty name, and of those of each of several teachers."""
         first = next(iter(self._objectives.values()), None)
-        terms = CROSS_ENTROPY if first is None else first.terms
+        terms = CROSS_ENTROPY if first is None else {**first.terms, **TeacherAgreement.terms}
         beside = self._attending.terms if self._attending else {}
         sums = {name: MetricSums(terms, name) for name in self._objectives if name}
         return {"": MetricSums(terms | beside, ""), **sums}

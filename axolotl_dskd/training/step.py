@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from axolotl_dskd.config import about_teacher
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.evaluation.measure import Measured, measure
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.models.student import Student
@@ -26,12 +27,14 @@ from axolotl_dskd.types import IGNORE_INDEX, DualBatch, LossOutput, Needs, View
 
 
 class Lesson(NamedTuple):
-    """A teacher that is open, and the objective that has begun with it."""
+    """A teacher that is open, the objective that has begun with it, and how evaluations compare the
+    two models (None: the teacher gives no states)."""
 
     teacher: Teacher
     objective: Objective[Any]
+    compare: TeacherAgreement | None
 
-    def __call__(self, batch: DualBatch, student: View) -> LossOutput:
+    def __call__(self, batch: DualBatch, student: View, *, evaluates: bool) -> LossOutput:
         """The sums over a batch."""
         if len(student):
             teacher = self.teacher(batch, self.objective.needs)
@@ -39,6 +42,8 @@ class Lesson(NamedTuple):
             self.teacher.idle(batch)
             teacher = self.teacher.nothing(student.tokens)
         out = self.objective(student, teacher, batch.matches)
+        if evaluates and self.compare is not None:
+            out.terms |= self.compare(student, teacher, batch.matches.starts)
         if student.written is not None:
             out.references = int((student.references != IGNORE_INDEX).sum())
         return out
@@ -55,21 +60,24 @@ class Distillation:
         self.lessons = dict(lessons)
         self.needs = _of_student(lesson.objective for lesson in self.lessons.values())
 
-    def __call__(self, batch: DualBatch, student: View) -> tuple[LossOutput, dict[str, Found]]:
+    def __call__(
+        self, batch: DualBatch, student: View, *, evaluates: bool
+    ) -> tuple[LossOutput, dict[str, Found]]:
         """The sums over a batch, and, where there are several teachers, those over each one's part.
 
         Every teacher is called on every rank, also on one that has no sample for it.
         """
         if batch.teachers is None:
             (lesson,) = self.lessons.values()
-            return lesson(batch, student), {}
+            return lesson(batch, student, evaluates=evaluates), {}
         found: dict[str, Found] = {}
         problems = []
         for number, (name, lesson) in enumerate(self.lessons.items()):
             part = part_of(batch, number)
             try:
                 with about_teacher(name):
-                    found[name] = Found(part, lesson(part.batch, part.view(student)))
+                    out = lesson(part.batch, part.view(student), evaluates=evaluates)
+                    found[name] = Found(part, out)
             except ValueError as error:  # the next teacher may need every rank
                 problems.append(error)
         if problems:
@@ -162,7 +170,7 @@ class Step:
         if self.distillation is None:
             return cross_entropy(view, self.budget)
         try:
-            out, self.found = self.distillation(self.batch, view)
+            out, self.found = self.distillation(self.batch, view, evaluates=self.evaluates)
             return out
         except ValueError as error:  # said later, by all ranks: none may wait for this one
             self._refusal = str(error)

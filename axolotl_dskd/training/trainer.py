@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from axolotl_dskd.config import DSKDConfig, about_teacher
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
 from axolotl_dskd.data.reconcile import TEACHER
+from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.models.student import Student
@@ -26,6 +28,7 @@ from axolotl_dskd.objectives import Objective, Pair, build_objective, chunk_budg
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
+from axolotl_dskd.teacher import Teacher
 from axolotl_dskd.training.attending import Attending, attend
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.opening import facts, open_teachers
@@ -130,7 +133,10 @@ class DSKDTrainer(AxolotlTrainer):
     def _set_up_distillation(self) -> None:
         needs = {name: objective.needs for name, objective in self.objectives.items()}
         teachers = open_teachers(self, self.dskd, needs)
-        lessons = {name: Lesson(teachers[name], o) for name, o in self.objectives.items()}
+        lessons = {
+            name: Lesson(teachers[name], objective, self._compare(objective, teachers[name]))
+            for name, objective in self.objectives.items()
+        }
         self.distillation = Distillation(lessons)
         for collator in self._collators:
             collator.readers = [teacher.reader() for teacher in teachers.values()]
@@ -138,18 +144,28 @@ class DSKDTrainer(AxolotlTrainer):
             self.student.check_sizes(
                 head, embedding, compares_embeddings=self.distillation.needs.embeddings
             )
-            for teacher, objective in lessons.values():
+            for teacher, objective, _ in lessons.values():
                 heads = tuple(h for h in (head, teacher.head) if h is not None)
                 embeddings = tuple(e for e in (embedding, teacher.embedding) if e is not None)
                 objective.begin(Pair(heads, embeddings, self.accelerator.device))
         told = samples_run(self, self.dskd, self.student, teachers)
         self.samples = open_samples(self.dskd.samples, told)
         self.train_dataset = self.samples.dataset(self.train_dataset)
-        for name, (teacher, objective) in lessons.items():
+        for name, (teacher, objective, _) in lessons.items():
             with about_teacher(name):
                 teacher.begin()  # now that the rows are those that training will see
             self.add_callback(TeacherEpochs(teacher))
             self.add_callback(EndStep(objective.end_step))
+
+    def _compare(self, objective: Objective[Any], teacher: Teacher) -> TeacherAgreement | None:
+        """How evaluations compare the student with a teacher."""
+        if teacher.head is None:
+            return None
+        known = objective.facts
+        if known.one_vocabulary:
+            ids = range(known.vocab_sizes[0])
+            return TeacherAgreement((ids, ids), self._budget)
+        return TeacherAgreement(shared_tokens(known.student, known.teacher), self._budget)
 
     def _set_up_sidecar(self) -> None:
         """For all that trains beside the student; without a teacher, too, checkpoints say so."""
