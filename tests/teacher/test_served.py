@@ -317,7 +317,7 @@ def test_states_that_the_head_does_not_take_are_refused(
 
 
 def test_another_name_tokenizer_or_context_is_refused(folder: Path, server: RudeServer):
-    with pytest.raises(ValueError, match=r"serves .*teacher, not llama.*server\.model"):
+    with pytest.raises(ValueError, match=r"serves .*teacher, not llama.*set `model`"):
         opened(folder, server.url, model="llama")
     rows = Dataset.from_dict({"teacher_input_ids": [[1] * 600], "teacher_labels": [[1] * 600]})
     with pytest.raises(ValueError, match=r"reads 512 tokens at most.*has 600.*--max-model-len 600"):

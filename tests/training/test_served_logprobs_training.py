@@ -9,7 +9,7 @@ import pytest
 
 from axolotl_dskd.teacher.served.logprob_teacher import LogprobTeacher
 from tests.support import tiny
-from tests.support.runs import losses
+from tests.support.runs import losses, teacher_of
 from tests.support.vllm import MISSING, PYTHON, VLLM
 
 pytestmark = [
@@ -61,7 +61,7 @@ def test_it_is_the_training_of_the_live_teacher(
         )[1]
         for served in ({"server": where}, {})
     )
-    assert isinstance(found.distillation.teacher, LogprobTeacher)
+    assert isinstance(teacher_of(found), LogprobTeacher)
     assert len(losses(expected)) == 4
     assert losses(found) == pytest.approx(losses(expected), rel=1e-3, abs=1e-5)
     assert len(set(losses(expected))) > 1

@@ -40,11 +40,11 @@ def train_in(
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
     def step(original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        before = [p.detach().clone() for p in optimizer.module.parameters()]
+        before = [p.detach().clone() for p in optimizer.modules[""].parameters()]
         if len(steps) + 1 == spoilt:
-            optimizer.module.t2s.weight.grad[0, 0] = float("inf")
+            optimizer.modules[""].t2s.weight.grad[0, 0] = float("inf")
         original(optimizer, *args, **kwargs)
-        after = optimizer.module.parameters()
+        after = optimizer.modules[""].parameters()
         moved = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         steps.append([0.0, float(moved), 0.0])
 
@@ -73,7 +73,7 @@ def train_spoilt(config: dict[str, Any], rank: int, step: int) -> dict[str, Any]
     def spoil(original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         seen[0] += 1
         if this_rank() == rank and seen[0] == step:
-            optimizer.module.t2s.weight.grad[0, 0] = float("nan")
+            optimizer.modules[""].t2s.weight.grad[0, 0] = float("nan")
         original(optimizer, *args, **kwargs)
 
     with wrapped(Sidecar, "step", spoil):
