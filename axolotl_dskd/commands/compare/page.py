@@ -1,40 +1,26 @@
-"""A comparison as one HTML page: no script, nothing loaded from elsewhere, light and dark.
-
-Every text in it comes from configurations and paths; the template escapes all of it by itself.
-"""
+"""A comparison as one HTML page."""
 
 from __future__ import annotations
 
 import base64
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from axolotl_dskd import __version__
 from axolotl_dskd.commands.compare.outcome import Outcome
 from axolotl_dskd.commands.compare.plan import Run, shown
 from axolotl_dskd.commands.compare.summary import MOMENTS, Method, verdict
+from axolotl_dskd.commands.pages import environment
 from axolotl_dskd.progress import duration, quantity
 
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+_ENVIRONMENT = environment(
+    bits="{:.4f}".format,
+    signed="{:+.1%}".format,
+    duration=duration,
+    size=lambda count: quantity(count, "bytes"),
 )
-_ENVIRONMENT.filters |= {
-    "bits": "{:.4f}".format,
-    "percent": "{:.1%}".format,
-    "signed": "{:+.1%}".format,
-    "number": "{:,}".format,
-    "duration": duration,
-    "size": lambda count: quantity(count, "bytes"),
-}
 
 
 def html_page(
@@ -45,7 +31,7 @@ def html_page(
     picture: bytes,
 ) -> str:
     """The whole page."""
-    return _ENVIRONMENT.get_template("page.html.jinja").render(
+    return _ENVIRONMENT.get_template("compare/page.html.jinja").render(
         results=results,
         outcomes=outcomes,
         methods=methods,
@@ -54,7 +40,6 @@ def html_page(
         picture=base64.b64encode(picture).decode(),
         configs=_configs(runs),
         answers=_answers(outcomes),
-        version=__version__,
     )
 
 
