@@ -55,6 +55,7 @@ bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_step.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_teacher.py
 	$(BIN)/python tests/benchmarks/bench_alignment.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_rollouts.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,14 +8,14 @@ that are empty until they are gathered in place (`gathered`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 T = TypeVar("T")
 
@@ -69,6 +69,13 @@ def average_over_ranks(tensors: list[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+def multiply(parameter: Tensor, factors: Tensor) -> None:
+    """Multiply a parameter, sharded by FSDP2 or whole, in place by factors that all ranks have."""
+    if isinstance(parameter, DTensor):
+        factors = distribute_tensor(factors, parameter.device_mesh, parameter.placements)
+    parameter.mul_(factors.to(parameter.device))
+
+
 def gather_objects(value: T) -> list[T]:
     """What every rank has, by rank. Small plain values: they travel pickled between the processes
     of one training."""
@@ -101,6 +108,27 @@ def raise_together(problem: str | None, device: torch.device) -> None:
     ]
     if named:
         raise ValueError("\n".join(named))
+
+
+def first_for_all(work: Callable[[], T], device: torch.device) -> T:
+    """What rank 0 finds out, on every rank: a small plain value.
+
+    Args:
+        work: done by rank 0 alone.
+        device: of the process group's tensors.
+
+    Raises:
+        ValueError: on every rank, if the work raises one or an OSError.
+    """
+    found: Any = None
+    problem = None
+    if is_first():
+        try:
+            found = work()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    raise_together(problem, device)
+    return gather_objects(found)[0]
 
 
 class _Whole(torch.autograd.Function):

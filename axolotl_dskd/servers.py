@@ -11,7 +11,7 @@ import email.utils
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 from axolotl.utils.logging import get_logger
 
-from axolotl_dskd.config import ServerConfig
+from axolotl_dskd.config import Endpoint
 
 LOG = get_logger(__name__)
 
@@ -39,6 +39,10 @@ class Failure(Exception):
     def __init__(self, what: str, wait: float | None = None) -> None:
         super().__init__(what)
         self.wait = wait
+
+
+class Refused(ValueError):
+    """A server says that it will never do what it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,7 @@ class Servers:
         ValueError: the key is not in the environment.
     """
 
-    def __init__(
-        self, config: ServerConfig, hint: str, advice: Callable[[], str] = lambda: ""
-    ) -> None:
+    def __init__(self, config: Endpoint, hint: str, advice: Callable[[], str] = lambda: "") -> None:
         self.config = config
         self.hint = hint
         self.advice = advice
@@ -112,6 +114,7 @@ class Servers:
         *,
         limit: int = 1 << 20,
         url: str | None = None,
+        final: Collection[int] = (),
     ) -> Answer:
         """One answer, from whichever server is least busy; asked for again where one fails.
 
@@ -119,9 +122,10 @@ class Servers:
             method, path, body: the request; a body goes as JSON.
             limit: bytes that an answer may have.
             url: ask this server and no other.
+            final: statuses that mean "no" here, though otherwise "later".
 
         Raises:
-            ValueError: no server answers, or one refuses the request.
+            ValueError: no server answers, or (`Refused`) one refuses the request.
         """
         tried = 0
         began = time.monotonic()
@@ -129,7 +133,7 @@ class Servers:
             server = await self._free(url)
             server.in_flight += 1
             try:
-                return await self._once(server.url, method, path, body, limit)
+                return await self._once(server.url, method, path, body, limit, final)
             except Failure as failure:
                 tried += 1
                 if tried > self.config.retries:
@@ -169,7 +173,13 @@ class Servers:
             await asyncio.sleep(best.rests_until - now)
 
     async def _once(
-        self, url: str, method: str, path: str, body: dict[str, Any] | None, limit: int
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        limit: int,
+        final: Collection[int],
     ) -> Answer:
         if self._client is None:
             self._client = httpx.AsyncClient(
@@ -204,9 +214,9 @@ class Servers:
         if response.status_code == 200:
             return Answer(url, dict(response.headers), content)
         said = f"{response.status_code} {response.reason_phrase}: {_shown(content)}"
-        if response.status_code in _LATER:
+        if response.status_code in _LATER and response.status_code not in final:
             raise Failure(said, _asked_wait(response.headers.get("retry-after")))
-        raise ValueError(f"{url}{path} refuses the request: {said}{self._remedy(response)}")
+        raise Refused(f"{url}{path} refuses the request: {said}{self._remedy(response)}")
 
     def _remedy(self, response: httpx.Response) -> str:
         if response.status_code in (401, 403):

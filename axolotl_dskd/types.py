@@ -61,14 +61,16 @@ class Needs:
     """What an objective has to be given; what is not needed may be left out.
 
     Attributes:
-        states: final hidden states and output head of both models.
+        of_teacher: the least of what a teacher may give. states: its final hidden states and output
+            head. top: log-probabilities of the likeliest tokens and of the labels. labels: those
+            of the labels alone. Of the student it is always states and head.
         embeddings: input embeddings of both sides' tokens.
         one_vocabulary: the two tokenizers must have the same ids.
         written: answers that the student writes during training (`Written`).
         contrast: a preferred answer beside each of these, in the same batch (`Written.pairs`).
     """
 
-    states: bool = True
+    of_teacher: Literal["states", "top", "labels"] = "states"
     embeddings: bool = False
     one_vocabulary: bool = False
     written: bool = False
@@ -96,6 +98,21 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Logprobs:
+    """What is said of tokens where no states are given: log-probabilities at temperature 1.
+
+    Attributes:
+        labels: [n] float32 or wider, of the labels.
+        ids, top: [n, k] int64 and float32 or wider, the likeliest tokens, the first one first, and
+            theirs; behind the last that is known -1 and -inf. None: not asked for.
+    """
+
+    labels: Tensor
+    ids: Tensor | None = None
+    top: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class View:
     """One model on one batch: the same for student and teacher, live, cached or served.
 
@@ -105,6 +122,7 @@ class View:
         hidden: [n, d] final hidden states as the head takes them, or None.
         embedded: [n, d] input embeddings of the tokens' inputs and of their labels, or None.
         written: on the student's side, of a batch with answers that were written during training.
+        logprobs: of a teacher that gives no states, else None.
     """
 
     tokens: Side
@@ -112,6 +130,7 @@ class View:
     hidden: Tensor | None = None
     embedded: tuple[Tensor, Tensor] | None = None
     written: Written | None = None
+    logprobs: Logprobs | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -170,7 +189,8 @@ class DualBatch:
         teacher_input_ids, teacher_labels, teacher_attention_mask: [S, L'], row s is sample s.
         cached_states, cached: from the teacher's cache, or None: [M, bytes] uint8, the packed
             states of the supervised teacher tokens, and [S] bool, which samples were found (the
-            others' states are zeros).
+            others' states are zeros). Those of several teachers are padded to the widest.
+        teachers: [S] the number of the teacher that each sample asks, or None: there is one.
         matches: of the supervised tokens; of no tokens where there is only a teacher's side.
         written: where answers of the batch were written during training, else None.
     """
@@ -183,6 +203,7 @@ class DualBatch:
     teacher_attention_mask: Tensor
     cached_states: Tensor | None = None
     cached: Tensor | None = None
+    teachers: Tensor | None = None
     matches: Matches = field(default_factory=_no_matches)
     written: Written | None = None
 

@@ -26,22 +26,24 @@ ALLOWED = {
     "cache": set(),
     "losses": set(),
     "models": {"ranks"},
-    "generation": {"ranks"},
+    "generation": {"config", "ranks", "servers", "vllm"},
     "evaluation": {"config", "generation", "losses", "ranks"},
     "data": {"config"},
     "samples": {"config", "data", "generation", "ranks"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "servers": {"config"},
-    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers"},
-    "planning": {"config", "losses", "models", "objectives", "teacher"},
+    "vllm": {"servers"},
+    "virtual_attention": {"config", "data", "losses", "ranks"},
+    "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers", "vllm"},
+    "planning": {"config", "losses", "models", "objectives", "teacher", "virtual_attention"},
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
         *("config", "data", "evaluation", "generation", "losses", "machine", "models"),
-        *("objectives", "ranks", "samples", "teacher"),
+        *("objectives", "ranks", "samples", "servers", "teacher", "virtual_attention", "vllm"),
     },
     "commands": {
         *("cache", "config", "data", "evaluation", "losses", "machine", "models", "objectives"),
-        *("planning", "progress", "teacher"),
+        *("planning", "progress", "samples", "teacher", "virtual_attention"),
     },
 }
 LONGEST_MODULE = 350

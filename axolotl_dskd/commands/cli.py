@@ -7,11 +7,7 @@ answers at once.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any, TextIO
 import click
 import yaml
 
+from axolotl_dskd.commands.streams import logs_on_stderr, quiet
 from axolotl_dskd.config import PLUGIN_NAME, DSKDConfig
 
 
@@ -95,6 +92,9 @@ def _yaml(path: Path) -> Any:
 _config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 
 
+_teacher = click.option("--teacher", metavar="NAME", help="Which of several teachers.")
+
+
 class _CacheGroup(click.Group):
     """Subcommands, with an answer for those who name a config file right away."""
 
@@ -150,9 +150,10 @@ def write(config: Path, part: tuple[int, int]) -> None:
     CUDA_VISIBLE_DEVICES and --part.
     """
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.cache import write_cache
+        from axolotl_dskd.commands.cache import cached_teachers, write_cache
 
-        write_cache(cfg, dskd, out, part=part)
+        for number, one in cached_teachers(dskd):
+            write_cache(cfg, one, out, part=part, teacher=number)
 
 
 @cache.command()
@@ -160,9 +161,11 @@ def write(config: Path, part: tuple[int, int]) -> None:
 def info(config: Path) -> None:
     """Show what the cache holds, and how much of CONFIG's rows."""
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.cache import show_cache
+        from axolotl_dskd.commands.cache import cached_teachers
+        from axolotl_dskd.commands.upkeep import show_cache
 
-        show_cache(cfg, dskd, out)
+        for number, one in cached_teachers(dskd):
+            show_cache(cfg, one, out, teacher=number)
 
 
 @cache.command()
@@ -170,9 +173,10 @@ def info(config: Path) -> None:
 def verify(config: Path) -> None:
     """Read every byte of the teacher's states and take out what is damaged."""
     with _work(config) as (_, dskd, out):
-        from axolotl_dskd.commands.cache import verify_cache
+        from axolotl_dskd.commands.cache import cached_teachers
+        from axolotl_dskd.commands.upkeep import verify_cache
 
-        damage = verify_cache(dskd)
+        damage = [line for _, one in cached_teachers(dskd) for line in verify_cache(one)]
         for line in damage:
             click.echo(line, out)
         if damage:
@@ -189,21 +193,21 @@ def verify(config: Path) -> None:
 def prune(config: Path, yes: bool) -> None:
     """List what CONFIG does not use and, when confirmed, remove it."""
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.cache import carry_out, prune_cache
+        from axolotl_dskd.commands.upkeep import carry_out, prune_caches
 
-        plan, lines = prune_cache(cfg, dskd)
-        for line in lines:
-            click.echo(line, out)
-        if not lines:
-            click.echo("Nothing to remove.", out)
-        elif yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True):
-            click.echo(carry_out(plan), out)
+        for plan, lines in prune_caches(cfg, dskd):
+            for line in lines:
+                click.echo(line, out)
+            if not lines:
+                click.echo("Nothing to remove.", out)
+            elif yes or click.confirm(f"Remove these {plan.saved:,} bytes?", err=True):
+                click.echo(carry_out(plan), out)
 
 
 @contextmanager
 def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
     """The configuration, its `dskd:` block and stdout; errors of the work end in one message."""
-    with _logs_on_stderr() as out:
+    with logs_on_stderr() as out:
         cfg, dskd = read_config(path)
         try:
             yield cfg, dskd, out
@@ -221,21 +225,33 @@ def _work(path: Path) -> Iterator[tuple[Any, DSKDConfig, TextIO]]:
 @click.option(
     "--python", default="python", show_default=True, help="Of the environment that has vLLM."
 )
+@_teacher
 @click.argument("more", nargs=-1, type=click.UNPROCESSED)
-def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
-    """Print the command that starts the server of CONFIG's teacher, a stock vLLM.
+def serve(config: Path, run: bool, python: str, teacher: str | None, more: tuple[str, ...]) -> None:
+    """Print the commands that start the servers of CONFIG, each a stock vLLM: the teacher's, and
+    the one that writes (`engine: {vllm: …}`).
 
-    What follows `--` is handed on to vLLM.
+    What follows `--` is handed on to the teacher's; --run starts that one.
     """
     with _work(config) as (cfg, dskd, out):
-        from axolotl_dskd.commands.serve import in_words, run_command, serve_commands
+        from axolotl_dskd.commands.serve import (
+            in_words,
+            run_command,
+            serve_commands,
+            writer_in_words,
+        )
 
-        commands = serve_commands(cfg, dskd, python, more)
+        number, _, one = dskd.choose(teacher)
+        if (writer := writer_in_words(cfg, one, python)) is not None:
+            click.echo(writer, out)
+            if one.one_teacher.server is None and not run:
+                return
+        commands = serve_commands(cfg, one, python, more, number)
         for command in commands.values():
-            click.echo(in_words(dskd, command), out)
+            click.echo(in_words(one, command), out)
         if run:
             out.flush()
-            run_command(dskd, *next(iter(commands.items())))
+            run_command(one, *next(iter(commands.items())))
 
 
 @main.command()
@@ -252,9 +268,10 @@ def serve(config: Path, run: bool, python: str, more: tuple[str, ...]) -> None:
     type=click.IntRange(1),
     help="Also measure what quantising the teacher changes, on N rows (loads it twice).",
 )
+@_teacher
 def inspect(**options: Any) -> None:
     """Tokenizer pair, sample of your rows and memory plan of CONFIG, before anything is trained."""
-    with _quiet():
+    with quiet():
         from axolotl_dskd.commands.inspect import run_inspect
 
         run_inspect(read_config, **options)
@@ -286,50 +303,24 @@ def compare(**options: Any) -> None:
         ) from None
 
 
-@contextmanager
-def _logs_on_stderr() -> Iterator[TextIO]:
-    """While open, what libraries print and log goes to stderr. Yields stdout, for the answer.
+@main.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--against",
+    metavar="RUN",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The same training without a teacher (kd_ratio: 0), or another one.",
+)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Where the page goes."
+)
+def explain(run: Path, against: Path | None, html: Path | None) -> None:
+    """Draw what the virtual attention of a training learned.
 
-    Entered before they are imported, since they keep the stream that they find.
+    RUN is the output_dir of a training with `dskd.virtual_attention`, or its folder in a
+    comparison. The page goes to RUN/dskd-explain.html.
     """
-    out = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):
-        import axolotl.cli  # noqa: F401
+    from axolotl_dskd.commands.explain import run_explain
 
-        known = (logging.getLogger(name) for name in logging.root.manager.loggerDict)
-        handlers = [h for logger in (logging.root, *known) for h in logger.handlers]
-        moved = [
-            handler
-            for handler in handlers
-            if isinstance(handler, logging.StreamHandler)
-            and handler.stream in (out, sys.__stdout__)
-        ]
-        for handler in moved:
-            handler.setStream(sys.stderr)
-        try:
-            yield out
-        finally:
-            for handler in moved:
-                handler.setStream(out)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """While open, libraries log errors only, and datasets draws no bars: the report is the output.
-
-    Entered before they are imported, since some of them log while they are.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import datasets
-
-            bars = datasets.are_progress_bars_disabled()
-            datasets.disable_progress_bars()
-            yield
-    finally:
-        logging.disable(before)
-        if not bars:
-            datasets.enable_progress_bars()
+    for line in run_explain(run, against=against, html=html):
+        click.echo(line)

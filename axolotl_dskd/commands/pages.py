@@ -1,4 +1,4 @@
-"""HTML pages of commands: no script, nothing loaded from elsewhere, light and dark.
+"""HTML pages of commands: one file each, no script, nothing loaded from elsewhere, light and dark.
 
 Texts come from configurations, models, data and paths; templates escape all of them by themselves.
 `page.html.jinja` is what all pages share.
@@ -6,6 +6,8 @@ Texts come from configurations, models, data and paths; templates escape all of 
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,3 +33,25 @@ def environment(**filters: Callable[..., Any]) -> Environment:
     made.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, **filters}
     made.globals["version"] = __version__
     return made
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure that needs no display, sizes in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def png(drawn: Any) -> bytes:
+    """A figure as a PNG, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def in_page(picture: bytes) -> str:
+    """A PNG as the page holds it, for `src="data:image/png;base64,…"`."""
+    return base64.b64encode(picture).decode()

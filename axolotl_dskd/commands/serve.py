@@ -1,4 +1,5 @@
-"""`axolotl-dskd serve`: how the teacher's server has to be started, from the configuration."""
+"""`axolotl-dskd serve`: how the servers of a configuration have to be started: the teacher's, and
+the one that writes."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from urllib.parse import urlsplit
 import torch
 
 from axolotl_dskd.commands.cache import rows_of
-from axolotl_dskd.config import DSKDConfig, ServerConfig
+from axolotl_dskd.config import DSKDConfig, ServerConfig, WritingConfig
 from axolotl_dskd.data.tokenizers import (
     load_teacher_tokenizer,
     teacher_position_limit,
     vocabulary_size,
 )
+from axolotl_dskd.samples import writing_server
 from axolotl_dskd.teacher import TeacherSpec
 from axolotl_dskd.teacher.served.launch import server_command
 
@@ -25,29 +27,53 @@ _VLLM_KEY = "VLLM_API_KEY"
 
 
 def serve_commands(
-    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...]
+    cfg: Any, config: DSKDConfig, python: str, more: tuple[str, ...], teacher: int = 0
 ) -> dict[str, list[str]]:
     """The command of each server, by its URL.
 
     Args:
         cfg: Axolotl's validated configuration; its data sets say how long rows are.
-        config: its `dskd:` block.
+        config: its `dskd:` block with one teacher.
         python: of the environment that has vLLM.
         more: arguments for vLLM.
+        teacher: its number.
 
     Raises:
-        ValueError: the configuration names no server.
+        ValueError: the configuration names no server, or one that needs a certificate.
     """
     server = _server(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     tokenizer = load_teacher_tokenizer(config)
-    spec = TeacherSpec(config.teacher, vocabulary_size(tokenizer), device)
-    longest = int(rows_of(cfg).lengths.max())
+    spec = TeacherSpec(config.one_teacher, vocabulary_size(tokenizer), device)
+    # Who is asked for log-probabilities writes a token behind the row.
+    behind = 1 if config.one_teacher.gives == "logprobs" else 0
+    longest = int(rows_of(cfg, teacher).lengths.max()) + behind
     # Room for rows that are added later, and a number that is easy to read.
-    room = limit = teacher_position_limit(config)
+    room = limit = teacher_position_limit(config) + behind
     if config.samples.source != "student":  # what that writes may be as long as the limit
         room = min(-(-longest // 64) * 64, limit)
+    for url in server.addresses:
+        _check_encryption(url, more)
     return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
+
+
+def writer_in_words(cfg: Any, config: DSKDConfig, python: str) -> str | None:
+    """The command of the server that writes, as a shell takes it; None where none does.
+
+    Args:
+        cfg: Axolotl's validated configuration.
+        config: its `dskd:` block.
+        python: of the environment that has vLLM.
+
+    Raises:
+        ValueError: it shall be given what the student has not.
+    """
+    if not isinstance(config.samples, WritingConfig) or config.samples.engine == "transformers":
+        return None
+    server = config.samples.engine.vllm
+    rank = int(cfg.lora_r) if cfg.adapter in ("lora", "qlora") else None
+    key = "" if server.api_key_env is None else f'{_VLLM_KEY}="${server.api_key_env}" '
+    return key + writing_server(cfg, config, server, rank).in_words(python)
 
 
 def in_words(config: DSKDConfig, command: list[str]) -> str:
@@ -71,10 +97,26 @@ def run_command(config: DSKDConfig, url: str, command: list[str]) -> None:
     os.execvpe(command[0], command, environment)
 
 
+def _check_encryption(url: str, more: tuple[str, ...]) -> None:
+    """vLLM speaks plain HTTP unless it is told more.
+
+    Raises:
+        ValueError: the URL is https, and nothing says who encrypts.
+    """
+    if urlsplit(url).scheme == "https" and not any(
+        flag.startswith(("--ssl-certfile", "--port")) for flag in more
+    ):
+        raise ValueError(
+            f"{url} is https. Say who encrypts: vLLM, by `-- --ssl-certfile FILE --ssl-keyfile "
+            "FILE` behind the command; or a proxy in front of it, by `-- --host 127.0.0.1 --port "
+            "8000`, the address that it hands requests on to."
+        )
+
+
 def _server(config: DSKDConfig) -> ServerConfig:
-    if config.teacher.server is None:
+    if config.one_teacher.server is None:
         raise ValueError(
             "there is no `server:` in dskd.teacher. Add\n"
             "dskd:\n  teacher:\n    server: {url: http://127.0.0.1:8000}"
         )
-    return config.teacher.server
+    return config.one_teacher.server

@@ -23,6 +23,7 @@ from axolotl_dskd.config.objectives import (
     TokenKDConfig,
     ULDConfig,
 )
+from axolotl_dskd.config.route import RouteConfig, about_teacher
 from axolotl_dskd.config.samples import (
     DatasetSamplesConfig,
     SamplesConfig,
@@ -30,8 +31,15 @@ from axolotl_dskd.config.samples import (
     TeacherSamplesConfig,
     WritingConfig,
 )
-from axolotl_dskd.config.server import ServerConfig
+from axolotl_dskd.config.server import (
+    Endpoint,
+    Gives,
+    ServerConfig,
+    StudentWriterConfig,
+    WriterConfig,
+)
 from axolotl_dskd.config.teacher import TeacherConfig
+from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
 __all__ = [
     "PLUGIN_NAME",
@@ -44,21 +52,28 @@ __all__ = [
     "DivergenceKeys",
     "DivergenceName",
     "DualSpaceConfig",
+    "Endpoint",
     "EvaluationConfig",
     "GOLDConfig",
+    "Gives",
     "MinEditConfig",
     "ObjectiveConfig",
     "PolicyConfig",
     "PreferenceConfig",
     "ProjectorConfig",
+    "RouteConfig",
     "SamplesConfig",
     "ServerConfig",
     "SinkhornConfig",
     "SpanSupportConfig",
     "StudentSamplesConfig",
+    "StudentWriterConfig",
     "TeacherConfig",
     "TeacherSamplesConfig",
     "TokenKDConfig",
     "ULDConfig",
+    "VirtualAttentionConfig",
+    "WriterConfig",
     "WritingConfig",
+    "about_teacher",
 ]

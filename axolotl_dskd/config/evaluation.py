@@ -22,5 +22,6 @@ class EvaluationConfig(Block):
     record: bool = Field(
         False,
         description="Keep which rows the run sees, its log, and what every evaluation finds of "
-        "each row, in <output_dir>/dskd-record.jsonl; `axolotl-dskd compare` reads it.",
+        "each row, in <output_dir>/dskd-record.jsonl; `axolotl-dskd compare` reads it. A run with "
+        "virtual_attention always does, for `axolotl-dskd explain`.",
     )

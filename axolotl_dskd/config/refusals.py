@@ -26,6 +26,12 @@ _REFUSED: dict[str, str] = {
     "`fsdp_version: 2`",
     "ray_num_workers": "launching through ray is not supported; use the default launcher",
 }
+#: What cannot be combined with an output head that is changed as training ends, and why.
+_NOT_MERGED = {
+    "deepspeed": "DeepSpeed keeps copies of the head of its own",
+    "load_best_model_at_end": "checkpoints hold the head without the attention",
+    "early_stopping_patience": "it picks a checkpoint, which holds the head without the attention",
+}
 _OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")
 _PARALLEL = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 
@@ -49,6 +55,13 @@ def refusals(data: dict[str, Any]) -> list[str]:
             "`deepspeed` with `dskd.objective.projector.warmup_steps`: DeepSpeed updates the "
             "student within its backward, so it cannot wait for the projectors; remove warmup_steps"
         )
+    attention = block.get("virtual_attention") if isinstance(block, dict) else None
+    if isinstance(attention, dict) and attention.get("leave") == "merge":
+        found += [
+            f"`{key}` with `dskd.virtual_attention.leave: merge`: {why}; write `leave: anneal`"
+            for key, why in _NOT_MERGED.items()
+            if data.get(key)
+        ]
     if data.get("balance_labels") and not data.get("sample_packing"):
         found.append("`balance_labels` without `sample_packing`: set one, or remove the other")
     found += [

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from axolotl_dskd.config.base import Block
+from axolotl_dskd.config.server import StudentWriterConfig, WriterConfig
 
 
 class SamplesConfig(Block):
@@ -39,6 +40,18 @@ class DatasetSamplesConfig(SamplesConfig):
     )
 
 
+class VLLM(Block):
+    """A vLLM that writes."""
+
+    vllm: WriterConfig = Field(description="Where it is.")
+
+
+class StudentVLLM(Block):
+    """A vLLM that writes for the student."""
+
+    vllm: StudentWriterConfig = Field(description="Where it is, and what it is given.")
+
+
 class WritingConfig(SamplesConfig):
     """How answers to the rows' prompts are written, whoever writes them."""
 
@@ -57,8 +70,9 @@ class WritingConfig(SamplesConfig):
         description="Tokens, prompts and padding included, that are written at once. Changes "
         "memory and speed, not what is written.",
     )
-    engine: Literal["transformers"] = Field(
-        "transformers", description="transformers: `generate` in the training's own process."
+    engine: Literal["transformers"] | VLLM = Field(
+        "transformers",
+        description="transformers: `generate` in the training's own process. vllm: a server.",
     )
 
 
@@ -67,6 +81,11 @@ class StudentSamplesConfig(WritingConfig):
 
     source: Literal["student"] = Field(
         "student", alias="from", description="student: answers that the student writes."
+    )
+    engine: Literal["transformers"] | StudentVLLM = Field(  # type: ignore[assignment]
+        "transformers",
+        description="transformers: `generate` in the training's own process. vllm: a server that "
+        "is kept up to date.",
     )
     share: Annotated[float, Field(gt=0, le=1)] | Literal["adaptive"] = Field(
         0.5,

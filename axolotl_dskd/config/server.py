@@ -1,24 +1,57 @@
-"""`dskd.teacher.server`: a teacher that another process serves. Imports nothing of this package."""
+"""Servers that run a model for a training: the teacher's layers (`dskd.teacher.server`), or a vLLM
+that writes (`dskd.samples.engine`). Imports nothing of this package."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import re
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+
+#: What a teacher says of each token: final hidden states, from which all follows, or
+#: log-probabilities of the label and of the likeliest tokens.
+Gives = Literal["states", "logprobs"]
 
 
-class ServerConfig(BaseModel, extra="forbid"):
-    """A vLLM pooling server that gives the teacher's final hidden states."""
+def _hidden(value: Any) -> Any:
+    """Without user and password, which errors would repeat."""
+    if isinstance(value, list):
+        return [_hidden(each) for each in value]
+    return re.sub(r"^(\w+://)?.*@", r"\1***@", value) if isinstance(value, str) else value
 
-    url: str | None = Field(None, description="Where the server listens: http://host:8000.")
-    urls: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description="Several servers of the same teacher, which share the load."
-    )
+
+def _plain(url: str) -> str:
+    """The URL without a slash at its end.
+
+    Raises:
+        ValueError: it is no http address, or carries what does not belong there.
+    """
+    if "@" in url:
+        raise ValueError(
+            "the URL of a server holds a user or password. URLs are logged; put a key into an "
+            "environment variable and name it in api_key_env."
+        )
+    try:
+        parts = urlsplit(url)
+        port_is_one = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_is_one = urlsplit(""), False
+    strange = parts.query or parts.fragment or not port_is_one
+    if parts.scheme not in ("http", "https") or not parts.netloc or strange:
+        raise ValueError(f"{url!r} is no address of a server. Write it like http://127.0.0.1:8000.")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+Address = Annotated[str, AfterValidator(_plain)]
+
+
+class Endpoint(BaseModel, extra="forbid"):
+    """How a server is asked, and with how much patience."""
+
     model: str | None = Field(
-        None,
-        description="The name by which the server knows the teacher. Default: teacher.base_model.",
+        None, description="The name by which the server knows the model. Default: its base_model."
     )
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the server's key. Default: no key."
@@ -34,14 +67,55 @@ class ServerConfig(BaseModel, extra="forbid"):
         16, ge=1, description="Requests in flight at once, of each training process."
     )
 
-    @field_validator("url", "urls")
-    @classmethod
-    def _plain_urls(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value is None:
+    @property
+    def addresses(self) -> list[str]:
+        """All servers."""
+        raise NotImplementedError
+
+    @property
+    def api_key(self) -> str | None:
+        """The key, from the environment.
+
+        Raises:
+            ValueError: the variable is not set, or holds no key.
+        """
+        if self.api_key_env is None:
             return None
-        if isinstance(value, str):
-            return _plain(value)
-        return [_plain(url) for url in value]
+        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
+        if not key:
+            raise ValueError(
+                f"api_key_env of a server names {self.api_key_env}, which is not set. Export the "
+                "server's key under this name."
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
+        return key
+
+
+class ServerConfig(Endpoint):
+    """A stock vLLM that runs the teacher's layers."""
+
+    url: Address | None = Field(None, description="Where the server listens: http://host:8000.")
+    urls: Annotated[list[Address], Field(min_length=1)] | None = Field(
+        None, description="Several servers of the same teacher, which share the load."
+    )
+    gives: Gives = Field(
+        "states",
+        description="states: a pooling server gives final hidden states, and so the whole "
+        "distribution. logprobs: a server that writes gives log-probabilities of the labels and, "
+        "where the objective takes them, of the likeliest tokens; nothing of the teacher but its "
+        "tokenizer is loaded here.",
+    )
+    top_k: int = Field(
+        64,
+        ge=1,
+        description="With gives: logprobs, how many of the likeliest tokens are asked for.",
+    )
+
+    @field_validator("url", "urls", mode="before")
+    @classmethod
+    def _without_secrets(cls, value: Any) -> Any:
+        return _hidden(value)
 
     @model_validator(mode="after")
     def _somewhere(self) -> ServerConfig:
@@ -56,46 +130,36 @@ class ServerConfig(BaseModel, extra="forbid"):
         """All servers."""
         return [self.url] if self.url is not None else list(self.urls or ())
 
+
+class WriterConfig(Endpoint):
+    """A vLLM that writes answers."""
+
+    url: Address = Field(description="Where it listens: http://host:8000.")
+    timeout: float = Field(600.0, gt=0, description="Seconds for one answer.")
+    concurrency: int = Field(64, ge=1, description="Answers that each process asks for at once.")
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _without_secrets(cls, value: Any) -> Any:
+        return _hidden(value)
+
     @property
-    def api_key(self) -> str | None:
-        """The key, from the environment.
-
-        Raises:
-            ValueError: the variable is not set, or holds no key.
-        """
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env, "").strip()  # files end in a line break
-        if not key:
-            raise ValueError(
-                f"dskd.teacher.server.api_key_env names {self.api_key_env}, which is not set. "
-                "Export the server's key under this name."
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError(f"{self.api_key_env} holds characters that no key has.")
-        return key
+    def addresses(self) -> list[str]:
+        """The one server."""
+        return [self.url]
 
 
-def _plain(url: str) -> str:
-    """The URL without a slash at its end.
+class StudentWriterConfig(WriterConfig):
+    """A vLLM that writes what the student would, kept up to date while it trains."""
 
-    Raises:
-        ValueError: it is no http address, or carries what does not belong there.
-    """
-    parts = urlsplit(url)
-    if parts.username or parts.password:  # not repeated: it is a secret
-        raise ValueError(
-            "dskd.teacher.server: a URL holds a user or password. URLs are logged; put a key "
-            "into an environment variable and name it in api_key_env."
-        )
-    try:
-        port_is_one = parts.port is None or parts.port > 0
-    except ValueError:
-        port_is_one = False
-    strange = parts.query or parts.fragment or not port_is_one
-    if parts.scheme not in ("http", "https") or not parts.netloc or strange:
-        raise ValueError(
-            f"dskd.teacher.server: {url!r} is no address of a server. Write it like "
-            "http://127.0.0.1:8000."
-        )
-    return url.rstrip("/").removesuffix("/v1")
+    sync: Literal["auto", "weights", "adapter"] = Field(
+        "auto",
+        description="What the server is given: all weights, or the adapter. auto: the adapter of "
+        "a student that has one.",
+    )
+    sync_every: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps between two updates. Above 1 the student that writes is up to "
+        "so many steps old, and a resumed run, which begins with an update, writes otherwise.",
+    )

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from axolotl_dskd.config.base import Block
 from axolotl_dskd.config.cache import CacheConfig
-from axolotl_dskd.config.server import ServerConfig
+from axolotl_dskd.config.server import Gives, ServerConfig
 
 
 class TeacherConfig(Block):
@@ -73,7 +73,8 @@ class TeacherConfig(Block):
     server: ServerConfig | None = Field(
         None,
         description="A vLLM server that runs the teacher's layers; only head, embedding and "
-        "tokenizer are read from base_model. Default: it runs in the training process.",
+        "tokenizer are read from base_model, and with gives: logprobs the tokenizer alone. "
+        "Default: it runs in the training process.",
     )
 
     @field_validator("base_model", "tokenizer", "adapter")
@@ -109,6 +110,11 @@ class TeacherConfig(Block):
                 "nothing here. Remove them: quantisation and placement are the server's own; an "
                 "adapter is merged with `axolotl merge-lora` before it is served."
             )
+        if self.cache is not None and self.gives != "states":
+            raise ValueError(
+                "dskd.teacher.cache keeps hidden states, of which a server with gives: logprobs "
+                "gives none. Set gives: states, or remove cache."
+            )
         if self.chat_template == "jinja" and not self.chat_template_jinja:
             raise ValueError(
                 "dskd.teacher.chat_template is jinja, but chat_template_jinja is empty. "
@@ -126,6 +132,11 @@ class TeacherConfig(Block):
         keys = ("load_in_4bit", "load_in_8bit", "adapter", "device_map", "max_memory")
         found = [key for key in (*keys, "attn_implementation") if getattr(self, key)]
         return found + (["shard: full"] if self.shard == "full" else [])
+
+    @property
+    def gives(self) -> Gives:
+        """What it says of each token: hidden states, unless a server gives less."""
+        return "states" if self.server is None else self.server.gives
 
     @property
     def layers_are_loaded(self) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from axolotl_dskd.data.collator import LOGPROBS
 from axolotl_dskd.data.outcomes import CUT, KEPT
-from axolotl_dskd.data.reconcile import STATUS, Reconcile
+from axolotl_dskd.data.reconcile import STATUS, TEACHER, Reconcile
 from axolotl_dskd.data.runs import supervised_runs
 from axolotl_dskd.data.text_in_place import TextInPlace
 from axolotl_dskd.types import IGNORE_INDEX
@@ -62,8 +62,20 @@ class HalfPrompt:
         return cls(list(ids[: positions[0]]), answers[-1].text, end)
 
 
-#: A prompt, for each side.
-Prompt = dict[Who, HalfPrompt]
+@dataclass(frozen=True)
+class Prompt:
+    """A row without its answer; `prompt[side]` is one side of it.
+
+    Attributes:
+        halves: by side.
+        number: of the row's teacher, where there are several.
+    """
+
+    halves: dict[Who, HalfPrompt]
+    number: int | None = None
+
+    def __getitem__(self, side: Who) -> HalfPrompt:
+        return self.halves[side]
 
 
 class AnsweredRows:
@@ -73,6 +85,7 @@ class AnsweredRows:
         reconcile: of the pair.
         student, teacher: the tokenizers.
         rows: some prepared rows, from which it learns how answers end on each side.
+        number: of the teacher, where there are several and the rows are its own.
 
     Attributes:
         prompts: how many of these rows have a prompt.
@@ -81,9 +94,15 @@ class AnsweredRows:
     """
 
     def __init__(
-        self, reconcile: Reconcile, student: Any, teacher: Any, rows: Iterable[Row]
+        self,
+        reconcile: Reconcile,
+        student: Any,
+        teacher: Any,
+        rows: Iterable[Row],
+        number: int | None = None,
     ) -> None:
         self.reconcile = reconcile
+        self.number = number
         self._tables = {"student": reconcile.student_bytes, "teacher": reconcile.teacher_bytes}
         tokenizers = {"student": student, "teacher": teacher}
         self._encode = {s: TextInPlace(tokenizers[s], self._tables[s]) for s in _SIDES}
@@ -108,7 +127,7 @@ class AnsweredRows:
             for side in _SIDES
         }
         found = {side: half for side, half in halves.items() if half is not None and half.ids}
-        return found if len(found) == len(_SIDES) else None
+        return Prompt(found, self.number) if len(found) == len(_SIDES) else None
 
     def row(
         self,
@@ -149,6 +168,8 @@ class AnsweredRows:
         if status not in (KEPT, CUT):
             return str(status)
         row |= changed
+        if self.number is not None:
+            row[TEACHER] = self.number
         if logprobs is not None:
             start = len(prompt["student"].ids)
             kept = [x for x, y in zip(logprobs, row["labels"][start:], strict=False) if y >= 0]
@@ -170,6 +191,37 @@ class AnsweredRows:
         if ended and not end:  # the row itself was cut
             end, end_labels = self._usual[other]
         return (*ids, *end), (*ids, *end_labels)
+
+
+class RoutedAnswers:
+    """`AnsweredRows` of several teachers: each prompt is answered in its own teacher's template.
+
+    Args:
+        each: by the teacher's number.
+    """
+
+    def __init__(self, each: Sequence[AnsweredRows]) -> None:
+        self.each = each
+
+    @property
+    def prompts(self) -> int:
+        """See `AnsweredRows`."""
+        return sum(answered.prompts for answered in self.each)
+
+    @property
+    def end_ids(self) -> dict[str, list[int]]:
+        """The tokens that end an answer of the student, which writes to all prompts alike."""
+        ends = {i for answered in self.each for i in answered.end_ids["student"]}
+        return {"student": sorted(ends)}
+
+    def prompt(self, row: Row) -> Prompt | None:
+        """See `AnsweredRows`."""
+        return self.each[row[TEACHER]].prompt(row)
+
+    def row(self, prompt: Prompt, ids: Sequence[int], **how: Any) -> Row | str:
+        """See `AnsweredRows`."""
+        assert prompt.number is not None
+        return self.each[prompt.number].row(prompt, ids, **how)
 
 
 def _readable(ids: Sequence[int], table: list[bytes]) -> tuple[int, bytes]:

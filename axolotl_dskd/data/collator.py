@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from axolotl.utils.collators.batching import (
     BatchSamplerDataCollatorForSeq2Seq,
     V2BatchSamplerDataCollatorForSeq2Seq,
@@ -22,7 +23,7 @@ from axolotl_dskd.data.byte_spans import (
     kept_apart,
     start_pairs,
 )
-from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
+from axolotl_dskd.data.reconcile import SPANS, TEACHER, TEACHER_SPANS
 from axolotl_dskd.types import IGNORE_INDEX, DualBatch, Matches, Written
 
 _TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
@@ -34,6 +35,9 @@ GROUP = "dskd_group"
 #: Columns of a prepared row that are ours.
 PREPARED_COLUMNS = (*_TEACHER_COLUMNS, SPANS, TEACHER_SPANS)
 
+#: Ids and labels of samples to `DualBatch.cached_states` and `.cached`.
+_Reader = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
+
 
 class DualCollator:
     """Wraps any collator: takes the teacher's columns out, lets it work, adds our tensors.
@@ -44,11 +48,11 @@ class DualCollator:
     sample. `input_ids` stays the batch's first key.
 
     Attributes:
-        read_cached: looks up a batch's samples in the teacher's cache: lists of ids and labels
-            to `DualBatch.cached_states` and `.cached`. Called in the data workers. None: no cache.
+        readers: of each teacher, what looks up samples in its cache, or None: it has none. Called
+            in the data workers.
     """
 
-    read_cached: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]] | None = None
+    readers: Sequence[_Reader | None] = ()
 
     def __init__(
         self, inner: Callable[..., Any], *, padding_side: str, teacher_pad_id: int
@@ -77,7 +81,7 @@ class DualCollator:
                 f"a row has no teacher side; it has {sorted(samples[0])}. The dataset was "
                 "prepared without dskd: delete dataset_prepared_path and prepare it again."
             )
-        ours = {*PREPARED_COLUMNS, LOGPROBS, GROUP}
+        ours = {*PREPARED_COLUMNS, TEACHER, LOGPROBS, GROUP}
         plain = [[{k: v for k, v in s.items() if k not in ours} for s in row] for row in rows]
         lengths = [[len(s["input_ids"]) for s in row] for row in rows]
         batch = dict(self.inner(plain if packed else [row[0] for row in plain], **kwargs))
@@ -85,9 +89,10 @@ class DualCollator:
             [torch.from_numpy(np.array(s[column], dtype=np.int64)) for s in samples]
             for column in _TEACHER_COLUMNS
         )
-        cached_states = cached = None
-        if self.read_cached is not None:
-            cached_states, cached = self.read_cached(ids, labels)
+        teachers = None
+        if TEACHER in samples[0]:
+            teachers = torch.tensor([int(sample[TEACHER]) for sample in samples])
+        cached_states, cached = _read_cached(self.readers, ids, labels, teachers)
         dual = DualBatch(
             input_ids=batch["input_ids"],
             labels=batch["labels"],
@@ -97,6 +102,7 @@ class DualCollator:
             teacher_attention_mask=pad_sequence([torch.ones_like(i) for i in ids], True),
             cached_states=cached_states,
             cached=cached,
+            teachers=teachers,
             matches=find_matches([s[SPANS] for s in samples], [s[TEACHER_SPANS] for s in samples]),
             written=_written(samples),
         )
@@ -124,6 +130,33 @@ class DualCollator:
                 at += length
                 sample += 1
         return segment_ids
+
+
+def _read_cached(
+    readers: Sequence[_Reader | None],
+    ids: list[Tensor],
+    labels: list[Tensor],
+    teachers: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`DualBatch.cached_states` and `.cached`: what each sample's teacher has of it."""
+    if not any(readers):
+        return None, None
+    if teachers is None:
+        (reader,) = readers
+        assert reader is not None
+        return reader(ids, labels)
+    tokens = [int((label[1:] != IGNORE_INDEX).sum()) for label in labels]
+    states = [torch.zeros((count, 0), dtype=torch.uint8) for count in tokens]
+    cached = torch.zeros(len(ids), dtype=torch.bool)
+    for number, reader in enumerate(readers):
+        mine = (teachers == number).nonzero().flatten().tolist()
+        if reader is None or not mine:
+            continue
+        found, cached[mine] = reader([ids[k] for k in mine], [labels[k] for k in mine])
+        for k, rows in zip(mine, found.split([tokens[k] for k in mine]), strict=True):
+            states[k] = rows
+    width = max(rows.shape[1] for rows in states)
+    return torch.cat([F.pad(rows, (0, width - rows.shape[1])) for rows in states]), cached
 
 
 def _written(samples: Sequence[dict[str, Any]]) -> Written | None:
@@ -204,6 +237,8 @@ def samples_of(inputs: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
                     TEACHER_SPANS: _stored(teacher_spans[number]),
                 }
             )
+            if batch.teachers is not None:
+                row[-1][TEACHER] = int(batch.teachers[number])
         rows.append(row)
     columns = [name for name in ("attention_mask", "position_ids") if name in inputs]
     for sample in (sample for row in rows for sample in row):

@@ -22,9 +22,10 @@ from axolotl.utils.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_dskd import __version__
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, about_teacher
 from axolotl_dskd.data.paired import PairedStrategy
-from axolotl_dskd.data.reconcile import ROW_FORMAT, Reconcile, reconcile_dataset
+from axolotl_dskd.data.reconcile import ROW_FORMAT, Reconcile
+from axolotl_dskd.data.routing import RoutedStrategy, reconcile_by_teacher, teachers_of
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from axolotl_dskd.data.token_bytes import normalisations, token_bytes
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, teacher_position_limit
@@ -63,7 +64,7 @@ def _teacher_side(
 
     Axolotl pushes the student's template into every dataset, so both levels are overridden.
     """
-    teacher = config.teacher
+    teacher = config.one_teacher
     choice = teacher.chat_template
     if choice is None:
         choice = "jinja" if teacher.chat_template_jinja else "tokenizer_default"
@@ -94,8 +95,29 @@ def _pair(get_wrapper: Callable[..., Any], config: DSKDConfig, call: dict[str, A
     """Build the dataset's strategy for both sides, and let Axolotl tokenize with the pair."""
     dataset, dataset_config, cfg = call["dataset"], call["dataset_config"], call["cfg"]
     _refuse_unusable(dataset, dataset_config)
+    each, route = config.each(), config.route
+    names = list(each)
+    if route is not None:
+        names = teachers_of(dataset, dataset_config, route, list(each))
+    student = _strategy(get_wrapper, call)
+    pairs = {}
+    for name in names:
+        with about_teacher(name):
+            teacher = _teacher_strategy(get_wrapper, each[name], call)
+        pairs[name] = PairedStrategy(student, teacher)
+    return wrappers.wrap_dataset_for_tokenized_prompt(
+        pairs[""] if route is None else RoutedStrategy(pairs, list(each), route.field),
+        dataset,
+        process_count=cfg.dataset_num_proc,
+        keep_in_memory=cfg.dataset_keep_in_memory is True,
+    ), wrappers.UnsupportedPrompter()
+
+
+def _teacher_strategy(
+    get_wrapper: Callable[..., Any], config: DSKDConfig, call: dict[str, Any]
+) -> PromptTokenizingStrategy:
     tokenizer = load_teacher_tokenizer(config)
-    teacher_cfg, teacher_dataset_config = _teacher_side(config, cfg, dataset_config)
+    teacher_cfg, teacher_dataset_config = _teacher_side(config, call["cfg"], call["dataset_config"])
     teacher_call = {
         **call,
         "cfg": teacher_cfg,
@@ -103,23 +125,16 @@ def _pair(get_wrapper: Callable[..., Any], config: DSKDConfig, call: dict[str, A
         "tokenizer": tokenizer,
         "processor": None,
     }
-    student = _strategy(get_wrapper, call)
     try:
-        teacher = _strategy(get_wrapper, teacher_call)
+        return _strategy(get_wrapper, teacher_call)
     except ValueError as error:
         if "chat_template" not in str(error):
             raise
         raise ValueError(
-            f"the teacher's tokenizer ({config.teacher.tokenizer_name}) has no chat template: "
+            f"the teacher's tokenizer ({config.one_teacher.tokenizer_name}) has no chat template: "
             f"{error}. Name one as dskd.teacher.chat_template (chatml, llama3, jinja, …), the one "
             "that the teacher was trained with."
         ) from error
-    return wrappers.wrap_dataset_for_tokenized_prompt(
-        PairedStrategy(student, teacher),
-        dataset,
-        process_count=cfg.dataset_num_proc,
-        keep_in_memory=cfg.dataset_keep_in_memory is True,
-    ), wrappers.UnsupportedPrompter()
 
 
 def _strategy(get_wrapper: Callable[..., Any], call: dict[str, Any]) -> PromptTokenizingStrategy:
@@ -143,8 +158,11 @@ def data_fingerprint(config: DSKDConfig) -> str:
 
     Nothing of what is learned from the rows: all objectives share one prepared data set.
     """
+    if config.route is not None:
+        each = [(name, data_fingerprint(one)) for name, one in config.each().items()]
+        return json.dumps([each, config.route.model_dump()], sort_keys=True)
     tokenizer = load_teacher_tokenizer(config)
-    teacher = config.teacher
+    teacher = config.one_teacher
     jinja = teacher.chat_template_jinja or str(tokenizer.chat_template)
     if len(jinja) < 4096 and "{" not in jinja and Path(jinja).is_file():
         jinja = Path(jinja).read_text(encoding="utf-8")
@@ -224,18 +242,23 @@ class _Hooks:
                 return dataset
             assert self.student_tokenizer is not None, "rows come before any dataset"
             strategy = (cfg.excess_length_strategy or "drop").lower()
-            for side, tokenizer in (
-                ("student", self.student_tokenizer),
-                ("teacher", load_teacher_tokenizer(config)),
-            ):
+            each = config.each()
+            teachers = [
+                (f"teacher {name}".rstrip(), load_teacher_tokenizer(one))
+                for name, one in each.items()
+            ]
+            for side, tokenizer in [("student", self.student_tokenizer), *teachers]:
                 if changes := normalisations(tokenizer):
                     LOG.info(f"The {side}'s tokenizer changes text ({', '.join(changes)})")
-            reconcile = make_reconcile(
-                config, self.student_tokenizer, truncate_teacher=strategy == "truncate"
-            )
-            return reconcile_dataset(
+            reconciles = {
+                name: make_reconcile(
+                    one, self.student_tokenizer, truncate_teacher=strategy == "truncate"
+                )
+                for name, one in each.items()
+            }
+            return reconcile_by_teacher(
                 dataset,
-                reconcile,
+                reconciles,
                 num_proc=cfg.dataset_num_proc,
                 raise_if_long=strategy == "raise",
             )

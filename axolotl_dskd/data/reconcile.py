@@ -37,6 +37,8 @@ ROW_FORMAT = 3
 
 #: Columns of a prepared row: the spans of its supervised tokens, in order, as `Spans.to_bytes`.
 SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"
+#: Column of a row that asks one of several teachers: its number, in the configuration's order.
+TEACHER = "dskd_teacher"
 
 
 @dataclass(frozen=True)
@@ -212,9 +214,17 @@ def _last_position(parts: list[Part]) -> int:
 
 
 def reconcile_dataset(
-    dataset: Dataset, reconcile: Reconcile, *, num_proc: int | None, raise_if_long: bool
+    dataset: Dataset,
+    reconcile: Reconcile,
+    *,
+    num_proc: int | None,
+    raise_if_long: bool,
+    teacher: str = "",
 ) -> Dataset:
     """Apply `reconcile` to all rows, drop what cannot be used, and log how many and why.
+
+    Args:
+        teacher: its name, where there are several.
 
     Raises:
         ValueError: no row is left; more than a tenth of them differ in text (with three
@@ -241,7 +251,8 @@ def reconcile_dataset(
     kept = dataset.select([i for i, s in enumerate(statuses) if s in (KEPT, CUT)])
     log = LOG.info if counts[KEPT] == total else LOG.warning
     log(
-        f"Distillation rows: {len(kept)} of {total} kept, {counts[CUT]} of them cut to the text "
+        f"Distillation rows{f' of {teacher}' if teacher else ''}: {len(kept)} of {total} kept, "
+        f"{counts[CUT]} of them cut to the text "
         f"that both sides supervise; dropped: {counts[EMPTY]} without supervised text, "
         f"{counts[TOO_LONG]} longer than {reconcile.teacher_limit} teacher tokens, "
         f"{counts[DIFFERENT]} whose texts differ"

@@ -14,7 +14,7 @@ from axolotl_dskd.data.byte_spans import BYTES_PER_TOKEN, Spans, exact_pairs, ke
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _load_tokenizer(name: str, revision: str | None, trust: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
@@ -32,13 +32,13 @@ def load_teacher_tokenizer(config: DSKDConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it cannot be loaded, or a path of the teacher's does not exist.
     """
-    teacher = config.teacher
+    teacher = config.one_teacher
     teacher.check_paths()
     revision = teacher.revision if teacher.tokenizer is None else None
     return _load_tokenizer(teacher.tokenizer_name, revision, teacher.trust_remote_code)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _position_limit(name: str, revision: str | None, trust: bool) -> int:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
@@ -57,8 +57,10 @@ def teacher_position_limit(config: DSKDConfig) -> int:
     Raises:
         ValueError: the teacher's config cannot be loaded, or allows less than `sequence_len`.
     """
-    teacher = config.teacher
+    teacher = config.one_teacher
     limit = _position_limit(teacher.base_model, teacher.revision, teacher.trust_remote_code)
+    if teacher.gives == "logprobs":
+        limit -= 1  # a server that is asked for them writes a token behind the row
     if teacher.sequence_len and teacher.sequence_len > limit:
         raise ValueError(
             f"dskd.teacher.sequence_len is {teacher.sequence_len}, but {teacher.base_model} has "

@@ -45,14 +45,16 @@ class Draw(LogitsProcessor):
             scores: [B, V] logits.
         """
         temperature = self.sampling.temperature or 1.0
-        logits = scores[:, : self.vocab_size].float() / temperature
-        logprobs = logits.log_softmax(-1)
+        logits = scores[:, : self.vocab_size].float()
+        logprobs = plain = logits.log_softmax(-1)
+        if temperature != 1.0:
+            logprobs = (logits / temperature).log_softmax(-1)
         if self._numbers is None:
             drawn = logprobs.argmax(-1, keepdim=True)
         else:
             number = self._numbers[:, len(self.logprobs)].to(logprobs.device)
             drawn = self._draw(logprobs, number.unsqueeze(1))
-        self.logprobs.append(logprobs.gather(1, drawn).squeeze(1))
+        self.logprobs.append(plain.gather(1, drawn).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
     def _draw(self, logprobs: Tensor, number: Tensor) -> Tensor:
@@ -74,7 +76,8 @@ class Draw(LogitsProcessor):
         total = probability.cumsum(-1)
         # Below the end, so that nothing without probability is found.
         place = (number * total[:, -1:]).minimum(torch.nextafter(total[:, -1:], number * 0))
-        found = torch.searchsorted(total, place, right=True)
+        # NaN finds no place: any token will do, the loss of this step says what is wrong.
+        found = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
         return found if order is None else order.gather(1, found)
 
 

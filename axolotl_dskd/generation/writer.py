@@ -42,10 +42,8 @@ class Answer:
 
     Attributes:
         ids: the tokens, with the end token where there is one. Empty where none had room.
-        logprobs: of each token when it was drawn, float32 accuracy: log-probability over the whole
-            vocabulary at the temperature of drawing (at 1 where the most likely was taken), so
-            whatever `top_p` and `top_k` left out. Over all of an answer it sums up to that of the
-            answer.
+        logprobs: of each token when it was written, float32 accuracy: the model's own, over the
+            whole vocabulary at temperature 1, whatever it was drawn with.
         ended: the last token is one that ends an answer; else it was cut.
     """
 

@@ -3,7 +3,8 @@
 Knows heads, states and labels; nothing of models, batches or training.
 """
 
-from axolotl_dskd.losses.chunks import Budget, Chunk, Part, Stream, TermSpec, Values, over
+from axolotl_dskd.losses.chunks import Budget, Chunk, Part, Stream, Sums, TermSpec, Values, over
+from axolotl_dskd.losses.coarse import coarse_divergence
 from axolotl_dskd.losses.divergences import (
     DIVERGENCES,
     Distribution,
@@ -25,11 +26,13 @@ __all__ = [
     "Learn",
     "Part",
     "Stream",
+    "Sums",
     "TermSpec",
     "Values",
     "Weights",
     "by_autograd",
     "by_rows",
+    "coarse_divergence",
     "even_parts",
     "grouped_parts",
     "make_divergence",

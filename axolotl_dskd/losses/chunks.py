@@ -51,6 +51,11 @@ class Stream:
     def __len__(self) -> int:
         return len(self.hidden)
 
+    def trained_tensors(self) -> tuple[Tensor | None, ...]:
+        """The head's tensors, None in the place of those that this stream does not train."""
+        tensors = self.head.tensors()
+        return tensors if self.trains_head else (None,) * len(tensors)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -149,8 +154,7 @@ def over(
     call = _Call(dict(streams), parts, compute, dict(terms), torch.is_grad_enabled())
     tensors: list[Tensor | None] = []
     for stream in streams.values():
-        head = stream.head.tensors() if stream.trains_head else (None,) * 4
-        tensors += (stream.hidden, *head)
+        tensors += (stream.hidden, *stream.trained_tensors())
     loss, *values = _Over.apply(call, *tensors)
     return Sums(loss, dict(zip(terms, values, strict=True)))
 
@@ -199,8 +203,9 @@ class _Over(torch.autograd.Function):
     @_dtypes_as_given
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         wanted = [needed and call.with_gradients for needed in ctx.needs_input_grad[1:]]
+        each = len(wanted) // len(call.streams)
         gradients = {
-            name: _Gradients(stream, wanted[5 * k : 5 * k + 5])
+            name: _Gradients(stream, wanted[each * k : each * (k + 1)])
             for k, (name, stream) in enumerate(call.streams.items())
         }
         first = next(iter(call.streams.values())).hidden

@@ -33,7 +33,7 @@ def token_logprobs(
         budget: of a chunk.
         temperature: of the distribution.
     """
-    head = stream.head.tensors() if stream.trains_head else (None,) * 4
+    head = stream.trained_tensors()
     return _LogProbs.apply(stream, labels, budget, temperature, stream.hidden, *head)
 
 
@@ -74,7 +74,7 @@ def over_logprobs(
     leaves = [x.requires_grad_() for x in set_logprobs(stream, labels, budget, members)]
     with torch.enable_grad():
         loss = function(*leaves)
-    wanted = (stream.hidden, *(stream.head.tensors() if stream.trains_head else ()))
+    wanted = (stream.hidden, *stream.trained_tensors())
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in wanted):
         return loss.detach()
     slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)

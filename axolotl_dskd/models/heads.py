@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.output_head import Gate, OutputHead
 from axolotl_dskd.ranks import gathered, is_sharded, whole
 
 T = TypeVar("T")
@@ -166,11 +167,32 @@ def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> 
                     out = out + 0.0 * parameter.flatten()[:1].to(out)
         return out
 
+    with _other_forward(module, keep):
+        yield captured
+
+
+@contextmanager
+def gated(model: Any, gate: Gate | None) -> Iterator[None]:
+    """While open, the model's own forward gives the logits of a head with this gate, if any."""
+    if gate is None:
+        yield
+        return
+
+    def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        vocabulary = sum(len(ids) for ids in gate.ids)
+        return replace(output_head(model, vocabulary), gate=gate).linear(hidden)
+
+    with _other_forward(head_module(model), forward):
+        yield
+
+
+@contextmanager
+def _other_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     # On the instance, so the class stays as it is; accelerate's hooks live there too.
     before = module.__dict__.get("forward")
-    module.forward = keep
+    module.forward = forward
     try:
-        yield captured
+        yield
     finally:
         if before is None:
             del module.forward

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from axolotl_dskd.models.heads import check_output_head, head_module, output_head
-from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.ranks import gathered, whole
+from axolotl_dskd.models.heads import check_output_head, gated, head_module, output_head
+from axolotl_dskd.output_head import Gate, OutputHead
+from axolotl_dskd.ranks import first_for_all, gathered, is_first, is_sharded, multiply, whole
 from axolotl_dskd.types import Needs, Side, View
 
 
@@ -29,10 +31,15 @@ class Student:
         model: gives it as the trainer holds it now (wrapped by peft, prepared, or not).
         accelerator: the trainer's.
         vocab_size: ids that its tokenizer can emit.
+
+    Attributes:
+        gate: what stands in front of its head at the moment, while it learns or (True) while it
+            is evaluated.
     """
 
     def __init__(self, model: Callable[[], Any], accelerator: Accelerator, vocab_size: int) -> None:
         self._model = model
+        self.gate: Callable[[bool], Gate | None] = lambda evaluates: None
         self.accelerator = accelerator
         self.vocab_size = vocab_size
         self._embedding = model().get_input_embeddings()
@@ -51,20 +58,49 @@ class Student:
         plugin = self.accelerator.state.deepspeed_plugin
         return 0 if plugin is None else int(plugin.zero_stage)
 
-    def view(self, tokens: Side, hidden: Tensor, needs: Needs) -> View:
+    def view(self, tokens: Side, hidden: Tensor, needs: Needs, *, evaluates: bool = False) -> View:
         """The student on a batch; within its forward, and on every rank alike.
 
         Args:
             tokens: its supervised tokens.
             hidden: [N, d] what its head was given for them.
             needs: of the objective.
+            evaluates: it is evaluated, and does not learn.
         """
         embedded = self.embed(tokens) if needs.embeddings else None
-        return View(tokens, self.head(), hidden, embedded)
+        return View(tokens, self.head(evaluates=evaluates), hidden, embedded)
 
-    def head(self) -> OutputHead:
-        """The output head as it is now. Of a sharded student: within its forward or `gathered`."""
-        return output_head(self._model(), self.vocab_size)
+    def head(self, *, evaluates: bool = False) -> OutputHead:
+        """The output head as it is now, with its gate. Of a sharded student: within its forward or
+        `gathered`."""
+        head = output_head(self._model(), self.vocab_size)
+        return replace(head, gate=self.gate(evaluates))
+
+    @torch.no_grad()
+    def check_merging(self) -> None:
+        """Refuse a head into which a gate cannot be multiplied.
+
+        Raises:
+            ValueError: it is tied to the embedding, does not train, or only an adapter on it does.
+        """
+        head = head_module(self._model())
+        weight = getattr(head, "weight", None)
+        tied = weight is self._embedding.weight
+        if tied or weight is None or not weight.requires_grad or hasattr(head, "base_layer"):
+            why = "is tied to its input embedding" if tied else "does not train as a whole"
+            raise ValueError(
+                f"dskd.virtual_attention.leave: merge multiplies the attention into the output "
+                f"head, but the student's {why}. Write leave: anneal"
+                + ("." if tied else ", or train the head (lora_modules_to_save: [lm_head]).")
+            )
+
+    @torch.no_grad()
+    def merge(self, gate: Gate) -> None:
+        """Multiply a gate into the head, for good; every rank must call it."""
+        weight = head_module(self._model()).weight
+        factors = torch.ones(weight.shape, device=gate.scale.device)
+        factors[: self.vocab_size] = gate.factors(weight.shape[1])[gate.groups()]
+        multiply(weight, factors)
 
     @contextmanager
     def gathered(self) -> Iterator[tuple[OutputHead, Tensor]]:
@@ -83,17 +119,25 @@ class Student:
         return self.is_sharded and self._zero_stage != 3
 
     @contextmanager
-    def running(self) -> Iterator[Any]:
+    def running(self, *, evaluates: bool = False) -> Iterator[Any]:
         """The model for forwards that train nothing, such as writing; on every rank alike.
 
         In eval mode, so without dropout and gradient checkpointing; each of its modules is in the
         mode of before afterwards. ZeRO-3's parameters are gathered once for all forwards.
+
+        Args:
+            evaluates: it is evaluated, and does not write what it will learn from.
         """
         model = self._model()
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast(), self._gathered_for_long():
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                self._gathered_for_long(),
+                gated(model, self.gate(evaluates)),
+            ):
                 yield model
         finally:
             for module in training:
@@ -126,6 +170,41 @@ class Student:
                 yield
             finally:
                 add_hooks(prepared.engine)
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """Largest rank of its LoRA; None where it has none."""
+        adapters = getattr(self._model(), "peft_config", None)
+        return max(int(adapter.r) for adapter in adapters.values()) if adapters else None
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Write it as users would have it: with LoRA the adapter, else all weights.
+
+        On every rank alike; a sharded student is gathered tensor by tensor, to rank 0's main
+        memory, and rank 0 writes.
+
+        Args:
+            folder: of its own.
+
+        Raises:
+            ValueError: on every rank, where it cannot be written.
+        """
+        model = self.accelerator.unwrap_model(self._model())
+        adapter = self.adapter_rank is not None
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if adapter and not tensor.requires_grad:
+                continue
+            with gathered([tensor]):
+                full = whole(tensor).detach()
+                if is_first():
+                    tensors[name] = full.cpu() if is_sharded(tensor) else full
+        keys: dict[str, Any] = {"save_embedding_layers": False} if adapter else {}
+        first_for_all(
+            lambda: model.save_pretrained(folder, state_dict=tensors, **keys),
+            self.accelerator.device,
+        )
 
     @torch.no_grad()
     def embed(self, tokens: Side) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from axolotl_dskd.config import ObjectiveConfig
-from axolotl_dskd.losses import Budget, Part, Stream, even_parts, paired_parts
+from axolotl_dskd.config import Gives, ObjectiveConfig
+from axolotl_dskd.losses import Budget, Part, Stream, even_parts, paired_parts, set_logprobs
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import LossOutput, Matches, Needs, Per, Side, Term, View
 
@@ -56,12 +56,16 @@ class Setting:
         budget: how many tokens' logits may be held at once.
         seed: for whatever is drawn at the start.
         written: the student writes answers during training.
+        gives: what the teacher says of each token.
+        references: rows of the data are learned from, too.
     """
 
     kd_ratio: float = 0.5
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     written: bool = False
+    gives: Gives = "states"
+    references: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,14 @@ class Pair:
     """Both models as training begins, student's first.
 
     Attributes:
-        heads: the student's may hold its storage on rank 0 alone (device meta elsewhere).
-        embeddings: [V, d] and [U, D] input embeddings.
+        heads: the student's may hold its storage on rank 0 alone (device meta elsewhere). A teacher
+            that gives no states has none.
+        embeddings: [V, d] and [U, D] input embeddings; likewise.
         device: where losses are computed.
     """
 
-    heads: tuple[OutputHead, OutputHead]
-    embeddings: tuple[Tensor, Tensor]
+    heads: tuple[OutputHead, ...]
+    embeddings: tuple[Tensor, ...]
     device: torch.device
 
 
@@ -107,6 +112,7 @@ class Objective(ABC, Generic[C]):
 
     Attributes:
         needs: what it must be given.
+        without_states: the keys with which it needs no states of the teacher, in words.
         terms: every value that it reports, and what each is counted by. Stated ahead, so that all
             ranks log the same, whatever each of them has seen.
         module: what is trained beside the student, or what a checkpoint has to keep for it, or
@@ -118,6 +124,7 @@ class Objective(ABC, Generic[C]):
     known: ClassVar[dict[type[ObjectiveConfig], type[Objective[Any]]]] = {}
 
     needs: Needs = Needs()
+    without_states: ClassVar[str] = ""
     terms: ClassVar[dict[str, Per]] = {}
     module: nn.Module | None = None
     beside: Beside | None = None
@@ -143,6 +150,13 @@ class Objective(ABC, Generic[C]):
                 f"dskd.objective: {config.name} learns from answers that the student writes during "
                 "training, but all rows are the data set's. Set dskd.samples: {from: student}, or "
                 "use another objective."
+            )
+        if self.needs.of_teacher == "states" and setting.gives != "states":
+            keys = f", or {self.without_states}" if self.without_states else ""
+            raise ValueError(
+                f"dskd.objective: {config.name} needs the teacher's hidden states, but "
+                "dskd.teacher.server gives log-probabilities of some tokens. Set "
+                f"dskd.teacher.server.gives: states{keys}."
             )
 
     def describe(self) -> str:
@@ -193,6 +207,18 @@ def teacher_stream(teacher: View) -> Stream:
     """The teacher's states in its head's dtype."""
     assert teacher.hidden is not None and teacher.head is not None
     return Stream(teacher.hidden.to(teacher.head.weight.dtype), teacher.head)
+
+
+def label_logprobs(teacher: View, rows: Tensor | slice, budget: Budget) -> Tensor:
+    """[k] log-probability of the labels of some of the teacher's tokens, float32 or wider.
+
+    Takes one product with the teacher's head, or none where it says them itself.
+    """
+    if teacher.logprobs is not None:
+        return teacher.logprobs.labels[rows]
+    stream = teacher_stream(teacher)
+    some = Stream(stream.hidden[rows], stream.head)
+    return set_logprobs(some, teacher.tokens.labels[rows], budget, None)[0]
 
 
 def equal_ids(pairs: Tensor, student: Side, teacher: Side) -> Tensor:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
+from axolotl_dskd.config import (
+    DSKDConfig,
+    ObjectiveConfig,
+    StudentSamplesConfig,
+    about_teacher,
+)
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
@@ -28,8 +33,16 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
     Raises:
         ValueError: the pair is not one that the objective works for.
     """
-    writes = config.samples.source == "student"
-    setting = Setting(config.kd_ratio, chunk_budget(config, memory), seed, writes)
+    samples = config.samples
+    writes = isinstance(samples, StudentSamplesConfig)
+    setting = Setting(
+        config.kd_ratio,
+        chunk_budget(config, memory),
+        seed,
+        written=writes,
+        gives=config.one_teacher.gives,
+        references=not (isinstance(samples, StudentSamplesConfig) and samples.share == 1),
+    )
     return objective_class(config.objective)(config.objective, facts, setting)
 
 
@@ -57,8 +70,10 @@ def check_pair(config: DSKDConfig, student: Any) -> None:
         student: its tokenizer.
 
     Raises:
-        ValueError: the pair is not one that the objective works for.
+        ValueError: a pair is not one that the objective works for.
     """
-    teacher = load_teacher_tokenizer(config)
-    facts = Facts(student, teacher, (vocabulary_size(student), vocabulary_size(teacher)))
-    build_objective(config, facts, memory=0, seed=0)
+    for name, one in config.each().items():
+        with about_teacher(name):
+            teacher = load_teacher_tokenizer(one)
+            facts = Facts(student, teacher, (vocabulary_size(student), vocabulary_size(teacher)))
+            build_objective(one, facts, memory=0, seed=0)

@@ -32,14 +32,17 @@ from axolotl_dskd.config import ChunkLikelihoodConfig
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.losses import over_logprobs, set_logprobs
 from axolotl_dskd.objectives.base import (
+    Facts,
     Objective,
     Pair,
+    Setting,
+    label_logprobs,
     participation,
     student_stream,
     teacher_stream,
 )
 from axolotl_dskd.objectives.groups import STUDENT, TEACHER, Groups
-from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Per, Side, Term, View
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Needs, Per, Side, Term, View
 
 #: Keeps log-likelihoods below 0, where log(1 − exp) is finite; as published.
 _EPSILON = 1e-6
@@ -48,6 +51,7 @@ _EPSILON = 1e-6
 class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodConfig):
     """See the module."""
 
+    without_states = "merge: false and debias: false, which ask for no boundary behind a chunk"
     terms: ClassVar[dict[str, Per]] = {
         "ce": "reference_token",
         "chunk": "student_token",
@@ -55,6 +59,10 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
         "chunks": "value",
         "aligned": "student_token",
     }
+
+    def __init__(self, config: ChunkLikelihoodConfig, facts: Facts, setting: Setting) -> None:
+        self.needs = Needs("states" if config.merge or config.debias else "labels")
+        super().__init__(config, facts, setting)
 
     def describe(self) -> str:
         """Which chunks are compared."""
@@ -66,12 +74,11 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
     def begin(self, pair: Pair) -> None:
         """Find both vocabularies' word boundaries and special tokens."""
         self.boundaries, self.textless = [], []
-        for tokenizer, head in zip(
-            (self.facts.student, self.facts.teacher), pair.heads, strict=True
-        ):
-            boundary, textless = torch.zeros((2, head.vocab_size), dtype=torch.bool)
+        facts = self.facts
+        for tokenizer, size in zip((facts.student, facts.teacher), facts.vocab_sizes, strict=True):
+            boundary, textless = torch.zeros((2, size), dtype=torch.bool)
             spelled = token_bytes(tokenizer)
-            used = sorted(i for i in tokenizer.get_vocab().values() if i < head.vocab_size)
+            used = sorted(i for i in tokenizer.get_vocab().values() if i < size)
             textless[[i for i in used if not spelled[i]]] = True
             boundary[[i for i in used if spelled[i][:1] in (b"", b" ", b"\n")]] = True
             self.boundaries.append(boundary.to(pair.device))
@@ -88,10 +95,7 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
         """Sums over a batch; tokens without a counterpart have CE alone."""
         config, budget, ratio = self.config, self.setting.budget, self.setting.kd_ratio
         tokens, groups = student.tokens, Groups.of(matches)
-        begins = self.boundaries[TEACHER] if config.merge or config.debias else None
-        log_p, boundary = set_logprobs(
-            teacher_stream(teacher), teacher.tokens.labels, budget, begins
-        )
+        log_p, boundary = self._teachers(teacher)
         readable = [
             self._read(side, view.tokens, groups.last[:, side])
             for side, view in ((STUDENT, student), (TEACHER, teacher))
@@ -135,6 +139,16 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
             "aligned": participation(groups.rows(STUDENT, len(tokens)), tokens),
         }
         return LossOutput(total, len(tokens), terms)
+
+    def _teachers(self, teacher: View) -> tuple[Tensor, Tensor]:
+        """[M] each: log-probabilities of the labels, and that a boundary comes instead; 0 where
+        nothing asks for the latter."""
+        budget = self.setting.budget
+        if not (self.config.merge or self.config.debias):
+            log_p = label_logprobs(teacher, slice(None), budget)
+            return log_p, torch.zeros_like(log_p)
+        labels, begins = teacher.tokens.labels, self.boundaries[TEACHER]
+        return set_logprobs(teacher_stream(teacher), labels, budget, begins)
 
     def _read(self, side: int, tokens: Side, last: Tensor) -> Tensor:
         """[G] bool: the row behind a group's last one has read its label, which is text."""

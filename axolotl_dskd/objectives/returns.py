@@ -12,6 +12,8 @@ from axolotl_dskd.ranks import sum_over_ranks
 
 #: What the statistics of a step count one step later.
 _DECAY = 0.9
+#: A smaller variance is that of one value, or of equal ones.
+_SPREAD = 1e-6
 
 
 def sums_ahead(values: Tensor, factor: float, sample_ids: Tensor) -> Tensor:
@@ -74,8 +76,9 @@ class Moments(nn.Module):
         self._seen = torch.zeros_like(self.sums)
 
     def whiten(self, values: Tensor) -> Tensor:
-        """(values − mean) / standard deviation; 0 as long as nothing is known."""
+        """(values − mean) / standard deviation; 0 as long as no spread is known."""
         count, total, squares = self.sums.unbind()
         mean = total / count.clamp_min(1e-300)
         variance = (squares / count.clamp_min(1e-300) - mean.square()).clamp_min(0)
-        return (count > 0) * (values - mean) / (variance + 1e-8).sqrt()
+        known = variance > _SPREAD
+        return known * (values - mean) / (torch.where(known, variance, 1.0) + 1e-8).sqrt()

@@ -8,7 +8,7 @@ meta tensors. Knows models and settings; nothing of rows or reports.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -16,15 +16,17 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, head_module, output_head, single
 from axolotl_dskd.objectives import Objective, Pair
+from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.optimizers import optimizer_bytes, step_bytes
+from axolotl_dskd.planning.plan import Plan, PlannedRun
 from axolotl_dskd.planning.simulate import LiveBytes, attention, backward, simulation
 from axolotl_dskd.planning.skeleton import frozen_tensors, model_bytes, trained_tensors
+from axolotl_dskd.planning.writing import writing
 from axolotl_dskd.teacher.live import MAX_TOKENS_PER_FORWARD
-from axolotl_dskd.types import Matches, Side, View, Written
+from axolotl_dskd.types import Logprobs, Matches, Side, View, Written
 
 GIB = 1 << 30
 
@@ -32,85 +34,6 @@ GIB = 1 << 30
 CUDA_CONTEXT = int(0.6 * GIB)
 #: Of what a step allocates and frees, the share that PyTorch's allocator keeps on top in pieces.
 FRAGMENTATION = 0.05
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """The largest batch of one process and one micro-step.
-
-    Attributes:
-        rows, length: of the student's input; `samples` in it (more than rows where packed).
-        supervised: student tokens that are trained on.
-        teacher_length: longest teacher side of a sample; `teacher_supervised` in the whole batch.
-        padded: rows carry a padding mask.
-    """
-
-    rows: int
-    length: int
-    samples: int
-    supervised: int
-    teacher_length: int
-    teacher_supervised: int
-    padded: bool
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """What the plan depends on beside the two models.
-
-    Attributes:
-        cfg: Axolotl's validated configuration.
-        teacher: the teacher's keys.
-        batch: the largest one.
-        objective: as the trainer builds it, not begun.
-        on_gpu: whether it is a GPU that is planned for.
-    """
-
-    cfg: Any
-    teacher: TeacherConfig
-    batch: BatchShape
-    objective: Objective[Any]
-    on_gpu: bool
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """The dtype of mixed precision, if any."""
-        return torch.bfloat16 if self.cfg.bf16 else torch.float16 if self.cfg.fp16 else None
-
-    @property
-    def optimizer(self) -> str:
-        """Axolotl's name of it."""
-        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer) or "adamw_torch_fused")
-
-
-@dataclass
-class Plan:
-    """Bytes of one process.
-
-    Attributes:
-        held: what stays during all of training, by name.
-        phases: what each phase of a step (and the start) has on top at its own fullest moment.
-        notes: what is assumed, in words.
-    """
-
-    held: dict[str, int]
-    phases: dict[str, dict[str, int]]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def peak_phase(self) -> str:
-        """The phase with the fullest moment."""
-        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
-
-    @property
-    def at_peak(self) -> dict[str, int]:
-        """Every part of the fullest moment."""
-        return {k: v for k, v in {**self.held, **self.phases[self.peak_phase]}.items() if v}
-
-    @property
-    def total(self) -> int:
-        """Bytes at the fullest moment."""
-        return sum(self.at_peak.values())
 
 
 def _checkpointing(student: Any, run: PlannedRun) -> None:
@@ -169,11 +92,30 @@ def _written(objective: Objective[Any], count: int, samples: int) -> Written | N
     return Written(torch.arange(samples) % 2 == 1, torch.zeros(count), None, pairs)
 
 
-def _pair(student: Any, teacher: Any, objective: Objective[Any]) -> Pair:
-    V, U = objective.facts.vocab_sizes
-    heads = output_head(student, V), output_head(teacher, U).frozen()
-    embeddings = (model.get_input_embeddings().weight for model in (student, teacher))
-    return Pair(heads, (*embeddings,), torch.device("meta"))
+def _pair(student: Any, teacher: Any, run: PlannedRun) -> Pair:
+    V, U = run.objective.facts.vocab_sizes
+    head = output_head(student, V)
+    if run.attention is not None:
+        head = replace(head, gate=run.attention(head).gate(1.0))
+    heads, models = [head], [student]
+    if run.teacher.gives == "states":
+        heads.append(output_head(teacher, U).frozen())
+        models.append(teacher)
+    embeddings = (model.get_input_embeddings().weight for model in models)
+    return Pair((*heads,), (*embeddings,), torch.device("meta"))
+
+
+def _teachers(tokens: Side, heads: tuple[OutputHead, ...], run: PlannedRun) -> View:
+    """What the teacher says of its tokens."""
+    M = len(tokens)
+    if run.teacher.server is not None and run.teacher.gives == "logprobs":
+        k, said = run.teacher.server.top_k, torch.empty(M, device="meta")
+        ids = torch.empty((M, k), dtype=torch.long, device="meta")
+        return View(tokens, logprobs=Logprobs(said, ids, ids.float()))
+    head = heads[1]
+    hidden, *embedded = (head.weight.new_empty((M, head.hidden_size)) for _ in range(3))
+    embeddings = run.objective.needs.embeddings
+    return View(tokens, head, hidden, (embedded[0], embedded[1]) if embeddings else None)
 
 
 def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor:
@@ -183,23 +125,21 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
     # Two answers that are compared are in one batch, however small it is.
     samples = max(batch.samples, 2) if objective.needs.contrast else batch.samples
     ours, theirs = _tokens(N, samples), _tokens(M, samples)
-    heads = _pair(student, teacher, objective).heads
+    heads = _pair(student, teacher, run).heads
     objective.follow(1, heads[0])
-    D = heads[1].hidden_size
-    embedded: list[tuple[Tensor, Tensor] | None] = [None, None]
+    embedded = None
     if objective.needs.embeddings:
         weight = student.get_input_embeddings().weight.detach()
-        embedded[0] = weight[ours.input_ids], weight[ours.labels]
-        embedded[1] = (heads[1].weight.new_empty((M, D)), heads[1].weight.new_empty((M, D)))
+        embedded = weight[ours.input_ids], weight[ours.labels]
     out = objective(
         View(
             ours,
             heads[0],
             hidden.flatten(0, 1)[torch.arange(N)],
-            embedded[0],
+            embedded,
             _written(objective, N, samples),
         ),
-        View(theirs, heads[1], heads[1].weight.new_empty((M, D)), embedded[1]),
+        _teachers(theirs, heads, run),
         _matches(N, M),
     )
     return out.loss
@@ -209,7 +149,7 @@ def _started(student: Any, teacher: Any, run: PlannedRun) -> int:
     """Begin the objective; the most bytes that this takes, those that it keeps left out."""
     models: tuple[nn.Module, ...] = (student, teacher)
     static = [t for m in models for t in (*m.parameters(), *m.buffers())]
-    pair = _pair(student, teacher, run.objective)
+    pair = _pair(student, teacher, run)
     with simulation(static, run.autocast) as memory:
         _, peak = memory.peak_of(lambda: run.objective.begin(pair))
         return peak - memory.live
@@ -291,7 +231,7 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         "optimizer states": states,
         "projectors with their optimizer": 3 * mapped,
         "teacher layers": body if run.teacher.layers_are_loaded else 0,
-        "teacher embedding and head": ends,
+        "teacher embedding and head": ends if run.teacher.gives == "states" else 0,
     }
     notes = [note] if note else []
     _checkpointing(student, run)
@@ -299,6 +239,10 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
     phases["optimizer step"]["optimizer's temporaries"] = step_bytes(
         run.optimizer, [*trained, *trained_beside], on_gpu=run.on_gpu
     )
+    if run.writing is not None:
+        static = [*student.parameters(), *student.buffers()]
+        with attention(run.cfg.attn_implementation, padded=True):
+            phases["writing"] = writing(student, static, run.writing, run.autocast)
     # Before the first step there are no optimizer states yet.
     start -= held["optimizer states"] + 2 * mapped
     if start > 0:

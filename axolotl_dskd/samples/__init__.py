@@ -7,5 +7,6 @@ may pass them on, or put others in their place. It does not know what is learned
 from axolotl_dskd.samples.base import Samples, SamplesRun
 from axolotl_dskd.samples.dataset import DatasetSamples
 from axolotl_dskd.samples.open import open_samples
+from axolotl_dskd.samples.server import writing_server
 
-__all__ = ["DatasetSamples", "Samples", "SamplesRun", "open_samples"]
+__all__ = ["DatasetSamples", "Samples", "SamplesRun", "open_samples", "writing_server"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from axolotl_dskd.data.answers import AnsweredRows
+from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
 from axolotl_dskd.data.collator import DualCollator
 from axolotl_dskd.generation import Writer
 
@@ -27,6 +27,7 @@ class SamplesRun:
         writer: by who writes ("student", "teacher"), ids that end an answer, and how many tokens
             at once.
         max_length: of a row, in the student's tokens, and of a packed row.
+        batch: rows of a micro-batch; None where they are packed.
         contrast: the data's own answer must stand beside each written one.
         evaluates: whether there are evaluations during training.
         total_steps: of the training, once it has begun.
@@ -35,12 +36,14 @@ class SamplesRun:
         decode: the student's ids to text.
         device: of collectives.
         rank: this process' number.
+        by_teacher: the same run with each of several teachers and its rows; none: there is one.
     """
 
-    answered: Callable[[], AnsweredRows]
+    answered: Callable[[], AnsweredRows | RoutedAnswers]
     collator: DualCollator
     writer: Callable[[str, list[int], int], Writer]
     max_length: int
+    batch: int | None
     contrast: bool
     evaluates: bool
     total_steps: Callable[[], int]
@@ -49,6 +52,7 @@ class SamplesRun:
     decode: Callable[[list[int]], str]
     device: torch.device
     rank: int = 0
+    by_teacher: Sequence[SamplesRun] = ()
 
 
 class Samples(Protocol):

@@ -51,9 +51,13 @@ class Replay:
         return [self.rows[order[k % len(order)]] for k in range(count)]
 
     def save(self, path: Path) -> None:
-        """Write all rows to a safetensors file: each column's values one behind the other."""
+        """Write all rows to a safetensors file: each column's values one behind the other, with
+        their lengths where they have any."""
         tensors: dict[str, torch.Tensor] = {}
         for name in self.rows[0] if self.rows else ():
+            if isinstance(self.rows[0][name], int):
+                tensors[name] = torch.tensor([row[name] for row in self.rows])
+                continue
             values = [
                 np.frombuffer(row[name], np.uint8)
                 if isinstance(row[name], bytes)
@@ -81,6 +85,9 @@ class Replay:
             ) from error
         columns: dict[str, list[Any]] = {}
         for name in (n for n in tensors if not n.endswith(" lengths")):
+            if f"{name} lengths" not in tensors:
+                columns[name] = tensors[name].tolist()
+                continue
             values = tensors[name].split(tensors[f"{name} lengths"].tolist())
             columns[name] = [
                 v.numpy().tobytes() if v.dtype == torch.uint8 else v.tolist() for v in values

@@ -62,7 +62,8 @@ class StudentSamples(Samples):
         run: the training.
 
     Raises:
-        ValueError: no row of the data set has a prompt with room for an answer.
+        ValueError: no row of the data set has a prompt; the objective or the batch does not
+            allow what is asked for.
     """
 
     def __init__(self, config: StudentSamplesConfig, run: SamplesRun) -> None:
@@ -90,12 +91,22 @@ class StudentSamples(Samples):
                 "dskd.samples.replay: this objective compares each written answer with the data's "
                 "to the same prompt, and a kept one has none beside it. Set replay: 0."
             )
+        #: Rows that belong together: answers to one prompt, and the data's own beside them.
+        self.group = config.per_prompt + run.contrast
+        if run.batch is not None and run.batch % self.group:
+            beside = ", and the data's answer beside each" if run.contrast else ""
+            raise ValueError(
+                f"dskd.samples: {self.group} rows of a micro-batch belong together (per_prompt: "
+                f"{config.per_prompt}{beside}), but micro_batch_size is {run.batch}. Make it a "
+                f"multiple of {self.group}, or use sample_packing: true."
+            )
         self.sampling = Sampling(
             config.max_new_tokens, config.temperature, config.top_p, config.top_k, run.max_length
         )
         self.end_ids = self.answered.end_ids["student"]
         self.writer = run.writer("student", self.end_ids, config.batch_tokens)
         self._said_of_refused = False
+        self._show_from = 0
         LOG.info(
             f"The student answers the prompts of {config.share} of the steps, up to "
             f"{config.max_new_tokens} tokens; an answer ends with "
@@ -143,20 +154,19 @@ class StudentSamples(Samples):
         one's prompt. With contrast there is one more, which keeps the data's answer."""
         samples = [(bin, at) for bin in bins for at in range(len(bin))]
         places = []
-        for number, (bin, at) in enumerate(samples):
-            copy = number % (self.config.per_prompt + self.run.contrast)
-            asked, place = samples[number - copy]
-            if copy == 0:
-                prompt = self.answered.prompt(asked[place])
-                preferred = asked[place] if self.run.contrast else None
-                if self.run.contrast:
+        for start in range(0, len(samples), self.group):
+            group = samples[start : start + self.group]
+            asked, place = group[0]
+            prompt = self.answered.prompt(asked[place])
+            preferred = asked[place] if self.run.contrast else None
+            room = 0 if prompt is None else self.sampling.room(prompt["student"].ids)
+            for copy in range(self.run.contrast, len(group)):
+                if prompt is None or room <= 0:
+                    self.tally.refused["no prompt" if prompt is None else NO_ROOM] += 1
                     continue
-            if prompt is None or self.sampling.room(prompt["student"].ids) <= 0:
-                self._refuse(NO_ROOM if prompt is not None else "no prompt")
-                continue
-            ids = prompt["student"].ids
-            seed = prompt_seed(ids, self.config.seed, step, copy)
-            places.append(_Place(bin, at, prompt, seed, preferred))
+                ids = prompt["student"].ids
+                seed = prompt_seed(ids, self.config.seed, step, copy)
+                places.append(_Place(*group[copy], prompt, seed, preferred))
         return places
 
     def _put_answers(
@@ -254,7 +264,7 @@ class StudentSamples(Samples):
             for at, row in enumerate(mine):
                 longer = len(row["input_ids"]) - len(bin[at]["input_ids"])
                 if length + longer > limit:
-                    self._refuse(NO_ROOM)
+                    self.tally.refused[NO_ROOM] += 1
                     continue
                 length += longer
                 bin[at] = dict(row)
@@ -301,8 +311,9 @@ class StudentSamples(Samples):
 
     def _show(self, step: int, places: list[_Place], answers: list[Answer]) -> None:
         every = self.config.show_every
-        if not every or step % every or not places or self.run.rank:
+        if not every or step < self._show_from or not places or self.run.rank:
             return
+        self._show_from = step - step % every + every
         prompt, answer = places[0].prompt["student"].ids, answers[0]
         LOG.info(
             f"Step {step + 1}, the student's answer ({len(answer.ids)} tokens, "
@@ -336,4 +347,4 @@ class StudentSamples(Samples):
 def _columns(micro: list[list[list[Row]]]) -> list[str]:
     """Those that the rows of a step have beside the answer's."""
     first = next((row for bins in micro for bin in bins for row in bin), {})
-    return [name for name in ("attention_mask", "position_ids", "length") if name in first]
+    return [name for name in ("attention_mask", "position_ids") if name in first]

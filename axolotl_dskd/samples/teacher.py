@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from axolotl_dskd.config import TeacherSamplesConfig
+from axolotl_dskd.data.answers import AnsweredRows
 from axolotl_dskd.data.collator import fill_columns
+from axolotl_dskd.data.routing import in_their_places, rows_of_teacher
 from axolotl_dskd.generation import Answer, Sampling, prompt_seed
-from axolotl_dskd.ranks import gather_objects, max_over_ranks
+from axolotl_dskd.ranks import gather_objects, max_over_ranks, raise_together
 from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
 from axolotl_dskd.samples.tally import Tally
 
@@ -29,6 +32,8 @@ LOG = get_logger(__name__)
 
 #: Prompts whose answers are written to one file: what a killed run loses at most.
 _AT_ONCE = 256
+#: How long files of other ranks may take to show.
+_LATE_SECONDS = 60.0
 
 
 class TeacherSamples(Samples):
@@ -42,7 +47,9 @@ class TeacherSamples(Samples):
     def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
         self.config = config
         self.run = run
-        self.answered = run.answered()
+        answered = run.answered()
+        assert isinstance(answered, AnsweredRows), "one teacher at a time"
+        self.answered = answered
         self.tally = Tally()
 
     def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
@@ -113,22 +120,43 @@ class TeacherSamples(Samples):
         folder = self._folder()
         folder.mkdir(parents=True, exist_ok=True)
         known = _read(folder)
-        missing = sorted(prompts.keys() - known.keys())
+        # On any rank: not every machine may see what another one has written.
+        lacking = gather_objects(prompts.keys() - known.keys())
+        missing = sorted(set().union(*lacking))
         LOG.info(
             f"Answers of the teacher in {folder}: {len(prompts) - len(missing):,} of "
             f"{len(prompts):,} are written"
         )
-        ranks = len(gather_objects(0))
         if missing:
-            self._write(folder, {key: prompts[key] for key in missing[self.run.rank :: ranks]})
+            mine = missing[self.run.rank :: len(lacking)]
+            self._write(folder, {key: prompts[key] for key in mine})
             gather_objects(0)  # all have written
-            known = _read(folder)
-        if lacking := [key for key in prompts if key not in known]:
-            raise ValueError(
-                f"{len(lacking)} answers of the teacher are not in {folder}, which other ranks "
-                "have written. dataset_prepared_path must be one folder for all of them."
-            )
+            known = self._late(folder, prompts)
         return {key: known[key] for key in prompts}
+
+    def _late(self, folder: Path, prompts: dict[int, list[int]]) -> dict[int, Answer]:
+        """What is in the folder once the files of all ranks show here, which may take a moment on a
+        network's disk.
+
+        Raises:
+            ValueError: on every rank, if they do not show on one.
+        """
+        until = time.monotonic() + _LATE_SECONDS
+        while True:
+            known = _read(folder)
+            number = len(prompts.keys() - known.keys())
+            late = max(gather_objects((number, time.monotonic() > until)))
+            if not late[0] or late[1]:
+                break
+            time.sleep(_LATE_SECONDS / 20)
+        raise_together(
+            f"{number} answers of the teacher are not in {folder}, which other ranks have written. "
+            "dataset_prepared_path must be one folder for all of them."
+            if number
+            else None,
+            self.run.device,
+        )
+        return known
 
     def _write(self, folder: Path, prompts: dict[int, list[int]]) -> None:
         config = self.config
@@ -156,8 +184,35 @@ class TeacherSamples(Samples):
         decides = self.config.model_dump(exclude={"batch_tokens", "engine"})
         decides["teacher"] = self.run.identity()
         decides["ends"] = self.answered.end_ids["teacher"]
+        decides["limit"] = self.answered.reconcile.teacher_limit
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return self.run.folder / f"dskd-answers-{digest}"
+
+
+class SeveralTeachersSamples(Samples):
+    """Rows whose answers their own teacher has written.
+
+    Args:
+        config: its keys.
+        run: the training.
+    """
+
+    def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
+        self.config = config
+        self.run = run
+
+    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
+        """See `Samples`: the rows are answered already."""
+        return batches
+
+    def dataset(self, rows: Any) -> Any:
+        """See `TeacherSamples`; a teacher that no row asks writes nothing."""
+        parts = [rows_of_teacher(rows, number) for number in range(len(self.run.by_teacher))]
+        answered = [
+            TeacherSamples(self.config, run).dataset(part) if len(part) else part
+            for run, part in zip(self.run.by_teacher, parts, strict=True)
+        ]
+        return in_their_places(answered, rows)
 
 
 def _save(folder: Path, answers: dict[int, Answer]) -> None:

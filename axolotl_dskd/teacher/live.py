@@ -54,7 +54,8 @@ class LiveTeacher(ReadingTeacher):
             groups += [[]] * (max_over_ranks(len(groups), home) - len(groups))
         for rows in groups:
             if not rows:
-                self.model(input_ids=batch.teacher_input_ids[:1, :1].to(device), use_cache=False)
+                any_token = torch.zeros((1, 1), dtype=torch.long, device=device)
+                self.model(input_ids=any_token, use_cache=False)
                 continue
             cut = slice(None, max(lengths[row] for row in rows))
             # The teacher's dtype is its own, not that of the student's autocast.

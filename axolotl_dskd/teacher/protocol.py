@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import DualBatch, Needs, View
+from axolotl_dskd.types import DualBatch, Needs, Side, View
 
 #: Ids and labels of samples, each [L] without padding, to `DualBatch.cached_states` and `.cached`.
 CacheReader = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, Tensor]]
@@ -23,12 +23,14 @@ class Teacher(Protocol):
     training stops, on every rank alike. A kind that has nothing to do there inherits just that.
 
     Attributes:
-        head: its output head, frozen, on the device where the loss is computed.
-        embedding: [rows, D] the matrix of its input embedding, for whoever starts projectors.
+        head: its output head, frozen, on the device where the loss is computed; None where it gives
+            no states.
+        embedding: [rows, D] the matrix of its input embedding, for whoever starts projectors;
+            likewise.
     """
 
-    head: OutputHead
-    embedding: Tensor
+    head: OutputHead | None
+    embedding: Tensor | None
 
     @abstractmethod
     def __call__(self, batch: DualBatch, needs: Needs) -> View:
@@ -37,6 +39,12 @@ class Teacher(Protocol):
         Raises:
             ValueError: the teacher cannot read them, in words.
         """
+
+    def nothing(self, tokens: Side) -> View:
+        """What it says where there is no token; `tokens` are none."""
+        assert self.head is not None
+        states = self.head.weight.new_empty((0, self.head.hidden_size))
+        return View(tokens, self.head, states, (states, states))
 
     def expect(self, batches: Sequence[DualBatch]) -> None:
         """These batches will be asked about soon: begin with them, where that is of use.
@@ -60,7 +68,10 @@ class Teacher(Protocol):
         Raises:
             ValueError: there is no model in this process.
         """
-        raise ValueError("this teacher is not in the training's own process, so it cannot write")
+        raise ValueError(
+            "this teacher is not in the training's own process, so it cannot write there: let a "
+            "vLLM write (dskd.samples.engine)."
+        )
 
     @property
     def runs_together(self) -> bool:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
 
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.teacher.load import resolve_dtype
+from axolotl_dskd.types import Needs
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ class TrainingRun:
     """What a training run tells its teacher. The defaults are those of a run in one process.
 
     Attributes:
-        datasets: rows that training and evaluation will see, the same on every rank.
+        datasets: gives the rows that training and evaluation will see, the same on every rank;
+            others before answers are written for them.
         student_is_sharded: whether ranks hold parts of the student.
         rank: this process' number.
         gather: an integer of every rank, by rank; returns when each has given its own.
@@ -59,9 +61,10 @@ class TrainingRun:
             has left.
         longest_written: tokens of the longest row with an answer that is written in training.
         how_to_resume: in words, from which checkpoint; nothing where there is none.
+        needs: what the teacher will be asked for.
     """
 
-    datasets: Sequence[Any] = ()
+    datasets: Callable[[], Sequence[Any]] = tuple
     student_is_sharded: bool = False
     rank: int = 0
     gather: Callable[[int], list[int]] = lambda number: [number]
@@ -69,6 +72,7 @@ class TrainingRun:
     local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
     longest_written: int = 0
     how_to_resume: Callable[[], str] = lambda: ""
+    needs: Needs = field(default_factory=Needs)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something that may fail on one rank alone.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from axolotl_dskd.config import EvaluationConfig
@@ -47,7 +48,7 @@ class Answering:
         prompts = held_out_prompts(dataset, self.config.answers)
         ends = end_ids(prompts, self.tokenizer.eos_token_id, self.token_bytes)
         writer = TransformersWriter(
-            self.student.running,
+            partial(self.student.running, evaluates=True),
             end_ids=ends,
             pad_id=self.tokenizer.pad_token_id or 0,
             vocab_size=self.student.vocab_size,

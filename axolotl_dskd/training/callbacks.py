@@ -72,9 +72,10 @@ class StepSidecar(TrainerCallback):
             for parameter in kwargs["model"].parameters():
                 parameter.grad = None
         self.sidecar.step(
-            schedule_factor=1.0 if alone else self.schedule_factor,
+            schedule_factor=self.schedule_factor,
             loss_scale=self.loss_scale(),
             scaler=self.scaler(),
+            alone=alone,
         )
 
 

@@ -17,10 +17,12 @@ class MetricSums:
 
     Args:
         per: what each term's mean is counted by; the same on every rank, whatever it has seen.
+        teacher: whose rows alone are counted; empty: all rows are.
     """
 
-    def __init__(self, per: Mapping[str, Per]) -> None:
+    def __init__(self, per: Mapping[str, Per], teacher: str = "") -> None:
         self.per = dict(per)
+        self.prefix = f"dskd/{teacher}/" if teacher else "dskd/"
         self.sums: dict[str, Tensor] = {}
         self.counts = dict.fromkeys(self.per, 0)
         self.tokens = self.references = self.text_bytes = 0
@@ -40,7 +42,8 @@ class MetricSums:
         self.text_bytes += text_bytes
 
     def means(self, device: torch.device) -> dict[str, float]:
-        """Every term's mean, by its name with `dskd/` in front; nothing where there is no token."""
+        """Every term's mean, by its name with `dskd/` (and the teacher) in front; nothing where
+        there is no token."""
         numbers = [float(self.tokens), float(self.references), float(self.text_bytes)]
         for name in self.per:  # the same layout on every rank
             total = float(self.sums.get(name, 0.0))
@@ -54,7 +57,7 @@ class MetricSums:
             total, count, seen = rest[3 * k : 3 * k + 3]
             by = {"value": max(count, 1.0), "student_token": tokens, "reference_token": references}
             if seen and by[per]:
-                means[f"dskd/{name}"] = total / by[per]
+                means[f"{self.prefix}{name}"] = total / by[per]
                 if name == "ce" and text_bytes:
-                    means["dskd/bits_per_byte"] = bits_per_byte(total, text_bytes)
-        return means | {"dskd/supervised_tokens": tokens}
+                    means[f"{self.prefix}bits_per_byte"] = bits_per_byte(total, text_bytes)
+        return means | {f"{self.prefix}supervised_tokens": tokens}

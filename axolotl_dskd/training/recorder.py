@@ -11,6 +11,7 @@ from axolotl_dskd.evaluation.answers import Answered, as_dicts
 from axolotl_dskd.evaluation.record import append_line, rows_digest
 from axolotl_dskd.evaluation.rows import Row
 from axolotl_dskd.ranks import sum_over_ranks
+from axolotl_dskd.training.attending import Attending
 
 
 def lower_is_better(args: Any) -> None:
@@ -43,7 +44,7 @@ class Recorder:
     def rows(self) -> None:
         """Which rows the run trains on, in which order."""
         dataset = self.trainer.train_dataset
-        self._say({"train": {"rows": len(dataset), "digest": rows_digest(dataset)}})
+        self.say({"train": {"rows": len(dataset), "digest": rows_digest(dataset)}})
 
     def evaluation(
         self,
@@ -51,6 +52,7 @@ class Recorder:
         metrics: dict[str, float],
         rows: dict[str, Row],
         answered: Sequence[Answered],
+        attending: Attending | None = None,
     ) -> None:
         """What an evaluation found.
 
@@ -59,11 +61,14 @@ class Recorder:
             metrics: by name, with the prefix.
             rows: of all ranks, by key.
             answered: the student's answers.
+            attending: virtual attention, where there is one.
         """
         state, device = self.trainer.state, self.trainer.accelerator.device
         learned = sum_over_ranks(torch.tensor(float(self.learned_tokens), device=device))
-        self._say(
-            {
+        shown = {} if attending is None else {"attention": attending.margins()}
+        self.say(
+            shown
+            | {
                 "evaluation": prefix,
                 "step": state.global_step,
                 "epoch": state.epoch or 0,
@@ -75,12 +80,14 @@ class Recorder:
             }
         )
 
-    def log(self, logs: dict[str, float]) -> None:
-        """What the trainer logs."""
+    def log(self, logs: dict[str, float], attending: Attending | None = None) -> None:
+        """What the trainer logs, and virtual attention at that moment."""
         state = self.trainer.state
         numbers = {k: v for k, v in logs.items() if isinstance(v, int | float)}
-        self._say({"log": numbers, "step": state.global_step, "max_steps": state.max_steps})
+        shown = {} if attending is None else {"attention": attending.attention()}
+        self.say({"log": numbers, "step": state.global_step, "max_steps": state.max_steps} | shown)
 
-    def _say(self, record: dict[str, Any]) -> None:
+    def say(self, record: dict[str, Any]) -> None:
+        """Write a line."""
         if self.trainer.args.process_index == 0:
             append_line(self.trainer.args.output_dir, record)

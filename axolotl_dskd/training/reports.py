@@ -5,18 +5,21 @@ Counts batches in as the trainer finds their sums; knows no forward, teacher or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from axolotl.utils.logging import get_logger
 
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.evaluation import answers
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.evaluation.measure import TextBytes
 from axolotl_dskd.evaluation.rows import means
 from axolotl_dskd.evaluation.scores import RowScores
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
 from axolotl_dskd.training.answering import Answering
+from axolotl_dskd.training.attending import Attending
 from axolotl_dskd.training.metrics import MetricSums
 from axolotl_dskd.training.recorder import Recorder
 from axolotl_dskd.training.step import Step
@@ -39,21 +42,29 @@ class Reports:
         self.device = trainer.accelerator.device
         tokenizer, config = trainer.processing_class, trainer.dskd.evaluation
         table = token_bytes(tokenizer)
+        self._table, self._kd_ratio = table, trainer.dskd.kd_ratio
         self._text_bytes = TextBytes(table)
         self._answering = Answering(config, trainer.student, tokenizer, table, trainer.args.seed)
-        self._recorder = Recorder(trainer) if config.record else None
-        self._objective: Objective[Any] | None = None
+        records = config.record or trainer.dskd.virtual_attention is not None
+        self._recorder = Recorder(trainer) if records else None
+        self._objectives: dict[str, Objective[Any]] = {}
+        self._attending: Attending | None = None
         self._rows = RowScores()
         self._share_is_said = False
         self.forget()
 
-    def begin(self, objective: Objective[Any] | None) -> None:
+    def begin(self, objectives: Mapping[str, Objective[Any]], attending: Attending | None) -> None:
         """Training begins.
 
         Args:
-            objective: whose terms the sums are from here on; None: the cross-entropy alone.
+            objectives: whose terms the sums are from here on, by the teacher's name; none: the
+                cross-entropy alone.
+            attending: virtual attention, where there is one.
         """
-        self._objective = objective
+        self._objectives, self._attending = dict(objectives), attending
+        if attending is not None and self._recorder is not None:
+            about = attending.groups(self._table)
+            self._recorder.say({"virtual_attention": about, "kd_ratio": self._kd_ratio})
         self.forget()
 
     def record_rows(self) -> None:
@@ -77,7 +88,10 @@ class Reports:
         text_bytes = self._text_bytes(batch.matches.spans, side.labels)
         known = View(side, written=batch.written).references != IGNORE_INDEX
         sums = self._eval if step.evaluates else self._train
-        sums.add(out, int((text_bytes * known).sum()))
+        known_bytes = text_bytes * known
+        sums[""].add(out, int(known_bytes.sum()))
+        for name, (part, found) in step.found.items():
+            sums[name].add(found, int(known_bytes[part.tokens].sum()))
         if self._recorder is not None and not step.evaluates:
             self._recorder.learned_tokens += out.tokens
         if measured is not None and len(side):
@@ -85,15 +99,17 @@ class Reports:
 
     def log(self, logs: dict[str, float]) -> None:
         """Add the means since the last log to training logs, and say what follows from them."""
-        found = self._train.means(self.device)
-        self._train = self._no_sums()
-        logs |= found
+        sums, self._train = self._train, self._no_sums()
+        found = {name: of_rows.means(self.device) for name, of_rows in sums.items()}
+        for means_of_rows in found.values():
+            logs |= means_of_rows
         self._report_share(logs)
-        terms = {name.removeprefix("dskd/"): mean for name, mean in found.items()}
-        if self._objective is not None and (remark := self._objective.remark(terms)):
-            LOG.warning(remark)
+        for name, objective in self._objectives.items():
+            terms = {term.rpartition("/")[2]: mean for term, mean in found[name].items()}
+            if remark := objective.remark(terms):
+                LOG.warning(f"{name}: {remark}" if name else remark)
         if self._recorder is not None:
-            self._recorder.log(logs)
+            self._recorder.log(logs, self._attending)
 
     def _report_share(self, logs: dict[str, float]) -> None:
         """Say once, at the first log, how much of the data the objective learns from."""
@@ -109,7 +125,9 @@ class Reports:
     def begin_evaluation(self) -> None:
         """The batches to come are of one evaluation."""
         self._eval, self._rows = self._no_sums(), RowScores()
-        if self._objective is None:
+        if self._attending is not None:
+            self._attending.begin_evaluation()
+        if not self._objectives:
             LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
 
     def end_evaluation(self, prefix: str, dataset: Any, metrics: dict[str, float]) -> None:
@@ -120,12 +138,19 @@ class Reports:
             dataset: that was evaluated.
             metrics: added to.
         """
-        found = self._eval.means(self.device)
+        found: dict[str, float] = {}
+        for sums in self._eval.values():
+            found |= sums.means(self.device)
         rows, answered = self._rows.gathered(), self._answering(prefix, dataset)
         found |= means(rows) | answers.means(answered)
         metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         if self._recorder is not None:
-            self._recorder.evaluation(prefix, metrics, rows, answered)
+            self._recorder.evaluation(prefix, metrics, rows, answered, self._attending)
 
-    def _no_sums(self) -> MetricSums:
-        return MetricSums(CROSS_ENTROPY if self._objective is None else self._objective.terms)
+    def _no_sums(self) -> dict[str, MetricSums]:
+        """Of all rows, under an empty name, and of those of each of several teachers."""
+        first = next(iter(self._objectives.values()), None)
+        terms = CROSS_ENTROPY if first is None else {**first.terms, **TeacherAgreement.terms}
+        beside = self._attending.terms if self._attending else {}
+        sums = {name: MetricSums(terms, name) for name in self._objectives if name}
+        return {"": MetricSums(terms | beside, ""), **sums}

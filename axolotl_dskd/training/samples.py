@@ -2,49 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.answers import AnsweredRows
+from axolotl_dskd.config import DSKDConfig, WritingConfig
+from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
 from axolotl_dskd.data.hooks import make_reconcile
+from axolotl_dskd.data.routing import rows_of_teacher
 from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.generation import TransformersWriter, Writer
 from axolotl_dskd.models.student import Student
-from axolotl_dskd.samples import SamplesRun
+from axolotl_dskd.samples import SamplesRun, open_samples
 from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
+from axolotl_dskd.training.opening import open_teachers
+from axolotl_dskd.training.vllm import vllm_writer
 
 #: Rows from which is learned how answers end.
 _ROWS = 1000
 
 
 def samples_run(
-    trainer: Any,
-    config: DSKDConfig,
-    student: Student,
-    teacher: Teacher,
-    tokenizers: tuple[Any, Any],
+    trainer: Any, config: DSKDConfig, student: Student, teachers: Mapping[str, Teacher]
 ) -> SamplesRun:
     """Of a trainer that is about to train; loads and computes nothing yet.
 
     Args:
         config: the `dskd:` block.
-        student, teacher: the models that may write.
-        tokenizers: student's and teacher's.
+        student: the model that may write.
+        teachers: those that may, by name.
+    """
+    if not config.teachers:
+        (teacher,) = teachers.values()
+        return _of_one(trainer, config, student, teacher, trainer.teacher_tokenizers[""], None)
+    runs = [
+        _of_one(trainer, one, student, teachers[name], trainer.teacher_tokenizers[name], number)
+        for number, (name, one) in enumerate(config.each().items())
+    ]
+
+    def answered() -> RoutedAnswers:
+        return RoutedAnswers([cast(AnsweredRows, run.answered()) for run in runs])
+
+    return replace(runs[0], answered=answered, by_teacher=runs)
+
+
+def _of_one(
+    trainer: Any,
+    config: DSKDConfig,
+    student: Student,
+    teacher: Teacher,
+    teacher_tokenizer: Any,
+    number: int | None,
+) -> SamplesRun:
+    """With one teacher.
+
+    Args:
+        number: the teacher's, where there are several.
     """
     device, cfg = trainer.accelerator.device, trainer.axolotl_cfg
     folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
+    tokenizers = trainer.processing_class, teacher_tokenizer
 
     def answered() -> AnsweredRows:
         reconcile = make_reconcile(config, tokenizers[0], truncate_teacher=False)
-        return AnsweredRows(reconcile, *tokenizers, islice(trainer.train_dataset, _ROWS))
+        rows = rows_of_teacher(trainer.train_dataset, number or 0)
+        return AnsweredRows(reconcile, *tokenizers, islice(rows, _ROWS), number)
 
     def writer(who: str, end_ids: list[int], batch_tokens: int) -> Writer:
         model = student if who == "student" else teacher
         tokenizer = tokenizers[0 if who == "student" else 1]
+        if isinstance(config.samples, WritingConfig) and config.samples.engine != "transformers":
+            server = config.samples.engine.vllm
+            return vllm_writer(trainer, config, server, student, tokenizer, end_ids)
         return TransformersWriter(
             model.running,
             end_ids=end_ids,
@@ -56,7 +89,7 @@ def samples_run(
 
     def identity() -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        spec = TeacherSpec(config.teacher, vocabulary_size(tokenizers[1]), device)
+        spec = TeacherSpec(config.one_teacher, vocabulary_size(tokenizers[1]), device)
         return teacher_identity(spec.config, spec.dtype, folder).digest
 
     return SamplesRun(
@@ -64,7 +97,8 @@ def samples_run(
         collator=trainer.data_collator,
         writer=writer,
         max_length=int(cfg.sequence_len),
-        contrast=trainer.objective.needs.contrast,
+        batch=None if cfg.sample_packing else int(trainer.args.per_device_train_batch_size),
+        contrast=trainer.distillation is not None and trainer.distillation.needs.contrast,
         evaluates=trainer.eval_dataset is not None and trainer.args.eval_strategy != "no",
         total_steps=lambda: trainer.state.max_steps,
         identity=identity,
@@ -73,3 +107,11 @@ def samples_run(
         device=device,
         rank=trainer.args.process_index,
     )
+
+
+def answered_by_teachers(trainer: Any, config: DSKDConfig, student: Student) -> Any:
+    """The training rows with answers of their teachers, for fine-tuning on them alone: teachers
+    are loaded to write what is missing, and go again."""
+    teachers = open_teachers(trainer, config.without_caches(), {})
+    told = samples_run(trainer, config, student, teachers)
+    return open_samples(config.samples, told).dataset(trainer.train_dataset)

@@ -1,4 +1,4 @@
-"""What an objective trains beside the student: its optimizer, and its part of a checkpoint.
+"""What is trained beside the student: its optimizer, and its part of a checkpoint.
 
 A module of the objective's own must not be a part of the student: exports would carry it, sharding
 would cut it. Knows a module, gradients and files; nothing of models, tokens or losses.
@@ -7,6 +7,7 @@ would cut it. Knows a module, gradients and files; nothing of models, tokens or 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,41 +26,55 @@ _LAST_FILE = "trainer_state.json"
 
 
 class Sidecar:
-    """Trains an objective's module and keeps it in checkpoints; without a module it notes in
-    checkpoints which objective wrote them.
+    """Trains an objective's modules, one for each teacher that has one, and keeps them in
+    checkpoints; without a module it notes in checkpoints which objective wrote them.
 
     float32 AdamW that follows the student's learning-rate schedule: gradients are averaged over
-    ranks, clipped to the same norm as the student's, and the learning rate is the module's own
+    ranks, clipped to the same norm as the student's, and the learning rate is a module's own
     times the factor by which the schedule scales the student's.
 
     Args:
         objective: its name.
-        module: its parameters and buffers start alike on every rank: rank 0's are taken.
-        beside: how it is optimised.
-        max_grad_norm: the student's.
+        modules: by the teacher's name, which is empty where there is one teacher, or
+            `virtual_attention`. Their parameters and buffers start alike on every rank: rank 0's
+            are taken.
+        beside: how each is optimised; those with `warmup_steps` train alone at first.
+        max_grad_norm: the student's, for each of them.
     """
 
     def __init__(
         self,
         objective: str,
-        module: nn.Module | None,
-        beside: Beside | None,
+        modules: Mapping[str, nn.Module],
+        beside: Mapping[str, Beside],
         *,
         max_grad_norm: float,
     ) -> None:
         self.objective = objective
-        self.module = module if module is not None else nn.Module()
-        self.beside = beside or Beside(learning_rate=0.0)
+        #: By what the names of its tensors begin with.
+        self.modules = {f"{name}." if name else "": module for name, module in modules.items()}
+        self.warmup_steps = max((way.warmup_steps for way in beside.values()), default=0)
         self.max_grad_norm = max_grad_norm
-        self._parameters = dict(self.module.named_parameters())
-        self.adamw: torch.optim.AdamW | None = None
-        if self._parameters:
-            self.adamw = torch.optim.AdamW(
-                self._parameters.values(),
-                lr=self.beside.learning_rate,
-                weight_decay=self.beside.weight_decay,
-            )
-        share_first(tensor.data for tensor in self.module.state_dict(keep_vars=True).values())
+        self._parameters: dict[str, nn.Parameter] = {}
+        groups = []
+        for prefix, (name, module) in zip(self.modules, modules.items(), strict=True):
+            named = {f"{prefix}{key}": value for key, value in module.named_parameters()}
+            self._parameters |= named
+            if named:
+                way = beside[name]
+                group = {"params": list(named.values()), "lr": way.learning_rate}
+                group |= {"own_lr": way.learning_rate, "is_first": way.warmup_steps > 0}
+                groups.append({**group, "weight_decay": way.weight_decay})
+        self.adamw = torch.optim.AdamW(groups) if groups else None
+        share_first(tensor.data for tensor in self.tensors(keep_vars=True).values())
+
+    def tensors(self, *, keep_vars: bool = False) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {
+            f"{prefix}{name}": tensor
+            for prefix, module in self.modules.items()
+            for name, tensor in module.state_dict(keep_vars=keep_vars).items()
+        }
 
     @staticmethod
     def folder(checkpoint: str | Path) -> Path:
@@ -67,18 +82,21 @@ class Sidecar:
         return Path(checkpoint) / _FOLDER
 
     def is_alone(self, step: int) -> bool:
-        """Whether the module trains alone at this step."""
-        return step < self.beside.warmup_steps
+        """Whether the modules train alone at this step."""
+        return step < self.warmup_steps
 
     def forget_gradients(self) -> None:
         """Drop what was accumulated."""
-        self.module.zero_grad(set_to_none=True)
+        for module in self.modules.values():
+            module.zero_grad(set_to_none=True)
 
     def step(
         self,
         schedule_factor: float,
         loss_scale: float = 1.0,
         scaler: torch.amp.GradScaler | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """One update from the accumulated gradients, which are cleared.
 
@@ -90,15 +108,15 @@ class Sidecar:
                 what did it.
             scaler: the student's, before its `update`: gradients are divided by its scale, and it
                 lowers the scale where they overflow, also if the student's do not.
+            alone: what has warm-up steps trains, at its full rate, and nothing else does.
         """
         if self.adamw is None:
             return
         gradients, not_finite = self._averaged(loss_scale)
         if scaler is not None:  # after averaging: every rank finds the same
             scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if torch.isfinite(norm):
-            self._apply(self.adamw, norm, schedule_factor)
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self._apply(self.adamw, schedule_factor, alone)
         elif loss_scale == 1.0 and scaler is None:
             self._refuse(self.adamw, not_finite)
         self.forget_gradients()
@@ -117,14 +135,13 @@ class Sidecar:
         average_over_ranks(gradients)
         return gradients, not_finite
 
-    def _apply(self, adamw: torch.optim.AdamW, norm: Tensor, schedule_factor: float) -> None:
+    def _apply(self, adamw: torch.optim.AdamW, schedule_factor: float, alone: bool) -> None:
         """One update from finite gradients."""
-        if self.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(
-                self._parameters.values(), self.max_grad_norm, norm
-            )
         for group in adamw.param_groups:
-            group["lr"] = self.beside.learning_rate * schedule_factor
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+            factor = float(group["is_first"]) if alone else schedule_factor
+            group["lr"] = group["own_lr"] * factor
         adamw.step()
 
     def _refuse(self, adamw: torch.optim.AdamW, not_finite: list[str]) -> NoReturn:
@@ -135,7 +152,8 @@ class Sidecar:
         problem = (
             f"the gradients of what {self.objective} trains beside the student{where} are not "
             f"finite at step {taken + 1} although the loss is. Lower its learning rate "
-            "(dskd.objective.projector.learning_rate) or the student's learning_rate."
+            "(dskd.objective.projector.learning_rate; of virtual_attention: "
+            "dskd.virtual_attention.learning_rate) or the student's learning_rate."
         )
         raise_together(problem if not_finite else None, first.device)
         raise ValueError(problem)  # finite on every rank, their sum is not
@@ -145,7 +163,7 @@ class Sidecar:
         are."""
         folder = Path(checkpoint) / _FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        _write(self.module.state_dict(), folder / _WEIGHTS)
+        _write(self.tensors(), folder / _WEIGHTS)
         state = {}
         if self.adamw is not None:
             state = {
@@ -174,15 +192,17 @@ class Sidecar:
                 f"the objective's part in {folder} is damaged ({error}). "
                 f"{_other_checkpoint(checkpoint)}"
             ) from error
-        ours = {name: tuple(t.shape) for name, t in self.module.state_dict().items()}
+        ours = {name: tuple(t.shape) for name, t in self.tensors().items()}
         theirs = {name: tuple(t.shape) for name, t in weights.items()}
         if (written_by, theirs) != (self.objective, ours):
             raise ValueError(
                 f"what the objective trains in {folder} does not fit this run: found "
-                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teacher, student "
+                f"{written_by} with {theirs}, need {self.objective} with {ours}. Teachers, student "
                 "and objective must be those of the interrupted run."
             )
-        self.module.load_state_dict(weights)
+        for prefix, module in self.modules.items():
+            own = module.state_dict()
+            module.load_state_dict({name: weights[f"{prefix}{name}"] for name in own})
         for name, parameter in self._parameters.items():
             prefix = f"{name}."
             assert self.adamw is not None

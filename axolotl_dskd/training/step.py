@@ -6,12 +6,14 @@ whole; what it found is read afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from axolotl_dskd.config import about_teacher
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.evaluation.measure import Measured, measure
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.models.student import Student
@@ -19,33 +21,90 @@ from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import cross_entropy
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher import Teacher
+from axolotl_dskd.training.attending import Attending
+from axolotl_dskd.training.parts import Found, part_of, together
 from axolotl_dskd.types import IGNORE_INDEX, DualBatch, LossOutput, Needs, View
 
 
-class Distillation:
-    """What a run learns from: a teacher that is open, and the objective that has begun."""
+class Lesson(NamedTuple):
+    """A teacher that is open, the objective that has begun with it, and how evaluations compare the
+    two models (None: the teacher gives no states)."""
 
-    def __init__(self, teacher: Teacher, objective: Objective[Any]) -> None:
-        self.teacher = teacher
-        self.objective = objective
+    teacher: Teacher
+    objective: Objective[Any]
+    compare: TeacherAgreement | None
 
-    def __call__(self, batch: DualBatch, student: View) -> LossOutput:
+    def __call__(self, batch: DualBatch, student: View, *, evaluates: bool) -> LossOutput:
         """The sums over a batch."""
         if len(student):
             teacher = self.teacher(batch, self.objective.needs)
         else:
             self.teacher.idle(batch)
-            teacher = self._nothing(student)
+            teacher = self.teacher.nothing(student.tokens)
         out = self.objective(student, teacher, batch.matches)
+        if evaluates and self.compare is not None:
+            out.terms |= self.compare(student, teacher, batch.matches.starts)
         if student.written is not None:
             out.references = int((student.references != IGNORE_INDEX).sum())
         return out
 
-    def _nothing(self, student: View) -> View:
-        """What a teacher says where there is no token; student: without token either."""
-        head = self.teacher.head
-        states = head.weight.new_empty((0, head.hidden_size))
-        return View(student.tokens, head, states, (states, states))
+
+class Distillation:
+    """What a run learns from: its teachers, each with an objective of its own.
+
+    Args:
+        lessons: by the teacher's name, in their order; one alone has an empty name.
+    """
+
+    def __init__(self, lessons: Mapping[str, Lesson]) -> None:
+        self.lessons = dict(lessons)
+        self.needs = _of_student(lesson.objective for lesson in self.lessons.values())
+
+    def __call__(
+        self, batch: DualBatch, student: View, *, evaluates: bool
+    ) -> tuple[LossOutput, dict[str, Found]]:
+        """The sums over a batch, and, where there are several teachers, those over each one's part.
+
+        Every teacher is called on every rank, also on one that has no sample for it.
+        """
+        if batch.teachers is None:
+            (lesson,) = self.lessons.values()
+            return lesson(batch, student, evaluates=evaluates), {}
+        found: dict[str, Found] = {}
+        problems = []
+        for number, (name, lesson) in enumerate(self.lessons.items()):
+            part = part_of(batch, number)
+            try:
+                with about_teacher(name):
+                    out = lesson(part.batch, part.view(student), evaluates=evaluates)
+                    found[name] = Found(part, out)
+            except ValueError as error:  # the next teacher may need every rank
+                problems.append(error)
+        if problems:
+            raise problems[0]
+        return together(found.values()), found
+
+    def expect(self, batches: Sequence[DualBatch]) -> None:
+        """Name the teachers the batches that they will be asked about."""
+        for number, lesson in enumerate(self.lessons.values()):
+            lesson.teacher.expect(
+                [b if b.teachers is None else part_of(b, number).batch for b in batches]
+            )
+
+    def follow(self, step: int, head: OutputHead) -> None:
+        """See `Objective.follow`."""
+        for lesson in self.lessons.values():
+            lesson.objective.follow(step, head)
+
+
+def _of_student(objectives: Iterable[Objective[Any]]) -> Needs:
+    """What of the student has to be given where all of these are to have what they need."""
+    needs = [objective.needs for objective in objectives]
+    return Needs(
+        embeddings=any(one.embeddings for one in needs),
+        written=any(one.written for one in needs),
+        contrast=any(one.contrast for one in needs),
+    )
 
 
 class Step:
@@ -57,10 +116,12 @@ class Step:
         distillation: None where there is no teacher: then the loss is the cross-entropy.
         budget: of the cross-entropy's chunks.
         follow: told the head as it is now, on every rank, also on one without supervised tokens.
+        attending: virtual attention, where there is one.
         evaluates: whether to measure the student, too.
 
     Attributes:
         measured: after the forward of a step that evaluates.
+        found: of each of several teachers, by name.
     """
 
     def __init__(
@@ -70,6 +131,7 @@ class Step:
         distillation: Distillation | None,
         budget: Budget,
         follow: Callable[[OutputHead], None],
+        attending: Attending | None = None,
         *,
         evaluates: bool = False,
     ) -> None:
@@ -78,24 +140,38 @@ class Step:
         self.distillation = distillation
         self.budget = budget
         self.follow = follow
+        self.attending = attending
         self.evaluates = evaluates
         self.measured: Measured | None = None
+        self.found: dict[str, Found] = {}
         self._refusal: str | None = None
 
     def at_head(self, hidden_BLd: Tensor) -> LossOutput:
         """The sums over the batch, from what the head was given."""
         mask_BL = self.batch.student_mask()
-        needs = Needs() if self.distillation is None else self.distillation.objective.needs
+        needs = Needs() if self.distillation is None else self.distillation.needs
         tokens, written = self.batch.student_side(mask_BL), self.batch.written
-        view = replace(self.student.view(tokens, hidden_BLd[mask_BL], needs), written=written)
+        view = self.student.view(tokens, hidden_BLd[mask_BL], needs, evaluates=self.evaluates)
+        view = replace(view, written=written)
         assert view.head is not None
-        self.follow(view.head)
+        # Of the student that learns: what is evaluated must not change what is trained.
+        self.follow(self.student.head() if self.evaluates else view.head)
         if self.evaluates:
             self.measured = measure(view, self.budget)
+        out = self._learned(view)
+        if self.attending is not None and self.evaluates:
+            self.attending.observe(view, self.student.gate(False))
+        elif self.attending is not None:
+            self.attending.add_entropy(out, view)
+        return out
+
+    def _learned(self, view: View) -> LossOutput:
+        """The sums of what is learned: of the objective, or of the cross-entropy alone."""
         if self.distillation is None:
             return cross_entropy(view, self.budget)
         try:
-            return self.distillation(self.batch, view)
+            out, self.found = self.distillation(self.batch, view, evaluates=self.evaluates)
+            return out
         except ValueError as error:  # said later, by all ranks: none may wait for this one
             self._refusal = str(error)
             return cross_entropy(view, self.budget)

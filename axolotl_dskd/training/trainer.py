@@ -7,40 +7,36 @@ come from.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
-from transformers.trainer_utils import get_last_checkpoint
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, about_teacher
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
-from axolotl_dskd.data.tokenizers import (
-    exact_share,
-    load_teacher_tokenizer,
-    longest_supervised,
-    teacher_position_limit,
-    vocabulary_size,
-)
+from axolotl_dskd.data.reconcile import TEACHER
+from axolotl_dskd.data.token_bytes import shared_tokens
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.models.student import Student
-from axolotl_dskd.objectives import Facts, Objective, Pair, build_objective, chunk_budget
+from axolotl_dskd.objectives import Objective, Pair, build_objective, chunk_budget
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
 from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
-from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
+from axolotl_dskd.teacher import Teacher
+from axolotl_dskd.training.attending import Attending, attend
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
+from axolotl_dskd.training.opening import facts, open_teachers
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
-from axolotl_dskd.training.samples import samples_run
+from axolotl_dskd.training.samples import answered_by_teachers, samples_run
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
-from axolotl_dskd.training.step import Distillation, Step
+from axolotl_dskd.training.step import Distillation, Lesson, Step
 from axolotl_dskd.types import DualBatch, LossOutput
 
 LOG = get_logger(__name__)
@@ -54,6 +50,7 @@ class DSKDTrainer(AxolotlTrainer):
     """
 
     dskd: ClassVar[DSKDConfig]
+    train_dataset: Any
     #: exp(loss) is no perplexity where the loss is not a cross-entropy.
     reports_token_perplexity = False
 
@@ -63,33 +60,41 @@ class DSKDTrainer(AxolotlTrainer):
         return type(cls.__name__, (cls,), {"dskd": config, "__module__": cls.__module__})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        student, teacher = kwargs["processing_class"], load_teacher_tokenizer(self.dskd)
+        student = kwargs["processing_class"]
+        self.teacher_tokenizers = {
+            name: load_teacher_tokenizer(one) for name, one in self.dskd.each().items()
+        }
+        pads = {tokenizer.pad_token_id or 0 for tokenizer in self.teacher_tokenizers.values()}
+        pad_id = pads.pop() if len(pads) == 1 else 0  # which is in every vocabulary
         self._collators = []
         for key in ("data_collator", "eval_data_collator"):
             if kwargs.get(key) is not None:
                 kwargs[key] = DualCollator(
                     kwargs[key],
                     padding_side=student.padding_side,
-                    teacher_pad_id=teacher.pad_token_id or 0,
+                    teacher_pad_id=pad_id,
                 )
                 self._collators.append(kwargs[key])
         lower_is_better(kwargs["args"])
         super().__init__(*args, **kwargs)
-        sizes = vocabulary_size(student), vocabulary_size(teacher)
         memory = total_memory(self.accelerator.device)
-        self.objective: Objective[Any] | None = None
+        #: By the teacher's name, in their order; one alone has an empty name.
+        self.objectives: dict[str, Objective[Any]] = {}
         if self.dskd.uses_teacher:
-            share, longest = exact_share(self.train_dataset), longest_supervised(self._datasets())
-            facts = Facts(student, teacher, sizes, share, longest)
-            self.objective = build_objective(self.dskd, facts, memory=memory, seed=self.args.seed)
-            LOG.info(self.objective.describe())
+            for number, (name, one) in enumerate(self.dskd.each().items()):
+                with about_teacher(name):
+                    known = facts(self, number, student, self.teacher_tokenizers[name])
+                    objective = build_objective(one, known, memory=memory, seed=self.args.seed)
+                LOG.info(f"{name}: {objective.describe()}" if name else objective.describe())
+                self.objectives[name] = objective
         self._budget = chunk_budget(self.dskd, memory)
         # Hugging Face's own hook for a loss of sums: no division by accumulation steps, no labels
         # for the model (so no patched forward computes a loss of its own).
         self.compute_loss_func = self._divided
-        self.student = Student(lambda: self.model, self.accelerator, sizes[0])
+        self.student = Student(lambda: self.model, self.accelerator, vocabulary_size(student))
         self.samples: Samples = DatasetSamples()
         self.distillation: Distillation | None = None
+        self.attending: Attending | None = None
         self.sidecar: Sidecar | None = None
         self.reports = Reports(self)
         self._step: Step | None = None
@@ -112,46 +117,75 @@ class DSKDTrainer(AxolotlTrainer):
             self.reports.record_rows()
             self.student.check(training_has_begun=False)
             self.add_callback(Begin(self._begin))
-            if self.objective is not None:
-                self._set_up_distillation(self.objective)
-        self.reports.begin(self.objective)
+            if self.dskd.virtual_attention is not None:
+                self.attending = attend(self, self.dskd.virtual_attention, self._budget)
+                self.add_callback(self.attending)
+            if self.objectives:
+                self._set_up_distillation()
+            elif self.dskd.samples.source == "teacher":
+                self.train_dataset = answered_by_teachers(self, self.dskd, self.student)
+            self._set_up_sidecar()
+        self.reports.begin(self.objectives, self.attending)
         if self.samples.begins_with_evaluation and not checkpoint:
             self.args.eval_on_start = True
         return super().train(*args, **kwargs)
 
-    def _set_up_distillation(self, objective: Objective[Any]) -> None:
-        beside = objective.beside
-        if self.is_deepspeed_enabled and beside is not None and beside.warmup_steps:
+    def _set_up_distillation(self) -> None:
+        needs = {name: objective.needs for name, objective in self.objectives.items()}
+        teachers = open_teachers(self, self.dskd, needs)
+        lessons = {
+            name: Lesson(teachers[name], objective, self._compare(objective, teachers[name]))
+            for name, objective in self.objectives.items()
+        }
+        self.distillation = Distillation(lessons)
+        for collator in self._collators:
+            collator.readers = [teacher.reader() for teacher in teachers.values()]
+        with self.student.gathered() as (head, embedding):
+            self.student.check_sizes(
+                head, embedding, compares_embeddings=self.distillation.needs.embeddings
+            )
+            for teacher, objective, _ in lessons.values():
+                heads = tuple(h for h in (head, teacher.head) if h is not None)
+                embeddings = tuple(e for e in (embedding, teacher.embedding) if e is not None)
+                objective.begin(Pair(heads, embeddings, self.accelerator.device))
+        told = samples_run(self, self.dskd, self.student, teachers)
+        self.samples = open_samples(self.dskd.samples, told)
+        self.train_dataset = self.samples.dataset(self.train_dataset)
+        for name, (teacher, objective, _) in lessons.items():
+            with about_teacher(name):
+                teacher.begin()  # now that the rows are those that training will see
+            self.add_callback(TeacherEpochs(teacher))
+            self.add_callback(EndStep(objective.end_step))
+
+    def _compare(self, objective: Objective[Any], teacher: Teacher) -> TeacherAgreement | None:
+        """How evaluations compare the student with a teacher."""
+        if teacher.head is None:
+            return None
+        known = objective.facts
+        if known.one_vocabulary:
+            ids = range(known.vocab_sizes[0])
+            return TeacherAgreement((ids, ids), self._budget)
+        return TeacherAgreement(shared_tokens(known.student, known.teacher), self._budget)
+
+    def _set_up_sidecar(self) -> None:
+        """For all that trains beside the student; without a teacher, too, checkpoints say so."""
+        modules = {name: o.module for name, o in self.objectives.items() if o.module is not None}
+        beside = {name: o.beside for name, o in self.objectives.items() if o.beside is not None}
+        if self.is_deepspeed_enabled and any(way.warmup_steps for way in beside.values()):
             # Not in the file that was validated, but in one of accelerate's.
             raise ValueError(
                 "dskd.objective.projector.warmup_steps does not work under DeepSpeed, which "
                 "updates the student within its backward. Remove it."
             )
-        device = self.accelerator.device
-        spec = TeacherSpec(self.dskd.teacher, objective.facts.vocab_sizes[1], device)
-        teacher = open_teacher(spec, self._run())
-        teacher.begin()
-        for collator in self._collators:
-            collator.read_cached = teacher.reader()
-        with self.student.gathered() as (head, embedding):
-            self.student.check_sizes(
-                head, embedding, compares_embeddings=objective.needs.embeddings
-            )
-            heads, embeddings = (head, teacher.head), (embedding, teacher.embedding)
-            objective.begin(Pair(heads, embeddings, device))
+        if self.attending is not None:
+            modules["virtual_attention"] = self.attending.module
+            beside["virtual_attention"] = self.attending.beside(self.args.learning_rate)
         self.sidecar = Sidecar(
-            objective.config.name,
-            objective.module,
-            objective.beside,
+            self.dskd.objective.name if self.objectives else "sft",
+            modules,
+            beside,
             max_grad_norm=self.args.max_grad_norm,
         )
-        self.distillation = Distillation(teacher, objective)
-        tokenizers = objective.facts.student, objective.facts.teacher
-        told = samples_run(self, self.dskd, self.student, teacher, tokenizers)
-        self.samples = open_samples(self.dskd.samples, told)
-        self.train_dataset: Any = self.samples.dataset(self.train_dataset)
-        self.add_callback(TeacherEpochs(teacher))
-        self.add_callback(EndStep(objective.end_step))
         self.add_callback(
             StepSidecar(
                 self.sidecar,
@@ -159,35 +193,6 @@ class DSKDTrainer(AxolotlTrainer):
                 loss_scale=lambda: self._loss_scale,
             )
         )
-
-    def _datasets(self) -> list[Any]:
-        """The rows that training and evaluation will see."""
-        evaluation = self.eval_dataset
-        datasets = [self.train_dataset]
-        datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-        return [dataset for dataset in datasets if dataset is not None]
-
-    def _run(self) -> TrainingRun:
-        """What a teacher is told of this run."""
-        device = self.accelerator.device
-        writes = self.dskd.samples.source == "student"
-        return TrainingRun(
-            datasets=self._datasets(),
-            student_is_sharded=self.student.is_sharded,
-            rank=self.args.process_index,
-            gather=lambda number: self.accelerator.gather(
-                torch.tensor([number], device=device)
-            ).tolist(),
-            stop_together=partial(raise_together, device=device),
-            local_main_first=self.accelerator.local_main_process_first,
-            longest_written=teacher_position_limit(self.dskd) if writes else 0,
-            how_to_resume=self._how_to_resume,
-        )
-
-    def _how_to_resume(self) -> str:
-        folder = Path(self.args.output_dir)
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        return f"Then go on with resume_from_checkpoint: {last}" if last else ""
 
     def _begin(self) -> None:
         """Training begins, maybe again (auto_find_batch_size)."""
@@ -199,7 +204,7 @@ class DSKDTrainer(AxolotlTrainer):
         first = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if first:
-            self._signature_columns += PREPARED_COLUMNS
+            self._signature_columns += (*PREPARED_COLUMNS, TEACHER)
 
     # ---- the loss ----------------------------------------------------------------------------
 
@@ -209,7 +214,7 @@ class DSKDTrainer(AxolotlTrainer):
         """The micro-batches of a step, from where samples come from, and then their count."""
         batches = self.samples(list(islice(epoch_iterator, num_batches)), self.state.global_step)
         if self.distillation is not None:
-            self.distillation.teacher.expect([DualBatch.pop_from(dict(b)) for b in batches])
+            self.distillation.expect([DualBatch.pop_from(dict(batch)) for batch in batches])
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
@@ -236,13 +241,14 @@ class DSKDTrainer(AxolotlTrainer):
         """The student's forward without logits; the loss is computed where its head would be."""
         batch = DualBatch.pop_from(inputs)
         if self.distillation is not None and not model.training:
-            self.distillation.teacher.expect([batch])
+            self.distillation.expect([batch])
         step = Step(
             batch,
             self.student,
             self.distillation,
             self._budget,
             self._follow,
+            self.attending,
             evaluates=not self.model.training,
         )
         self._step = step
@@ -278,7 +284,7 @@ class DSKDTrainer(AxolotlTrainer):
         if self.distillation is None or step == self._followed_step:
             return
         self._followed_step = step
-        self.distillation.objective.follow(step, head)
+        self.distillation.follow(step, head)
 
     # ---- metrics -----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from axolotl_dskd.cache import read_json, write_json
 from axolotl_dskd.commands.cli import main
-from tests.support import tiny
+from tests.support import tiny, two_teachers
 from tests.support.runs import losses
 
 Train = Callable[[dict[str, Any]], Any]
@@ -168,3 +168,24 @@ def test_a_file_that_holds_no_configuration_is_refused_in_words(tmp_path: Path, 
     result = CliRunner().invoke(main, ["cache", "write", str(path)])
     assert result.exit_code == 1
     assert f"Error: {path} " in result.output
+
+
+@pytest.mark.slow
+def test_the_caches_of_two_teachers_share_a_folder_and_prune_leaves_both(
+    tmp_path: Path, train: Train, loads: list[int]
+):
+    two_teachers.save(tmp_path)
+    block = two_teachers.block(tmp_path)
+    for teacher in block["teachers"].values():
+        teacher["cache"] = {"path": str(tmp_path / "cache"), "dtype": "float32"}
+    config = tiny.base_config(tmp_path, dskd=block)
+    written = command(tmp_path, config)
+    assert written.exit_code == 0, written.output
+    assert written.stdout.count("0 of 4 samples cached") == 2
+    assert len(loads) == 2
+    assert command(tmp_path, config, name="info").stdout.count("4 of 4 samples cached") == 2
+    assert command(tmp_path, config, "--yes", name="prune").stdout.count("Nothing to remove") == 2
+    assert "No damage" in command(tmp_path, config, name="verify").stdout
+    live = train(tiny.base_config(tmp_path, dskd=two_teachers.block(tmp_path)))[1]
+    assert losses(train(config)[1]) == pytest.approx(losses(live), rel=1e-6)
+    assert len(loads) == 2

@@ -149,6 +149,22 @@ def test_changed_data_are_trained_on_again(folder: Path, whole: str):
     assert not digests & {run.digest for run in runs}
 
 
+def test_a_result_of_other_data_is_kept_aside(folder: Path):
+    once = ("--runs", "sft", "--seeds", "1")
+    assert finished(command(folder, "changing", *once))[0] == 0
+    rows = folder / "rows.jsonl"
+    content = rows.read_text()
+    rows.write_text(content + "\n")
+    try:
+        code, output = finished(command(folder, "changing", *once))
+    finally:
+        rows.write_text(content)
+    assert code == 0, output
+    assert "sft-seed1 is trained again" in output
+    made = [json.loads(p.read_text()) for p in (folder / "changing").glob("sft-seed1*/result.json")]
+    assert len({result["digest"] for result in made}) == 2
+
+
 def test_a_failed_run_shows_its_log_and_the_others_go_on(folder: Path):
     code, output = finished(command(folder, "failing", "--runs", "sft,gold", "--seeds", "1"))
     assert code == 1
@@ -205,6 +221,7 @@ def test_what_cannot_be_compared_is_refused_in_words(
 def test_runs_differ_in_the_dskd_block_alone(folder: Path):
     base = yaml.safe_load((folder / "config.yaml").read_text())
     base["dskd"]["objective"] = {"name": "dual_space", "temperature": 3.0}
+    base["dskd"]["virtual_attention"] = True
     changes = {"objective": {"projector": {"learning_rate": 1e-4}}}
     compare = CompareConfig(
         runs={"sft": {}, "dskd": {}, "slow": changes, "uld": {}}, seeds=[1, 2], held_out=0.5
@@ -217,6 +234,8 @@ def test_runs_differ_in_the_dskd_block_alone(folder: Path):
         assert {k: run.config[k] for k in same} == {k: runs[0].config[k] for k in same}
     sft, dskd, slow, uld = (run.config["dskd"] for run in runs[:4])
     assert sft["kd_ratio"] == 0
+    assert "virtual_attention" not in sft
+    assert dskd["virtual_attention"] is uld["virtual_attention"] is True
     assert slow["objective"] == dskd["objective"] | {"projector": {"learning_rate": 1e-4}}
     assert uld["objective"] == {"name": "uld"}
     assert len({json.dumps(block["teacher"]) for block in (sft, dskd, slow, uld)}) == 1
@@ -241,6 +260,21 @@ def test_a_run_starts_and_ends_in_its_own_folder(folder: Path):
     base = tiny.base_config(folder) | {"hub_model_id": "me/mine", "resume_from_checkpoint": "there"}
     (run,) = plan(folder, base)
     assert not {"hub_model_id", "resume_from_checkpoint"} & run.config.keys()
+
+
+def test_runs_on_more_gpus_are_other_runs(folder: Path):
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    compare = CompareConfig(runs={"sft": {}}, held_out=str(folder / "held-out.jsonl"))
+    one, two = (plan_runs(raw, compare, folder / "gpus", gpus)[0] for gpus in (1, 2))
+    assert one.digest != two.digest
+
+
+def test_more_runs_at_a_time_than_gpus_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    options = ("--runs", "sft", "--jobs", "2", "--gpus-per-run", "2")
+    result = CliRunner().invoke(main, command(folder, "crowded", *options))
+    assert result.exit_code == 1
+    assert "3 GPUs have room for 1 runs of 2" in result.output
 
 
 def test_a_seed_that_is_named_twice_is_one_run(folder: Path):

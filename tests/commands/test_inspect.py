@@ -32,7 +32,7 @@ from axolotl_dskd.data.outcomes import CUT, KEPT
 from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.planning.skeleton import model_bytes, student_skeleton, teacher_skeleton
-from tests.support import tiny
+from tests.support import tiny, two_teachers
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "example_configs").glob("*.yaml"))
@@ -79,12 +79,14 @@ def with_local_stand_ins(config: dict[str, Any], folder: Path) -> dict[str, Any]
     same = "same-vocab" in str(config["output_dir"]) or "Qwen2.5-0.5B" in config["base_model"]
     student, teacher = tiny.save_pair(folder, same_vocabulary=same)
     config["base_model"] = str(student)
-    config["dskd"]["teacher"]["base_model"] = str(teacher)
+    for keys in config["dskd"].get("teachers", {"": config["dskd"].get("teacher")}).values():
+        keys["base_model"] = str(teacher)
     config.pop("special_tokens", None)  # names of the real tokenizers
     for number, dataset in enumerate(config["datasets"]):
         path = folder / f"data-{number}.jsonl"
         rows: Any = DOLLY if "dolly" in dataset["path"] else FINETOME
-        rows = tiny.chat_rows(120) if "demo" in dataset["path"] else rows
+        if any(name in dataset["path"] for name in ("demo", "smoltalk")):
+            rows = tiny.chat_rows(120)
         dataset |= {"path": str(tiny.write_rows(path, rows)), "ds_type": "json"}
     config["dataset_prepared_path"] = str(folder / "prepared")
     config["output_dir"] = str(folder / "out")
@@ -94,7 +96,7 @@ def with_local_stand_ins(config: dict[str, Any], folder: Path) -> dict[str, Any]
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_config_is_inspected(path: Path, tmp_path: Path, inspect: Inspect):
     config = with_local_stand_ins(yaml.safe_load(path.read_text()), tmp_path)
-    report = inspect(config)
+    report = inspect(config, teacher=next(iter(config["dskd"].get("teachers", [None]))))
     assert report.memory.fits
     assert report.coverage.kept > 0
     assert report.coverage.sampled == sum(part.sampled for part in report.datasets)
@@ -547,3 +549,35 @@ def test_the_probe_measures_what_quantising_the_teacher_changes(tmp_path: Path, 
     assert report.probe is not None
     assert "of 2 rows, the teacher in 4 bits" in report.probe
     assert "as it is loaded" in html_page(report)
+
+
+# ---- several teachers ---------------------------------------------------------------------------
+
+
+def test_the_rows_are_one_teachers_and_the_memory_is_that_of_all(tmp_path: Path, inspect: Inspect):
+    two_teachers.save(tmp_path)
+    both = tiny.base_config(tmp_path, dskd=two_teachers.block(tmp_path), bf16=True)
+    reports = {name: inspect(both, teacher=name) for name in two_teachers.FOLDERS}
+    alone = {
+        name: inspect({**both, "dskd": {"teacher": both["dskd"]["teachers"][name]}})
+        for name in two_teachers.FOLDERS
+    }
+    for name, report in reports.items():
+        assert report.coverage.sampled == report.coverage.kept == 4
+        assert report.teacher.name == alone[name].teacher.name
+        assert any("--teacher" in remark for remark in report.remarks)
+        for part in ("teacher layers", "teacher embedding and head"):
+            held = sum(other.memory.at_peak[part] for other in alone.values())
+            assert report.memory.at_peak[part] == held
+        assert report.memory.total > max(other.memory.total for other in alone.values())
+    assert reports["chat"].coverage.share == 1.0 > reports["math"].coverage.share
+    with pytest.raises(ValueError, match="say --teacher"):
+        inspect(both)
+
+
+def test_proposals_name_the_teachers_own_keys(tmp_path: Path, inspect: Inspect):
+    two_teachers.save(tmp_path)
+    config = tiny.base_config(tmp_path, dskd=two_teachers.block(tmp_path), bf16=True)
+    report = inspect(config, card=Card("a tiny card", 1 << 20, True), teacher="chat")
+    assert not report.memory.fits
+    assert any("dskd.teachers.chat." in step.change for step in report.memory.steps)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from axolotl_dskd.commands.cli import read_config
@@ -17,6 +18,7 @@ from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives import Facts, Objective, Setting
 from axolotl_dskd.objectives.build import objective_class
+from axolotl_dskd.planning.writing import writing
 from tests.support import tiny
 
 CARD = Card("a test card", 24 << 30, True)
@@ -73,3 +75,48 @@ def test_every_objective_is_planned(
     assert memory.peak_phase == "alignment and loss"
     # At least one side's logits of some 200 supervised tokens, in float32.
     assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+
+
+def test_virtual_attention_is_planned_and_holds_no_second_head(tmp_path: Path):
+    tiny.save_pair(tmp_path)
+    plain, gated = (
+        plan(tmp_path, virtual_attention=attention) for attention in (None, {"blocks": 4})
+    )
+    assert plain.total < gated.total < 1.05 * plain.total
+
+
+@pytest.mark.parametrize(
+    ("objective", "one_vocabulary"),
+    [
+        ({"name": "token_kd", "temperature": 1.0}, True),
+        ({"name": "chunk_likelihood", "merge": False, "debias": False}, False),
+    ],
+    ids=["token_kd", "chunk_likelihood"],
+)
+def test_nothing_is_held_of_a_teacher_that_is_asked_for_log_probabilities(
+    tmp_path: Path, objective: dict[str, Any], one_vocabulary: bool
+):
+    tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
+    server = {"url": "http://a", "gives": "logprobs", "top_k": 8}
+    teacher = {"base_model": str(tmp_path / "teacher"), "server": server}
+    memory = plan(tmp_path, teacher=teacher, objective=objective)
+    assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+    assert not {"teacher layers", "teacher embedding and head"} & memory.at_peak.keys()
+
+
+def test_writing_is_planned_where_this_process_writes(tmp_path: Path):
+    tiny.save_pair(tmp_path)
+    samples = {"from": "student", "max_new_tokens": 100}
+    less, more = (plan(tmp_path, samples={**samples, "batch_tokens": n}) for n in (100, 400))
+    assert less.phases["writing"] < more.phases["writing"]
+    served = {**samples, "engine": {"vllm": {"url": "http://127.0.0.1:1"}}}
+    assert "writing" not in plan(tmp_path, samples=served).phases
+
+
+def test_the_cache_of_writing_is_keys_and_values_of_all_tokens():
+    with torch.device("meta"):
+        student = tiny.tiny_llama(400, 32, 0)
+    found = writing(student, [*student.parameters(), *student.buffers()], (4, 256), None)
+    assert found["KV cache"] == 2 * 2 * 2 * 8 * 4 * (
+        4 * 256
+    )  # layers, k and v, heads of 8, float32

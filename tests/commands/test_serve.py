@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from axolotl_dskd.commands.cli import main
-from tests.support import tiny
+from tests.support import tiny, two_teachers
 
 
 def serve(folder: Path, server: dict[str, Any] | None, *arguments: str) -> Result:
@@ -41,6 +41,24 @@ def test_it_prints_a_command_for_every_server(
     assert "http://a:8001 is not this machine" in refused.output
 
 
+def test_a_server_of_log_probabilities_is_one_that_writes(pair_folder: Path, validated: Any):
+    server = {"url": "http://a:8001", "gives": "logprobs", "top_k": 40}
+    (command,) = serve(pair_folder, server).stdout.splitlines()
+    assert "--max-logprobs 40" in command
+    assert "pooling" not in command
+
+
+def test_https_asks_who_encrypts(pair_folder: Path, validated: Any):
+    """vLLM would speak plain HTTP on that port."""
+    refused = serve(pair_folder, {"url": "https://a"})
+    assert refused.exit_code == 1
+    assert "--ssl-certfile FILE --ssl-keyfile FILE" in refused.output
+    encrypted = serve(pair_folder, {"url": "https://a"}, "--", "--ssl-certfile", "x")
+    assert "--host a --port 443 --ssl-certfile x" in encrypted.stdout
+    behind = serve(pair_folder, {"url": "https://a"}, "--", "--host", "127.0.0.1", "--port", "8000")
+    assert behind.stdout.strip().endswith("--host 127.0.0.1 --port 8000")
+
+
 def test_run_becomes_the_server_with_its_key(
     pair_folder: Path, monkeypatch: pytest.MonkeyPatch, validated: Any
 ):
@@ -56,7 +74,52 @@ def test_run_becomes_the_server_with_its_key(
     assert environment["VLLM_API_KEY"] == "sesame"
 
 
+def test_it_prints_the_command_of_the_server_that_writes(pair_folder: Path, validated: Any):
+    engine = {"vllm": {"url": "http://c:8003", "model": "student"}}
+    path = pair_folder / "writes.yaml"
+    lora = {"adapter": "lora", "lora_r": 12, "lora_alpha": 8, "lora_target_linear": True}
+    for samples, adapter, flags, variables in (
+        ("student", {}, ["--port", "8003"], ["VLLM_SERVER_DEV_MODE=1"]),
+        (
+            "student",
+            lora,
+            ["--enable-lora", "--max-lora-rank", "16"],
+            ["VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"],
+        ),
+        ("teacher", {}, ["--port", "8003"], []),
+    ):
+        block = {
+            "teacher": {"base_model": str(pair_folder / "teacher")},
+            "samples": {"from": samples, "engine": engine},
+        }
+        path.write_text(yaml.safe_dump(tiny.base_config(pair_folder, dskd=block, **adapter)))
+        result = CliRunner().invoke(main, ["serve", str(path), "--python", "there/python"])
+        assert result.exit_code == 0, result.output
+        words = shlex.split(result.stdout)
+        assert words[: len(variables) + 1] == [*variables, "there/python"]
+        assert words[words.index("--model") + 1] == str(pair_folder / samples)
+        assert words[-len(flags) :] == flags
+
+
 def test_without_a_server_it_says_what_to_add(pair_folder: Path, validated: Any):
     result = serve(pair_folder, None)
     assert result.exit_code == 1
     assert "server: {url: http://127.0.0.1:8000}" in result.output
+
+
+def test_of_several_teachers_one_is_named(pair_folder: Path, validated: Any):
+    two_teachers.save(pair_folder)
+    block = two_teachers.block(pair_folder)
+    block["teachers"]["chat"]["server"] = {"url": "http://a:8001"}
+    path = pair_folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny.base_config(pair_folder, dskd=block)))
+    result = CliRunner().invoke(main, ["serve", str(path), "--teacher", "chat"])
+    assert result.exit_code == 0, result.output
+    assert str(pair_folder / "second") in shlex.split(result.stdout)
+    for arguments, said in (
+        ([], "say --teacher"),
+        (["--teacher", "math"], "server"),
+    ):
+        refused = CliRunner().invoke(main, ["serve", str(path), *arguments])
+        assert refused.exit_code == 1
+        assert said in refused.output

@@ -16,10 +16,13 @@ from axolotl_dskd.config import (
     DualSpaceConfig,
     ObjectiveConfig,
     ProjectorConfig,
+    RouteConfig,
     ServerConfig,
     StudentSamplesConfig,
+    StudentWriterConfig,
     TeacherConfig,
     TeacherSamplesConfig,
+    VirtualAttentionConfig,
 )
 from tests.support import tiny
 
@@ -56,6 +59,7 @@ def test_a_run_without_a_block_is_not_ours(pair_folder: Path, validated: Validat
 
 BLOCKS: list[type[BaseModel]] = [
     DSKDConfig,
+    RouteConfig,
     TeacherConfig,
     CacheConfig,
     ServerConfig,
@@ -63,6 +67,8 @@ BLOCKS: list[type[BaseModel]] = [
     DatasetSamplesConfig,
     StudentSamplesConfig,
     TeacherSamplesConfig,
+    VirtualAttentionConfig,
+    StudentWriterConfig,
     *ObjectiveConfig.known.values(),
 ]
 
@@ -95,6 +101,8 @@ def test_the_readme_names_every_key_with_its_default(model: type[BaseModel]):
             assert f"{name}:" in text, name
 
 
+SEVERAL = {"teacher": None, "teachers": {"a": {"base_model": "x"}, "b": {"base_model": "y"}}}
+
 WRONG = {
     "unknown key": ({"temprature": 1.0}, "temprature"),
     "unknown teacher key": ({"teacher": {"base_model": "x", "base_modl": "y"}}, "base_modl"),
@@ -126,13 +134,58 @@ WRONG = {
         r"objective:\n    name: dual_space\n    alignment: cma",
     ),
     "samples": ({"samples": "students"}, "dataset"),
+    "virtual attention": ({"virtual_attention": {"block": 4}}, "virtual_attention.block"),
+    "virtual attention of no kind": ({"virtual_attention": {"groups": "words"}}, "kmeans"),
     "a key of other samples": ({"samples": {"from": "teacher", "share": 0.5}}, "share"),
+    "an engine without an address": (
+        {"samples": {"from": "student", "engine": {"vllm": {}}}},
+        "vllm.url",
+    ),
+    "a teacher that is brought up to date": (
+        {
+            "samples": {
+                "from": "teacher",
+                "engine": {"vllm": {"url": "http://x", "sync": "weights"}},
+            }
+        },
+        "sync",
+    ),
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (
         {"samples": "student", "kd_ratio": 0.0},
-        "loads no teacher",
+        "what the student writes is none",
     ),
-    "no teacher": ({"teacher": None}, "base_model|teacher"),
+    "no teacher": ({"teacher": None}, "needs either `teacher.* found neither"),
+    "one teacher and several": (
+        {"teachers": {"a": {"base_model": "x"}}, "route": {"field": "task"}},
+        "either `teacher.* found both",
+    ),
+    "teachers without a route": (
+        {"teacher": None, "teachers": {"a": {"base_model": "x"}}},
+        "says which teacher a row asks",
+    ),
+    "a route without teachers": ({"route": {"field": "task"}}, "belong together"),
+    "a route of two kinds": (SEVERAL | {"route": {"field": "t", "datasets": {}}}, "one of both"),
+    "a data set without teacher": (
+        SEVERAL | {"route": {"datasets": {"other": "a"}}},
+        "no teacher for the data set '.*rows.jsonl'",
+    ),
+    "a name that no metric can have": (
+        {"teacher": None, "teachers": {"a/b": {"base_model": "x"}}, "route": {"field": "t"}},
+        "should match pattern",
+    ),
+    "a name that checkpoints have": (
+        {
+            "teacher": None,
+            "teachers": {"virtual_attention": {"base_model": "x"}},
+            "route": {"field": "t"},
+        },
+        "another name",
+    ),
+    "a key of one of several teachers": (
+        {"teacher": None, "teachers": {"a": {"base": "x"}}, "route": {"field": "t"}},
+        r"teachers.a.base",
+    ),
     "two quantisations": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},
         "Set one of them",
@@ -275,8 +328,13 @@ def test_a_size_that_is_none_is_refused(written: str | int):
 
 def test_a_password_in_a_url_is_refused():
     server = {"urls": ["http://a:8000/v1/", "https://me:sesame@b"]}
-    with pytest.raises(ValueError, match="put a key into an environment variable"):
-        TeacherConfig.model_validate({"base_model": "x", "server": server})
+    for mistaken in (server, {"url": server["urls"]}, {"urls": server["urls"][1]}):
+        with pytest.raises(ValueError) as raised:
+            TeacherConfig.model_validate({"base_model": "x", "server": mistaken})
+        assert "sesame" not in str(raised.value)  # pydantic repeats what it was given
+        assert ("put a key into an environment variable" in str(raised.value)) == (
+            mistaken is server
+        )
     server["urls"].pop()
     config = TeacherConfig.model_validate({"base_model": "x", "server": server})
     assert config.server is not None
@@ -329,3 +387,32 @@ def test_a_module_without_a_dot_is_found_too(tmp_path: Path, monkeypatch: pytest
     block = {"teacher": {"base_model": "x"}, "objective": "lonely_objective"}
     assert DSKDConfig.model_validate(block).objective.name == "lonely_objective"
     del ObjectiveConfig.known["lonely"]
+
+
+def test_names_in_a_route_that_no_data_set_has_are_refused(pair_folder: Path, validated: Validated):
+    rows = str(pair_folder / "rows.jsonl")
+    block = SEVERAL | {"route": {"datasets": {rows: "a", "rows.json": "b"}}}
+    with pytest.raises(ValueError, match=r"names rows\.json, which is neither the path nor"):
+        validated(tiny.base_config(pair_folder, dskd=block))
+
+
+def test_several_teachers_are_as_many_configurations_of_one():
+    block = SEVERAL | {"route": {"field": "task"}, "kd_ratio": 0.3}
+    config = DSKDConfig.model_validate(block)
+    each = config.each()
+    assert list(each) == ["a", "b"]
+    assert each["b"] == DSKDConfig.model_validate({"teacher": {"base_model": "y"}, "kd_ratio": 0.3})
+    assert DSKDConfig.model_validate(config.model_dump()) == config
+    assert config.choose("b") == (1, "b", each["b"])
+    with pytest.raises(ValueError, match=r"asks c, but dskd\.teachers has a, b"):
+        DSKDConfig.model_validate(SEVERAL | {"route": {"datasets": {"rows.jsonl": "c"}}})
+    for name in (None, "c"):
+        with pytest.raises(ValueError, match="--teacher a or --teacher b"):
+            config.choose(name)
+
+
+def test_a_subset_goes_by_its_name_before_its_path():
+    route = RouteConfig(datasets={"hub/mix": "a", "code": "b"})
+    assert route.of_dataset({"path": "hub/mix", "name": None}) == "a"
+    assert route.of_dataset({"path": "hub/mix", "name": "code"}) == "b"
+    route.check_datasets([{"path": "hub/mix", "name": ["code", "prose"]}])

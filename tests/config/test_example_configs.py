@@ -19,6 +19,12 @@ PATHS = sorted((ROOT / "example_configs").glob("*.yaml"))
 Validate = Callable[[dict[str, Any]], Any]
 
 
+def teachers(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The keys of its teacher, or of each of several."""
+    block = config["dskd"]
+    return list(block["teachers"].values()) if "teachers" in block else [block["teacher"]]
+
+
 @pytest.fixture(params=PATHS, ids=lambda path: path.stem)
 def path(request: pytest.FixtureRequest) -> Path:
     """One example config's file."""
@@ -29,10 +35,10 @@ def path(request: pytest.FixtureRequest) -> Path:
 def config(path: Path, tmp_path: Path) -> dict[str, Any]:
     """Its content; teachers that a demo makes first stand in a temporary folder."""
     config = yaml.safe_load(path.read_text())
-    teacher = config["dskd"]["teacher"]
-    for key in ("base_model", "tokenizer", "adapter"):
-        if str(teacher.get(key, "")).startswith("."):
-            teacher[key] = str(tmp_path)
+    for teacher in teachers(config):
+        for key in ("base_model", "tokenizer", "adapter"):
+            if str(teacher.get(key, "")).startswith("."):
+                teacher[key] = str(tmp_path)
     return config
 
 
@@ -118,7 +124,7 @@ def test_the_block_parses_and_the_plugin_is_named(config: dict[str, Any]):
 def test_a_misspelt_key_in_the_block_is_refused(
     config: dict[str, Any], validate: Validate, block: str
 ):
-    where = config["dskd"] if block == "dskd" else config["dskd"]["teacher"]
+    where = config["dskd"] if block == "dskd" else teachers(config)[0]
     where["temperatur"] = 1.0
     with pytest.raises(ValueError, match="temperatur"):
         validate(config)

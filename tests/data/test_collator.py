@@ -112,7 +112,7 @@ def test_what_is_put_into_a_batch_comes_out_of_it_and_leaves_the_rest() -> None:
     batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(_rows()))
     written = Written(torch.ones(4).bool(), torch.zeros(7), pairs=torch.tensor([[0, 1]]))
     batch = replace(batch, cached=torch.ones(4).bool(), cached_states=torch.zeros(9, 2))
-    batch = replace(batch, written=written)
+    batch = replace(batch, written=written, teachers=torch.tensor([1, 0, 1, 2]))
     inputs = {"input_ids": batch.input_ids, "labels": batch.labels, "more": torch.ones(1)}
     before = dict(inputs)
     batch.put_into(inputs)

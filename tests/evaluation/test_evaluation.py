@@ -141,6 +141,14 @@ def test_training_logs_it_of_its_own_rows(trained: Any):
         assert text_bytes > entry["dskd/supervised_tokens"]
 
 
+def test_the_distance_from_the_teacher_is_measured_in_evaluations_alone(trained: Any):
+    history = trained.state.log_history
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert all(entry["eval_dskd/teacher_kl"] > 0 for entry in evaluations)
+    assert all(0 <= entry["eval_dskd/teacher_agreement"] <= 1 for entry in evaluations)
+    assert not any("dskd/teacher_kl" in entry for entry in history)
+
+
 def test_rows_add_up_to_it(folder: Path, trained: Any):
     first, *lines = read_record(folder / "best")
     assert first["train"]["rows"] == 16

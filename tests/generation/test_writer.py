@@ -40,9 +40,9 @@ def written(model: Any, sampling: Sampling, number: int = 0, **keys: Any) -> lis
 
 
 @torch.no_grad()
-def logprobs(model: Any, prompt: list[int], ids: list[int], temperature: float) -> torch.Tensor:
+def logprobs(model: Any, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """[len(ids), V] of each position, from one forward over the row alone."""
-    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, :, :V].float() / temperature
+    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, :, :V].float()
     return logits.log_softmax(-1)[len(prompt) - 1 : -1]
 
 
@@ -51,7 +51,7 @@ def test_greedy_takes_the_most_likely_token_of_a_plain_forward():
     for prompt, answer in zip(
         PROMPTS, written(student, Sampling(12, temperature=0.0)), strict=True
     ):
-        assert answer.ids == logprobs(student, prompt, answer.ids, 1.0).argmax(-1).tolist()
+        assert answer.ids == logprobs(student, prompt, answer.ids).argmax(-1).tolist()
         assert len(answer.ids) == 12 or answer.ids[-1] == END
 
 
@@ -63,7 +63,7 @@ def test_logprobs_are_those_of_a_plain_forward_over_the_whole_vocabulary(
     student = model()
     answers = written(student, Sampling(12, temperature=temperature, **keys))
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        plain = logprobs(student, prompt, answer.ids, temperature or 1.0)
+        plain = logprobs(student, prompt, answer.ids)
         expected = plain.gather(1, torch.tensor(answer.ids)[:, None]).squeeze(1)
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
@@ -93,8 +93,18 @@ def test_tokens_come_as_often_as_they_are_likely():
     numbers = [prompt_seed(prompt, k) for k, prompt in enumerate(prompts)]
     answers = writer(student).write(prompts, Sampling(1), numbers)
     found = torch.bincount(torch.tensor([a.ids[0] for a in answers]), minlength=V) / 4000
-    expected = logprobs(student, prompts[0], [1], 1.0)[0].exp()
+    expected = logprobs(student, prompts[0], [1])[0].exp()
     assert float((found - expected).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("keys", [{}, {"top_k": 3}, {"top_p": 0.3}], ids=str)
+def test_a_model_that_is_no_more_writes_what_the_loss_will_refuse(keys: dict[str, Any]):
+    student = model()
+    with torch.no_grad():
+        student.lm_head.weight.fill_(torch.nan)
+    for answer in written(student, Sampling(3, **keys)):
+        assert all(0 <= token < V for token in answer.ids)
+        assert all(x != x for x in answer.logprobs)
 
 
 @pytest.mark.parametrize("keys", [{"top_k": 3}, {"top_p": 0.3}], ids=str)
@@ -103,7 +113,7 @@ def test_what_is_filtered_is_never_drawn(keys: dict[str, Any]):
     prompts = [[3, 4, 5]] * 300
     numbers = [prompt_seed(prompt, k) for k, prompt in enumerate(prompts)]
     answers = writer(student).write(prompts, Sampling(1, **keys), numbers)
-    probabilities = logprobs(student, prompts[0], [1], 1.0)[0].exp().sort(descending=True)
+    probabilities = logprobs(student, prompts[0], [1])[0].exp().sort(descending=True)
     kept = 3
     if "top_p" in keys:
         kept = int((probabilities.values.cumsum(0) < 0.3).sum()) + 1
@@ -135,7 +145,7 @@ def test_a_prompt_that_is_the_pad_token_is_read():
     student = model()
     prompts = [[PAD, 4, PAD, PAD], [5] * 9]
     answers = writer(student).write(prompts, Sampling(6, temperature=0.0), seeds(prompts))
-    plain = logprobs(student, prompts[0], answers[0].ids, 1.0)
+    plain = logprobs(student, prompts[0], answers[0].ids)
     assert answers[0].ids == plain.argmax(-1).tolist()
 
 
@@ -197,7 +207,7 @@ def test_an_adapter_writes_along():
     assert [a.ids for a in answers] != [a.ids for a in plain]
     tuned.eval()
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        plain_logprobs = logprobs(tuned, prompt, answer.ids, 1.0)
+        plain_logprobs = logprobs(tuned, prompt, answer.ids)
         expected = plain_logprobs.gather(1, torch.tensor(answer.ids)[:, None]).squeeze(1)
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 

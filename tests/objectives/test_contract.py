@@ -132,7 +132,7 @@ def with_written(batch: Any, samples: Sequence[int]) -> tuple[Any, Any, Any]:
 
 @of_any_rows
 def test_an_answer_that_was_written_is_compared_but_is_no_reference(case: Case):
-    inputs = Inputs(case.one_vocabulary)
+    inputs = case.inputs()
     objective, batch = case.objective(inputs, kd_ratio=0.4), inputs.batch([1, 4, 6])
     out = objective(*with_written(batch, range(3)))
     if hasattr(objective, "weights") and hasattr(objective.weights, "mask_wrong"):
@@ -149,7 +149,7 @@ def test_an_answer_that_was_written_is_compared_but_is_no_reference(case: Case):
 
 @of_any_rows
 def test_written_answers_do_not_touch_what_the_data_say(case: Case):
-    inputs = Inputs(case.one_vocabulary)
+    inputs = case.inputs()
     objective = case.objective(inputs)
 
     def found(rows: Sequence[int], written: Sequence[int]) -> dict[str, Tensor]:

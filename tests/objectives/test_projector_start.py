@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.models.heads import captured_head_input, output_head, single
+from axolotl_dskd.objectives import Facts, Pair, build_objective
 from axolotl_dskd.objectives.dual_space.align import Exchanged, exchange_pairs
 from axolotl_dskd.objectives.dual_space.follow import HeadFollower
 from axolotl_dskd.objectives.dual_space.projectors import Projectors, start_from_shared_tokens
@@ -20,6 +22,7 @@ from axolotl_dskd.objectives.dual_space.report import StartReport
 from axolotl_dskd.objectives.dual_space.start import SharedIds, shared_rows, start_projectors
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import View
+from tests.support import tiny
 from tests.support.dual_space import side
 
 d, D, k = 8, 12, 60
@@ -238,3 +241,16 @@ def test_on_the_demo_the_least_squares_start_keeps_ten_times_the_choices_of_a_ra
     for way in ("t2s", "s2t"):
         assert means["lstsq"][way][0] >= 10 * means["random"][way][0], way
     assert means["lstsq"]["t2s"][0] > 0.3
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_projectors_that_nothing_teaches_are_said(share: float, caplog: pytest.LogCaptureFixture):
+    samples = {"from": "student", "share": share}
+    config = DSKDConfig.model_validate({"teacher": {"base_model": "x"}, "samples": samples})
+    student, teacher = tiny.byte_level_tokenizer(), tiny.sentencepiece_tokenizer()
+    sizes = len(student), len(teacher)
+    heads = OutputHead(randn(sizes[0], d)), OutputHead(randn(sizes[1], D))
+    objective = build_objective(config, Facts(student, teacher, sizes), memory=1 << 30, seed=0)
+    objective.begin(Pair(heads, (heads[0].weight, heads[1].weight), torch.device("cpu")))
+    said = "it stays as it starts, from least squares" in caplog.text
+    assert said == (share == 1.0)

@@ -23,12 +23,14 @@ from tests.support.dual_space import least_squares
 def optimizer(D: int = 6, *, max_grad_norm: float = 1.0, weight_decay: float = 0.1) -> Sidecar:
     projectors = Projectors(4, D, with_query=True, seed=3)
     beside = Beside(learning_rate=0.01, weight_decay=weight_decay)
-    return Sidecar("dual_space", projectors, beside, max_grad_norm=max_grad_norm)
+    return Sidecar("dual_space", {"": projectors}, {"": beside}, max_grad_norm=max_grad_norm)
 
 
 def step(which: Sidecar, seed: int, factor: float = 1.0, scale: float = 1.0) -> None:
     torch.manual_seed(seed)
-    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.module.children())
+    loss = sum(
+        p(torch.randn(5, p.in_features)).square().sum() for p in which.modules[""].children()
+    )
     (loss * scale).backward()
     which.step(factor, scale)
 
@@ -42,7 +44,7 @@ def saved(which: Sidecar, folder: Path) -> Path:
 
 
 def weights(which: Sidecar) -> dict[str, torch.Tensor]:
-    return copy.deepcopy(which.module.state_dict())
+    return copy.deepcopy(which.modules[""].state_dict())
 
 
 def test_the_start_depends_on_the_seed_alone():
@@ -138,13 +140,13 @@ def test_projectors_of_another_pair_are_refused(tmp_path):
 def test_the_module_of_another_objective_is_refused(tmp_path):
     saved(optimizer(), tmp_path)
     alike = Projectors(4, 6, with_query=True, seed=3)
-    other = Sidecar("another", alike, Beside(learning_rate=0.01), max_grad_norm=1.0)
+    other = Sidecar("another", {"": alike}, {"": Beside(0.01)}, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"found dual_space .* need another"):
         other.load(tmp_path)
 
 
 def test_without_a_module_a_checkpoint_tells_which_objective_wrote_it(tmp_path):
-    nothing = Sidecar("uld", None, None, max_grad_norm=1.0)
+    nothing = Sidecar("uld", {}, {}, max_grad_norm=1.0)
     nothing.step(1.0)
     saved(nothing, tmp_path)
     nothing.load(tmp_path)
@@ -166,9 +168,11 @@ def scaled_step(which: Sidecar, scaler: torch.amp.GradScaler, factor: float) -> 
     student = torch.nn.Parameter(torch.ones(3))
     adamw = torch.optim.AdamW([student], lr=0.1)
     torch.manual_seed(0)
-    loss = sum(p(torch.randn(5, p.in_features)).square().sum() for p in which.module.children())
+    loss = sum(
+        p(torch.randn(5, p.in_features)).square().sum() for p in which.modules[""].children()
+    )
     scaler.scale(loss + student.sum()).backward()
-    which.module.t2s.weight.grad *= factor
+    which.modules[""].t2s.weight.grad *= factor
     which.step(1.0, scaler=scaler)
     scaler.step(adamw)
     scaler.update()
@@ -207,7 +211,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(scale: float):
 
 def test_gradients_that_are_not_finite_stop_the_run():
     which = optimizer()
-    which.module.t2s.weight.grad = torch.full((4, 6), float("nan"))
+    which.modules[""].t2s.weight.grad = torch.full((4, 6), float("nan"))
     with pytest.raises(
         ValueError, match=r"\(t2s.weight\) are not finite at step 1 .*learning_rate"
     ):

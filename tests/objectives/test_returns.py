@@ -95,3 +95,13 @@ def test_two_ranks_know_what_one_knows():
         alone.end_step()
     for found in both:
         torch.testing.assert_close(found["sums"], alone.sums, rtol=1e-12, atol=0)
+
+
+def test_values_without_a_spread_whiten_to_nothing():
+    moments = Moments()
+    moments.see(torch.tensor([0.7]))
+    moments.end_step()
+    assert moments.whiten(torch.tensor([0.2, -1.0])).tolist() == [0.0, 0.0]
+    moments.see(torch.tensor([0.7, 0.5]))
+    moments.end_step()
+    assert bool((moments.whiten(torch.tensor([0.2, -1.0])) < 0).all())

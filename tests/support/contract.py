@@ -49,6 +49,23 @@ def plain_token_kd(objective: Objective[Any], inputs: Inputs, batch: Batch) -> d
     )
 
 
+def plain_token_kd_top(
+    objective: Objective[Any], inputs: Inputs, batch: Batch
+) -> dict[str, Tensor]:
+    """Over the teacher's likeliest tokens and all others as one."""
+    (student, teacher, matches), (z, t) = batch, both_logits(inputs, batch)
+    labels = student.tokens.labels, teacher.tokens.labels
+    value = z.sum() * 0
+    for i, j in matches.exact.tolist():
+        if labels[0][i] == labels[1][j]:
+            p, q = t[j].softmax(-1), z[i].softmax(-1)
+            ids = p.topk(inputs.top).indices
+            p, q = (torch.cat([x[ids], 1 - x[ids].sum(-1, keepdim=True)]) for x in (p, q))
+            value = value + naive.divergence(objective.config.divergence, p, q)
+    ce = torch.nn.functional.cross_entropy(z, labels[0], reduction="sum")
+    return {"ce": ce, "kd": value}
+
+
 def plain_uld(objective: Objective[Any], inputs: Inputs, batch: Batch) -> dict[str, Tensor]:
     config, pairs = objective.config, batch.matches.starts
     if config.pairs == "ordinal":
@@ -246,6 +263,7 @@ class Case:
         written: some answers of its batches were written during training.
         has_ce: [N] which tokens have cross-entropy; None: all.
         prepare: what else it is told before its first batch.
+        top: the teacher gives no states, but its so many likeliest tokens.
     """
 
     name: str
@@ -259,10 +277,11 @@ class Case:
     written: bool = False
     has_ce: Callable[[Batch], Tensor] | None = None
     prepare: Callable[[Objective[Any]], None] | None = None
+    top: int | None = None
 
     def inputs(self, *args: Any, **keys: Any) -> Inputs:
         """Of its kind; takes what `Inputs` takes behind the tokenizers."""
-        return Inputs(self.one_vocabulary, *args, **keys, written=self.written)
+        return Inputs(self.one_vocabulary, *args, **keys, written=self.written, top=self.top)
 
     def ce_labels(self, batch: Batch) -> Tensor:
         """[N] those that cross-entropy is taken of, -100 elsewhere."""
@@ -281,7 +300,8 @@ class Case:
         """As a run builds it, begun with the heads of the inputs."""
         block = {"teacher": {"base_model": "x"}, "objective": self.config}
         config = DSKDConfig.model_validate(block).objective
-        setting = Setting(kd_ratio, Budget(chunk_tokens), seed=5, written=self.written)
+        gives = "states" if self.top is None else "logprobs"
+        setting = Setting(kd_ratio, Budget(chunk_tokens), 5, self.written, gives)
         objective = objective_class(config)(config, inputs.facts, setting)
         objective.begin(Pair(inputs.heads, inputs.embeddings, torch.device("cpu")))
         if self.prepare is not None:
@@ -315,7 +335,16 @@ def dual_space(name: str, one_vocabulary: bool = False, **keys: Any) -> Case:
 
 def token_kd(divergence: str) -> Case:
     config = {"name": "token_kd", "divergence": divergence, "temperature": 1.5}
-    return Case(f"token_kd {divergence}", config, plain_token_kd, one_vocabulary=True)
+    absent = frozenset({"kept_mass"})
+    return Case(
+        f"token_kd {divergence}", config, plain_token_kd, one_vocabulary=True, absent=absent
+    )
+
+
+def token_kd_top(divergence: str) -> Case:
+    config = {"name": "token_kd", "divergence": divergence, "temperature": 1.0}
+    name = f"token_kd {divergence} of the likeliest"
+    return Case(name, config, plain_token_kd_top, one_vocabulary=True, top=7)
 
 
 def uld(name: str, **keys: Any) -> Case:
@@ -401,6 +430,7 @@ CASES = [
     dual_space("cma causal", alignment="cma", causal=True, agreement_mask=False),
     *(token_kd(name) for name in ("forward_kl", "reverse_kl", "js_divergence", "tvd")),
     *(token_kd(name) for name in ("skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl")),
+    *(token_kd_top(name) for name in ("forward_kl", "reverse_kl", "skewed_forward_kl")),
     uld("starts", top_k=100),
     uld("ordinal", pairs="ordinal", top_k=50, temperature=2.0),
     uld("all", top_k="all"),
@@ -415,6 +445,7 @@ CASES = [
     sinkhorn("eta", "teacher_accuracy", alignment="eta"),
     chunk_likelihood("merged"),
     chunk_likelihood("single", merge=False),
+    chunk_likelihood("without boundaries", merge=False, debias=False),
     gold(hybrid=True),
     gold(hybrid=False),
     Case("span_support", {"name": "span_support"}, grouped(plain_forms.span_support)),

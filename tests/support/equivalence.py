@@ -78,6 +78,11 @@ VARIANTS = {
     # The student sharded, with a head that trains; so is the teacher's body.
     "fsdp2": on_two(SHARDED, trainer="FSDP"),
     "zero3": on_two(zero(3), trainer="DeepSpeedEngine"),
+    # Rows by turns: where two teachers are asked by turns, each rank has rows of one alone.
+    "fsdp2 1x4": on_two(
+        {**SHARDED, "micro_batch_size": 1, "gradient_accumulation_steps": ROWS // 2},
+        trainer="FSDP",
+    ),
     # From the base's checkpoint; its log has the steps before, too.
     "resumed": Variant(),
     # All states from a cache in float32 that another training has filled.
@@ -144,7 +149,7 @@ def train_variants(
 
     Args:
         folder: from `save_pair`; a block at a time has its outputs there.
-        block: without its teacher's model and cache, which are added.
+        block: without its cache, and without the model of one teacher; both are added.
         names: keys of `VARIANTS`.
         overrides: keys of Axolotl's that hold for all.
 
@@ -218,7 +223,10 @@ def training_config(
         name: of the way, whose outputs lie in a folder of that name.
         overrides: keys of Axolotl's.
     """
-    teacher = {"base_model": str(folder / "teacher"), **block.get("teacher", {})}
+    teachers = block.get("teachers") or {"": block.get("teacher", {})}
+    teachers = {
+        name: {"base_model": str(folder / "teacher"), **keys} for name, keys in teachers.items()
+    }
     rows = folder / ("reversed.jsonl" if name == "reversed" else "rows.jsonl")
     settings: dict[str, Any] = {
         "max_steps": STEPS,
@@ -237,6 +245,8 @@ def training_config(
     if name == "resumed":
         settings["resume_from_checkpoint"] = str(folder / BASE / f"checkpoint-{SAVED}")
     if name == "cached":
-        teacher["cache"] = {"path": str(folder / "cache"), "dtype": "float32"}
-    settings["dskd"] = {**block, "teacher": teacher}
+        for keys in teachers.values():
+            keys["cache"] = {"path": str(folder / "cache"), "dtype": "float32"}
+    asked = {"teachers": teachers} if "teachers" in block else {"teacher": teachers[""]}
+    settings["dskd"] = {**block, **asked}
     return tiny.base_config(folder, **{**settings, **(overrides or {})})

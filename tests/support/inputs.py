@@ -17,8 +17,8 @@ from torch import Tensor
 from axolotl_dskd.data.byte_spans import Spans, give_textless_tokens_room, tile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.objectives import Facts
-from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import Matches, Side, View, Written
+from axolotl_dskd.output_head import Gate, OutputHead
+from axolotl_dskd.types import Logprobs, Matches, Side, View, Written
 from tests.support import naive, tiny
 
 #: Hidden sizes, student's first.
@@ -40,6 +40,7 @@ HEADS: dict[str, dict[str, Any]] = {
         "trains": ("weight", "bias", "lora_A", "lora_B"),
     },
 }
+HEADS["gate"] = HEADS["all"] | {"gate": True, "trains": (*HEADS["all"]["trains"], "gate")}
 
 
 #: Of the samples, where answers are written during training: which are, and the pairs of them.
@@ -163,24 +164,27 @@ class Inputs:
 
     Args:
         one_vocabulary: of both tokenizers.
-        head: of `HEADS`.
+        head: of `HEADS`, or such keys.
         dtype: of all numbers.
         rounded: a dtype whose numbers they shall be.
         copies: how often the samples are there.
         seed: of the numbers.
         written: some answers were written during training (`WRITTEN`, `PAIRS`).
+        top: the teacher also says log-probabilities, of its so many likeliest tokens too.
     """
 
     def __init__(
         self,
         one_vocabulary: bool,
-        head: str = "all",
+        head: str | dict[str, Any] = "all",
         dtype: torch.dtype = torch.float64,
         rounded: torch.dtype | None = None,
         copies: int = 1,
         seed: int = 17,
         written: bool = False,
+        top: int | None = None,
     ) -> None:
+        self.top = top
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -197,21 +201,33 @@ class Inputs:
         for ours, _ in self.states:
             ours.requires_grad_()
         (d, D), (V, U) = SIZES, self.facts.vocab_sizes
-        options = dict(HEADS[head])
+        options = dict(HEADS[head] if isinstance(head, str) else head)
         rows = V + options.pop("padding", 0)
         parts = {"weight": randn(rows, d, scale=2 * d**-0.5)}
         if options.pop("bias", False):
             parts["bias"] = randn(rows)
         if options.pop("lora", False):
             parts |= {"lora_A": randn(3, d, scale=0.3), "lora_B": randn(rows, 3, scale=0.3)}
+        if options.pop("gate", False):
+            parts["gate"] = (1 + randn(5, 4, scale=0.4)).to(torch.promote_types(dtype, torch.float))
+            options["groups"] = torch.arange(rows) * 7 % 5
         self.trained = {name: parts[name].requires_grad_() for name in options.pop("trains", ())}
         self.parts, self.options = parts, options | {"vocab_size": V}
         self.heads = (
-            OutputHead(**parts, **self.options),
+            self._student_head(),
             OutputHead(randn(U, D, scale=2 * D**-0.5), bias=randn(U), softcap=8.0),
         )
         self.embeddings = randn(V, d), randn(U, D)
         self.written = [self._written(k, generator) for k in range(written * len(self.pairs))]
+
+    def _student_head(self) -> OutputHead:
+        tensors, options = dict(self.parts), dict(self.options)
+        groups = options.pop("groups", None)
+        if groups is not None:
+            real = groups[: options["vocab_size"]]
+            ids = tuple((real == k).nonzero().flatten() for k in range(len(tensors["gate"])))
+            tensors["gate"] = Gate(tensors["gate"], ids)
+        return OutputHead(**tensors, **options)
 
     def _written(self, k: int, generator: Any) -> tuple[Tensor, Tensor]:
         """Log-probabilities at which a student near to this one wrote a sample, and weights; the
@@ -262,8 +278,18 @@ class Inputs:
             hidden = torch.cat([self.states[i][which] for i in order]) if pairs else empty
             embedded = table[tokens.input_ids], table[tokens.labels]
             written = self._what_was_written(order) if which == 0 else None
-            views.append(View(tokens, self.heads[which], hidden, embedded, written))
+            said = self.logprobs(hidden, tokens) if which == 1 and self.top is not None else None
+            views.append(View(tokens, self.heads[which], hidden, embedded, written, said))
         return Batch(views[0], views[1], matches_of(pairs), pairs)
+
+    def logprobs(self, hidden: Tensor, tokens: Side) -> Logprobs:
+        """What the teacher says where it gives no states; in float64, whatever the states are."""
+        head = self.heads[1]
+        parts = head.weight.double(), None if head.bias is None else head.bias.double()
+        logits = naive.head_logits(hidden.double(), *parts, softcap=head.softcap)
+        log_p = logits.log_softmax(-1)
+        top, ids = log_p.topk(self.top or 0, -1)
+        return Logprobs(log_p.gather(-1, tokens.labels[:, None])[:, 0], ids, top)
 
     def logits(self, hidden: Tensor, side: int, frozen: bool = False) -> Tensor:
         """What the plain form of a head gives; `frozen`: no gradient goes to the head."""

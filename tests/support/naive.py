@@ -47,12 +47,19 @@ def head_logits(
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     *,
+    gate: Tensor | None = None,
+    groups: Tensor | None = None,
     lora_scale: float = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """What a model does between hidden state and logits."""
+    """What a model does between hidden state and logits; with a gate [K, n] on its blocks, from a
+    head whose rows are multiplied by the factors of their groups [rows]."""
+    if gate is not None:
+        factors = gate.repeat_interleave(weight.shape[1] // gate.shape[1], 1)[groups]
+        weight = weight if lora_A is None else weight + lora_scale * (lora_B @ lora_A)
+        weight, lora_A = (weight * factors).to(weight.dtype), None
     logits = F.linear(hidden, weight, bias)
     if lora_A is not None and lora_B is not None:
         logits = logits + lora_scale * (hidden @ lora_A.T @ lora_B.T)

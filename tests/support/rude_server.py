@@ -25,11 +25,13 @@ class RudeServer:
 
     Attributes:
         url: where.
-        misbehave: each next POST /pooling takes one of these instead of answering: a function of
-            the handler and of the answer that would be right.
+        misbehave: each next question about a text takes one of these instead of answering: a
+            function of the handler and of the answer that would be right.
+        change: what is done to the states [L, D], or log-probabilities [L, V], that are given.
+        max_logprobs: more are refused.
         requests: the headers of every request.
         max_model_len: longer texts are refused.
-        most_at_once: of requests to /pooling.
+        most_at_once: of questions about a text.
     """
 
     def __init__(self, teacher: str) -> None:
@@ -39,6 +41,7 @@ class RudeServer:
         self.misbehave: deque[Callable[[Any, Any], None]] = deque()
         self.change: Callable[[torch.Tensor], torch.Tensor] = lambda states: states
         self.max_model_len = 512
+        self.max_logprobs = 64
         self.requests: list[dict[str, str]] = []
         self.delay = 0.0
         self.most_at_once = self._now = 0
@@ -61,7 +64,8 @@ class RudeServer:
                     self.answer(json.dumps({"tokens": ids}).encode())
                 else:
                     with outer._counted():
-                        outer._pool(self, body)
+                        ask = outer._complete if self.path == "/v1/completions" else outer._pool
+                        ask(self, body)
 
             def answer(
                 self, content: bytes, status: int = 200, headers: dict[str, str] | None = None
@@ -108,7 +112,25 @@ class RudeServer:
         shape, kind = list(states.shape), body["embed_dtype"]
         entry = {"shape": shape, "embed_dtype": kind, "endianness": "little"}
         headers = {"metadata": json.dumps({"data": [entry]})}
-        content = states.contiguous().view(torch.uint8).numpy().tobytes()
+        self._give(handler, states.contiguous().view(torch.uint8).numpy().tobytes(), headers)
+
+    def _complete(self, handler: Any, body: dict[str, Any]) -> None:
+        ids, k = body["prompt"], body["prompt_logprobs"]
+        assert (body["max_tokens"], body["temperature"], body["top_p"]) == (1, 1.0, 1.0)
+        if len(ids) >= self.max_model_len or k > self.max_logprobs:
+            handler.answer(b"too long" if k <= self.max_logprobs else b"too many logprobs", 400)
+            return
+        with self._lock, torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([ids])).logits[0]
+        said = self.change(logits.log_softmax(-1))
+        entries: list[Any] = [None]
+        for row, label in zip(said, ids[1:], strict=False):
+            named = [label, *(i for i in row.topk(k).indices.tolist() if i != label)]
+            entries.append({str(i): {"logprob": max(float(row[i]), -9999.0)} for i in named})
+        content = json.dumps({"choices": [{"prompt_logprobs": entries}]}).encode()
+        self._give(handler, content, {"content-type": "application/json"})
+
+    def _give(self, handler: Any, content: bytes, headers: dict[str, str]) -> None:
         if self.misbehave:
             self.misbehave.popleft()(handler, (content, headers))
         else:

@@ -27,3 +27,15 @@ def dskd(folder: Path, **keys: Any) -> dict[str, Any]:
     objective = {key: value for key, value in keys.items() if key not in _OUTER}
     block = {"teacher": {"base_model": str(folder / "teacher")}, **outer}
     return block | ({"objective": objective} if objective else {})
+
+
+def objective_of(trainer: Any) -> Any:
+    """The objective of a training with one teacher."""
+    (objective,) = trainer.objectives.values()
+    return objective
+
+
+def teacher_of(trainer: Any) -> Any:
+    """The teacher of a training with one, which has begun."""
+    (lesson,) = trainer.distillation.lessons.values()
+    return lesson.teacher

@@ -66,6 +66,11 @@ CASES = {
         "sinkhorn", "kl", "sinkhorn", "plan_diagonal", "teacher_accuracy", one_vocabulary=True
     ),
     "span_support": objective("span_support", "support", "teacher_rest"),
+    "virtual attention": Case(
+        {"virtual_attention": {"blocks": 4, "anneal": 0.75, "entropy_weight": 0.1}},
+        {*DUAL_SPACE, "attention_entropy"},
+        has_module=True,
+    ),
     "toy": Case({"objective": {"name": TOY}}, {"ce", "distance"}),
 }
 

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
 
 from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.generation import WritingServer
 from axolotl_dskd.teacher import TeacherSpec
 from axolotl_dskd.teacher.served.launch import server_command
 
@@ -61,32 +63,36 @@ class VLLM:
         self.process: subprocess.Popen[bytes] | None = None
 
     @classmethod
-    def of_teacher(cls, teacher: Path, folder: Path) -> VLLM:
-        """The server of a teacher, as `axolotl-dskd serve` would start it."""
+    def of_teacher(cls, teacher: Path, folder: Path, **keys: Any) -> VLLM:
+        """The server of a teacher, as `axolotl-dskd serve` would start it.
+
+        Args:
+            keys: of `dskd.teacher.server`.
+        """
         url = f"http://127.0.0.1:{free_port()}"
+        server = {"url": url, **keys}
         config = TeacherConfig.model_validate(
-            {"base_model": str(teacher), "dtype": "float32", "server": {"url": url}}
+            {"base_model": str(teacher), "dtype": "float32", "server": server}
         )
         spec = TeacherSpec(config, 0, torch.device("cpu"))
         return cls(url, server_command(spec, url, 512, str(PYTHON)), folder)
 
     @classmethod
     def that_writes(cls, student: Path, folder: Path) -> VLLM:
-        """A server that takes new weights and adapters."""
-        port = free_port()
-        settings = {
-            "--model": str(student),
-            "--served-model-name": "student",
-            "--dtype": "float32",
-            "--max-model-len": "128",
-            "--max-lora-rank": "8",
-            "--host": "127.0.0.1",
-            "--port": str(port),
-        }
-        command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--enable-lora"]
-        command += [word for pair in settings.items() for word in pair]
-        env = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        return cls(f"http://127.0.0.1:{port}", command, folder, env)
+        """A server that takes new weights and adapters, as a training would have it started."""
+        url = f"http://127.0.0.1:{free_port()}"
+        wanted = [
+            WritingServer(url, str(student), "student", 512, rank, takes_weights=rank is None)
+            for rank in (8, None)
+        ]
+        env = wanted[0].environment | wanted[1].environment
+        command = [*wanted[0].command(str(PYTHON)), "--dtype", "float32"]
+        return cls(url, command, folder, env)
+
+    def reset_weights(self, model: Path) -> None:
+        """Give it the weights of a folder."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(model)}}
+        httpx.post(f"{self.url}/collective_rpc", json=body, timeout=60).raise_for_status()
 
     def start(self, timeout: float = 300) -> None:
         """Begin, and wait until it answers.

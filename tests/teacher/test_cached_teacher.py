@@ -30,7 +30,7 @@ from axolotl_dskd.types import DualBatch, Needs, View
 from tests.support import tiny
 from tests.support.batches import batch
 from tests.support.families import CONFIGS, SMALL, build
-from tests.support.runs import losses
+from tests.support.runs import losses, teacher_of
 
 Train = Callable[[dict[str, Any]], Any]
 CPU = torch.device("cpu")
@@ -364,14 +364,14 @@ def test_the_body_is_freed_after_the_epoch_that_filled_the_cache(
     _, trainer = train(config)
     assert sum(ran) == 16  # every row, training and evaluation, once
     assert len(loads) == 1
-    assert not trainer.distillation.teacher.states.body.is_loaded
+    assert not teacher_of(trainer).states.body.is_loaded
     evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
     assert all("eval_dskd/teacher_space" in entry for entry in evaluations)
 
 
 def test_without_a_cache_block_nothing_is_written(pair_folder: Path, train: Train):
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
-    assert isinstance(trainer.distillation.teacher, LiveTeacher)
+    assert isinstance(teacher_of(trainer), LiveTeacher)
     assert not (pair_folder / "cache").exists()
 
 
@@ -414,7 +414,7 @@ def test_a_teacher_in_four_bits_is_cached_as_it_is(tmp_path: Path, train: Train,
 
 
 def test_what_the_door_opens_gives_and_is_told_the_same_whatever_its_kind(pair_folder: Path):
-    run = TrainingRun(datasets=[teacher_sides([12, 7])])
+    run = TrainingRun(datasets=lambda: [teacher_sides([12, 7])])
     live_view: View | None = None
     for cache in (None, {"dtype": "float32"}, {"dtype": "float32"}):
         config = TeacherConfig.model_validate(block(pair_folder, cache)["teacher"])

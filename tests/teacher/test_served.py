@@ -6,6 +6,8 @@ tests/training/test_served_training.py.
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from axolotl_dskd import servers
 from axolotl_dskd.config import TeacherConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.teacher import Teacher, TeacherSpec, TrainingRun, open_teacher
-from axolotl_dskd.teacher.served import probe
+from axolotl_dskd.teacher.served import probe, probe_states
 from axolotl_dskd.teacher.served.ends import end_files, load_ends, local_weights
 from axolotl_dskd.teacher.served.teacher import ServedTeacher
 from axolotl_dskd.types import Needs
@@ -56,7 +58,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is logged (Axolotl's logging lets nothing through to caplog)."""
     lines: list[str] = []
-    for module in (servers, probe):
+    for module in (servers, probe, probe_states):
         for level in ("info", "warning"):
             monkeypatch.setattr(module.LOG, level, lines.append)
     return lines
@@ -129,7 +131,7 @@ def test_what_is_expected_is_asked_for_at_once_and_only_once(folder: Path, serve
         torch.testing.assert_close(served(rows, NEEDS).hidden, hidden, rtol=1e-4, atol=1e-4)
     assert len(server.requests) - before == 7
     assert server.most_at_once == 3  # bounded
-    assert not served._asked
+    assert not len(served.ahead)
 
 
 def test_what_was_expected_and_never_came_is_forgotten(folder: Path, server: RudeServer):
@@ -137,7 +139,7 @@ def test_what_was_expected_and_never_came_is_forgotten(folder: Path, server: Rud
     assert isinstance(served, ServedTeacher)
     served.expect([batch([12, 7])])
     served.expect([batch([9])])
-    assert len(served._asked) == 1
+    assert len(served.ahead) == 1
     served.end()
     assert served(batch([12, 7]), NEEDS).hidden.shape == (10, 48)  # another call asks again
 
@@ -282,6 +284,19 @@ def test_what_is_served_is_compared_with_the_local_weights(
     assert any("against the local weights: states differ by" in line for line in said)
 
 
+def test_weights_that_are_quantised_here_are_not_compared(
+    folder: Path, server: RudeServer, said: list[str], tmp_path: Path
+):
+    """A GPTQ or AWQ checkpoint: what runs it may not be installed."""
+    copied = tmp_path / "teacher"
+    shutil.copytree(folder / "teacher", copied)
+    described = json.loads((copied / "config.json").read_text())
+    described["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copied / "config.json").write_text(json.dumps(described))
+    opened(tmp_path, server.url, model=str(folder / "teacher"))
+    assert any("weights are quantised: what is served is not compared" in line for line in said)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -306,7 +321,7 @@ def test_another_name_tokenizer_or_context_is_refused(folder: Path, server: Rude
         opened(folder, server.url, model="llama")
     rows = Dataset.from_dict({"teacher_input_ids": [[1] * 600], "teacher_labels": [[1] * 600]})
     with pytest.raises(ValueError, match=r"reads 512 tokens at most.*has 600.*--max-model-len 600"):
-        opened(folder, server.url, run=TrainingRun(datasets=[rows]))
+        opened(folder, server.url, run=TrainingRun(datasets=lambda: [rows]))
     server.tokenizer = tiny.byte_level_tokenizer()
     with pytest.raises(ValueError, match=r"has another tokenizer than dskd\.teacher"):
         opened(folder, server.url)
@@ -353,7 +368,7 @@ def test_a_cache_keeps_what_was_served(folder: Path, server: RudeServer, tmp_pat
     spec = TeacherSpec(TeacherConfig.model_validate(block), 600, CPU)
     expected = opened(folder, None)(rows, NEEDS)
     for already in (False, True):
-        teacher = open_teacher(spec, TrainingRun(datasets=[Dataset.from_dict(columns)]))
+        teacher = open_teacher(spec, TrainingRun(datasets=lambda: [Dataset.from_dict(columns)]))
         before = len(server.requests)
         teacher.begin()
         teacher.expect([rows])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support import tiny
-from tests.support.runs import dskd, losses, steps
+from tests.support.runs import dskd, losses, objective_of, steps
 
 Train = Callable[[dict[str, Any]], Any]
 
@@ -76,8 +76,8 @@ def test_in_warm_up_only_the_projectors_train(pair_folder: Path, train: Train):
 
     untrained = AutoModelForCausalLM.from_pretrained(pair_folder / "student")
     torch.testing.assert_close(weights(model), weights(untrained), rtol=0, atol=0)
-    assert trainer.objective.module is not None
-    assert float(trainer.objective.module.t2s.bias.abs().max()) > 0  # starts at 0
+    assert objective_of(trainer).module is not None
+    assert float(objective_of(trainer).module.t2s.bias.abs().max()) > 0  # starts at 0
     longer, _ = train(config | {"max_steps": 3})
     changed = weights(longer)
     assert any(not torch.equal(p, changed[n]) for n, p in weights(untrained).items())
@@ -90,10 +90,10 @@ def test_auto_takes_exact_pairs_where_most_tokens_have_one(
 
     monkeypatch.setattr(choice, "ETA_SHARE", 0.3)
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
-    assert trainer.objective.alignment == "eta"
+    assert objective_of(trainer).alignment == "eta"
     monkeypatch.setattr(choice, "ETA_SHARE", 0.9)
     _, trainer = train(tiny.base_config(pair_folder, max_steps=1))
-    assert trainer.objective.alignment == "cma"
+    assert objective_of(trainer).alignment == "cma"
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_resumed_goes_on_as_uninterrupted_also_where_s2t_follows(
     base = tiny.base_config(pair_folder, dskd=block, max_steps=6, save_strategy="steps")
     base |= {"save_steps": 3, "learning_rate": 0.01}
     _, straight = train(base | {"output_dir": str(pair_folder / "straight")})
-    assert straight.objective._follower is not None
+    assert objective_of(straight)._follower is not None
     checkpoint = pair_folder / "straight" / "checkpoint-3"
     said.clear()
     _, resumed = train(

@@ -14,6 +14,7 @@ from tests.support.equivalence import (
     BASE,
     ROWS,
     SAVED,
+    VARIANTS,
     Training,
     assert_same_training,
     save_pair,
@@ -37,6 +38,7 @@ STUDENT = {
     "seed": 131,
 }
 WAYS = ("packed", "1x8", "two ranks", "resumed")
+PREFERENCE_WAYS = ("two ranks", "resumed", "qlora two ranks")
 #: Of a part of each checkpoint.
 STATE = {"share": 0.75, "reference": None, "evaluated_at": -1}
 
@@ -80,6 +82,27 @@ def test_written_rows_have_no_cross_entropy_and_data_have(trainings: dict[str, T
 def test_every_way_to_train_is_the_same_training(trainings: dict[str, Training], way: str):
     """Packed or padded, one rank or two, interrupted or not: the same texts, so the same losses."""
     assert_same_training(trainings[BASE], trainings[way])
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]:
+    """Of preference distillation, whose every row is written beside its answer from the data."""
+    where = make_pair(tmp_path_factory.mktemp("preference"))
+    block = {
+        "samples": {**STUDENT, "share": 1.0, "replay": 0},
+        "objective": {"name": "preference"},
+    }
+    return train_variants(where, block, PREFERENCE_WAYS)
+
+
+@pytest.mark.parametrize("way", PREFERENCE_WAYS)
+def test_preference_is_the_same_training_every_way(preferences: dict[str, Training], way: str):
+    like = preferences[VARIANTS[way].like]
+    within = VARIANTS[way].within
+    assert_same_training(like, preferences[way], rel=within, atol=within)
+    for step in preferences[way].metrics:
+        assert step["dskd/written_rows"] == 0.5
+        assert "dskd/won" in step
 
 
 def test_a_checkpoint_holds_what_the_next_steps_draw_from(
@@ -262,8 +285,11 @@ def test_the_teacher_answers_once_and_its_answers_are_references(tmp_path: Path)
         training_config(
             folder, {"samples": {**TEACHER, "temperature": 0.5}}, "other", {"max_steps": 1}
         ),
+        training_config(folder, block | {"kd_ratio": 0}, "fine-tuned", {"max_steps": 1}),
     ]
-    first, second, other = run(1, *({"do": "train_counting_writing", "config": c} for c in configs))
+    first, second, other, tuned = run(
+        1, *({"do": "train_counting_writing", "config": c} for c in configs)
+    )
     assert first["written"] == ROWS
     assert second["written"] == 0
     assert other["written"] == ROWS
@@ -271,6 +297,8 @@ def test_the_teacher_answers_once_and_its_answers_are_references(tmp_path: Path)
     for log in first["logs"]:
         assert log["dskd/ce"] > 0
         assert log["dskd/projector_ce"] > 0
+    assert tuned["written"] == 0
+    assert tuned["losses"][0] == pytest.approx(first["logs"][0]["dskd/ce"], rel=1e-5)
     data = training_config(folder, {}, "data", {"max_steps": 1})
     (plain,) = run(1, {"do": "train", "config": data})
     assert plain["losses"][0] != pytest.approx(first["losses"][0], rel=1e-3)

@@ -13,11 +13,15 @@ from click.testing import CliRunner
 
 from axolotl_dskd import servers
 from axolotl_dskd.commands.cli import main
+from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.teacher import TeacherSpec, TrainingRun, open_teacher
 from axolotl_dskd.teacher.served.teacher import ServedTeacher
-from axolotl_dskd.types import DualBatch
+from axolotl_dskd.types import DualBatch, Needs
 from tests.support import tiny
+from tests.support.batches import batch
 from tests.support.ranks import run
-from tests.support.runs import losses
+from tests.support.runs import losses, objective_of, teacher_of
+from tests.support.sharding import SHARDED
 from tests.support.vllm import MISSING, PYTHON, VLLM
 
 pytestmark = [
@@ -46,6 +50,13 @@ PACKED = {
     "max_steps": 8,
     "eval_steps": 4,
 }
+#: The rows are the student's own, but where it writes no text.
+WRITTEN = {
+    "max_steps": 4,
+    "val_set_size": 0.25,
+    "eval_steps": 4,
+    "dskd": {"samples": {"from": "student", "share": 1.0, "max_new_tokens": 12}},
+}
 #: Two of them are the global batch of one rank above.
 RANK = {"micro_batch_size": 1, "max_steps": 8}
 
@@ -67,7 +78,8 @@ def config(server: VLLM, name: str, served: bool = True, **overrides: Any) -> di
     if served:
         teacher["server"] = {"url": server.url, "retries": 60}
     teacher |= overrides.pop("teacher", {})
-    made = {**COMMON, "dskd": {"teacher": teacher}, "output_dir": str(folder / name), **overrides}
+    block = {"teacher": teacher, **overrides.pop("dskd", {})}
+    made = {**COMMON, "dskd": block, "output_dir": str(folder / name), **overrides}
     return tiny.base_config(folder, **made)
 
 
@@ -88,7 +100,7 @@ def same_training(found: tuple[Any, Any], expected: tuple[Any, Any], steps: int 
     )
     assert ours == pytest.approx(theirs, rel=1e-3)
     assert theirs
-    for part in (lambda run: run[0], lambda run: run[1].objective.module):
+    for part in (lambda run: run[0], lambda run: objective_of(run[1]).module):
         ours, theirs = (part(run).state_dict() for run in (found, expected))
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
@@ -99,7 +111,7 @@ def test_twenty_steps_are_those_of_the_live_teacher(
 ):
     server.wait()
     found = train(config(server, "found"))
-    assert isinstance(found[1].distillation.teacher, ServedTeacher)
+    assert isinstance(teacher_of(found[1]), ServedTeacher)
     same_training(found, live)
 
 
@@ -109,15 +121,58 @@ def test_packing_changes_nothing(server: VLLM, train: Train):
     same_training(train(config(server, "packed", **PACKED)), expected, steps=8)
 
 
-def test_two_ranks_train_as_one(server: VLLM):
-    server.wait()
+@pytest.fixture(scope="module")
+def one_rank(server: VLLM) -> dict[str, Any]:
+    """The training of one rank with the teacher in its process."""
     whole = config(server, "one", served=False, **RANK | {"micro_batch_size": 2})
-    expected = run(1, {"do": "train", "config": whole})[0]
-    found = run(2, {"do": "train", "config": config(server, "two", **RANK)})[0]
+    return run(1, {"do": "train", "config": whole})[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "trainer"), [({}, "DistributedDataParallel"), (SHARDED, "FSDP")], ids=["ddp", "fsdp2"]
+)
+def test_two_ranks_train_as_one(
+    server: VLLM, one_rank: dict[str, Any], keys: dict[str, Any], trainer: str
+):
+    server.wait()
+    expected = one_rank
+    found = run(2, {"do": "train", "config": config(server, trainer, **RANK, **keys)})[0]
     assert found["world_size"] == 2
+    assert trainer in found["trainer"]
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
     for name, tensor in expected["student"].items():
         torch.testing.assert_close(found["student"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_what_the_student_writes_is_asked_about(server: VLLM, train: Train):
+    """Its answers are named ahead as rows of the data are."""
+    server.wait()
+    runs = [
+        train(config(server, f"written {served}", served, **WRITTEN)) for served in (True, False)
+    ]
+    logs = [entry for entry in runs[0][1].state.log_history if "loss" in entry]
+    assert min(log["dskd/written_rows"] for log in logs) > 0  # some that it writes are no text
+    same_training(*runs, steps=4)
+
+
+def test_states_travel_in_bfloat16(server: VLLM):
+    """Rounded on the server, whatever it computes in."""
+    server.wait()
+    teacher = str(server.log.parent / "teacher")
+    where = {"url": server.url}
+    cpu = torch.device("cpu")
+    found, expected = (
+        open_teacher(TeacherSpec(TeacherConfig.model_validate(block), 600, cpu), TrainingRun())(
+            batch([12, 7, 30]), Needs()
+        ).hidden
+        for block in (
+            {"base_model": teacher, "dtype": "bfloat16", "server": where},
+            {"base_model": teacher, "dtype": "float32"},
+        )
+    )
+    assert found is not None and expected is not None
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-3)
 
 
 def test_a_server_that_dies_and_comes_back_changes_nothing(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_dskd.config import DivergenceName
 from tests.support import tiny
-from tests.support.runs import dskd, losses, steps
+from tests.support.runs import dskd, losses, objective_of, steps, teacher_of
 
 Train = Callable[[dict[str, Any]], Any]
 
@@ -59,7 +59,7 @@ def test_training_lowers_the_distillation_terms(
         dskd=dskd(tmp_path, projector={"learning_rate": 1e-2}),
     )
     _, trainer = train(config)
-    assert trainer.objective.alignment == ("positions" if same_vocabulary else "cma")
+    assert objective_of(trainer).alignment == ("positions" if same_vocabulary else "cma")
     first, last = steps(trainer)[0], steps(trainer)[-1]
     for name in ("loss", "dskd/ce", "dskd/projector_ce", "dskd/teacher_space"):
         assert last[name] < 0.9 * first[name], name
@@ -94,7 +94,7 @@ def test_how_a_batch_is_cut_does_not_change_ten_steps(
         one.model.state_dict().items(), two.model.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5, msg=name)
-    for a, b in zip(*(r.objective.module.parameters() for r in (one, two)), strict=True):
+    for a, b in zip(*(objective_of(r).module.parameters() for r in (one, two)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
@@ -203,7 +203,9 @@ def test_resumed_goes_on_as_uninterrupted(pair_folder: Path, train: Train):
     )[1]
     # The log of the first half came with the checkpoint.
     assert losses(resumed) == pytest.approx(losses(straight), rel=1e-6)
-    for a, b in zip(*(r.objective.module.parameters() for r in (straight, resumed)), strict=True):
+    for a, b in zip(
+        *(objective_of(r).module.parameters() for r in (straight, resumed)), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
@@ -269,7 +271,7 @@ def test_a_qlora_student_learns_from_a_quantised_teacher(
         **{**LORA, "adapter": "qlora", "load_in_4bit": True},
     )
     model, trainer = train(config)
-    kinds = {type(m).__name__ for m in trainer.distillation.teacher.model.modules()}
+    kinds = {type(m).__name__ for m in teacher_of(trainer).model.modules()}
     assert ("Linear4bit" if quantised == "load_in_4bit" else "Linear8bitLt") in kinds
     assert "Linear4bit" in {type(m).__name__ for m in model.modules()}
     first, last = steps(trainer)[0], steps(trainer)[-1]
@@ -293,7 +295,7 @@ def test_the_teacher_is_frozen_and_its_adapter_merged(pair_folder: Path, train: 
     block = dskd(pair_folder)
     block["teacher"]["adapter"] = str(pair_folder / "adapter")
     _, trainer = train(tiny.base_config(pair_folder, dskd=block, max_steps=2))
-    teacher = trainer.distillation.teacher.model
+    teacher = teacher_of(trainer).model
     torch.testing.assert_close(logits_of(teacher, tokenizer), expected)
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not teacher.training

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from axolotl_dskd.commands.compare.page import html_page
 from axolotl_dskd.commands.compare.picture import curves
 from axolotl_dskd.commands.compare.plan import plan_runs, shown, versions
 from axolotl_dskd.commands.compare.reporter import Reporter
-from axolotl_dskd.commands.compare.summary import as_dict, summarise
+from axolotl_dskd.commands.compare.summary import Method, as_dict, summarise
 from axolotl_dskd.commands.compare.terminal import print_methods
 from axolotl_dskd.config import CompareConfig
 
@@ -48,14 +48,15 @@ def run_compare(
         raw = read_yaml(config)
         compare = _options(raw.pop("compare", None) or {}, runs, seeds, held_out)
         folder = out or Path(raw.get("output_dir") or "outputs") / "compare"
-        planned = plan_runs(raw, compare, folder)
         places = _places(jobs, gpus_per_run)
+        planned = plan_runs(raw, compare, folder, gpus_per_run)
         with only_one(folder) as lock, Reporter(console, [r.name for r in planned]) as reporter:
             outcomes, failures = run_all(planned, places, reporter, lock)
         remarks = check_same_rows(outcomes)
         if not outcomes:
             raise ValueError(f"all runs failed: {', '.join(f.name for f in failures)}.")
         methods = summarise(outcomes)
+        remarks += _uneven(methods)
         results = {
             "config": shown(raw),
             "compare": compare.model_dump(exclude_none=True),
@@ -109,6 +110,17 @@ def _options(
     return CompareConfig.model_validate(block)
 
 
+def _uneven(methods: Sequence[Method]) -> list[str]:
+    """Which methods' means are of fewer seeds, since runs failed."""
+    all_seeds = sorted({seed for method in methods for seed in method.seeds})
+    return [
+        f"{method.name} has means of the seeds {sorted(method.seeds)} alone, not of {all_seeds}: "
+        "compare it by its differences, which are of common seeds."
+        for method in methods
+        if sorted(method.seeds) != all_seeds
+    ]
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -117,7 +129,7 @@ def _places(jobs: int | None, gpus_per_run: int) -> list[str]:
     """CUDA_VISIBLE_DEVICES of each run that may run at a time.
 
     Raises:
-        ValueError: a run needs more GPUs than there are.
+        ValueError: a run, or so many at a time, needs more GPUs than there are.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -132,4 +144,9 @@ def _places(jobs: int | None, gpus_per_run: int) -> list[str]:
         raise ValueError(f"--gpus-per-run {gpus_per_run}, but there are {len(gpus)} GPUs.")
     groups = [gpus[k : k + gpus_per_run] for k in range(0, len(gpus), gpus_per_run)]
     whole = [",".join(group) for group in groups if len(group) == gpus_per_run]
-    return whole[: jobs or len(whole)]
+    if jobs is not None and jobs > len(whole):
+        raise ValueError(
+            f"--jobs {jobs}, but {len(gpus)} GPUs have room for {len(whole)} runs of {gpus_per_run}"
+            " at a time."
+        )
+    return whole[:jobs]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from axolotl_dskd.commands.compare.outcome import Outcome, finish, finished
+from axolotl_dskd.commands.compare.outcome import RESULT, Outcome, finish, finished
 from axolotl_dskd.commands.compare.plan import Run
 from axolotl_dskd.commands.compare.reporter import Reporter
 from axolotl_dskd.evaluation.record import RECORD
@@ -60,8 +60,13 @@ def run_all(
         if (outcome := finished(run)) is not None:
             outcomes[run.name] = outcome
             reporter.finished(run.name, "finished before")
-        else:
-            waiting.append(run)
+            continue
+        waiting.append(run)
+        if (run.folder / RESULT).is_file():
+            reporter.say(
+                f"{run.name} is trained again: its configuration, data or versions are not those "
+                "of its result, which is kept under another name."
+            )
     running: list[_Running] = []
     free = list(places)
     try:
@@ -122,7 +127,7 @@ def train_command(config: Path, *, several: bool) -> list[str]:
 
 
 def _start(run: Run, place: str, lock: int) -> _Running:
-    shutil.rmtree(run.folder, ignore_errors=True)  # what a killed run has left
+    _clear(run.folder)
     run.folder.mkdir(parents=True)
     path = run.folder / "config.yaml"
     path.write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
@@ -139,6 +144,14 @@ def _start(run: Run, place: str, lock: int) -> _Running:
             pass_fds=(lock,),
         )
     return _Running(run, process, place, time.monotonic())
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed run has left; one that had ended well is kept under another name."""
+    if (folder / RESULT).is_file():
+        when = time.strftime("%Y%m%d-%H%M%S", time.localtime((folder / RESULT).stat().st_mtime))
+        folder.rename(folder.with_name(f"{folder.name}-of-{when}"))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(one: _Running, host_bytes: int) -> Outcome | Failure:

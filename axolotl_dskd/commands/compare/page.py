@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import yaml
 from axolotl_dskd.commands.compare.outcome import Outcome
 from axolotl_dskd.commands.compare.plan import Run, shown
 from axolotl_dskd.commands.compare.summary import MOMENTS, Method, verdict
-from axolotl_dskd.commands.pages import environment
+from axolotl_dskd.commands.pages import environment, in_page
 from axolotl_dskd.progress import duration, quantity
 
 _ENVIRONMENT = environment(
@@ -37,7 +36,7 @@ def html_page(
         methods=methods,
         moments=MOMENTS,
         verdicts=[verdict(method, methods[0]) for method in methods[1:]],
-        picture=base64.b64encode(picture).decode(),
+        picture=in_page(picture),
         configs=_configs(runs),
         answers=_answers(outcomes),
     )

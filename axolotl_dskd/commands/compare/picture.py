@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from statistics import fmean
 
 from axolotl_dskd.commands.compare.outcome import Outcome
+from axolotl_dskd.commands.pages import figure, png
 
 
 def curves(outcomes: Sequence[Outcome]) -> bytes:
     """The picture; seeds that were evaluated at other steps have no mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    drawn = figure(7.5, 4.5)
+    axes = drawn.add_subplot()
     for number, method in enumerate(dict.fromkeys(o.method for o in outcomes)):
         color = "#7f7f7f" if method == "sft" else f"C{number}"
         lines = [
@@ -42,6 +39,4 @@ def curves(outcomes: Sequence[Outcome]) -> bytes:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(drawn)

@@ -72,13 +72,14 @@ class Run:
         return DSKDConfig.model_validate(self.config["dskd"]).uses_teacher
 
 
-def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
+def plan_runs(base: Config, compare: CompareConfig, out: Path, gpus: int = 1) -> list[Run]:
     """All runs, seed by seed.
 
     Args:
         base: the YAML, without its `compare:`.
         compare: what to compare.
         out: folder of the comparison.
+        gpus: of each run, which change what a batch is.
 
     Raises:
         ValueError: an unknown method, a run whose `dskd:` block is refused, two runs that are the
@@ -107,14 +108,16 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path) -> list[Run]:
     for seed in dict.fromkeys(compare.seeds or [base.get("seed") or 42]):
         for name, block in blocks.items():
             config = _run_config(base, block, seed)
-            digest = _digest([_FORMAT, config, files, versions()])
+            digest = _digest([_FORMAT, config, files, versions(), gpus])
             folder = out / f"{name}-seed{seed}"
             config |= {
                 "output_dir": str(folder / "model"),
                 "dataset_prepared_path": str(prepared / f"seed{seed}"),
             }
-            if block["teacher"].get("shard") != "full":  # a part of each layer fills no cache
-                config["dskd"]["teacher"].setdefault("cache", _cache(block, out))
+            ours = config["dskd"]
+            for teacher in (ours.get("teachers") or {"": ours["teacher"]}).values():
+                if teacher.get("shard") != "full":  # a part of each layer fills no cache
+                    teacher.setdefault("cache", _cache(teacher, out))
             runs.append(Run(name, seed, config, folder, digest))
     return runs
 
@@ -153,7 +156,8 @@ def _block(base: Config, name: str, changes: Config) -> Config:
         changes["objective"] = {"name": changes["objective"]}
     if name == "sft":
         changes.setdefault("kd_ratio", 0)
-        block.pop("samples", None)  # without a teacher there are the data's
+        for key in ("samples", "virtual_attention"):  # the data's rows, plainly
+            block.pop(key, None)
     elif name in ObjectiveConfig.known:
         changes["objective"] = {"name": name} | changes.get("objective", {})
     elif not changes and name != "dskd":
@@ -206,9 +210,9 @@ def _held_out(base: Config, held_out: str | float | None) -> Config:
     return base
 
 
-def _cache(block: Config, out: Path) -> Config:
-    """One teacher cache for all runs; as exact as the teacher itself."""
-    dtype = "float32" if block["teacher"].get("dtype") == "float32" else "auto"
+def _cache(teacher: Config, out: Path) -> Config:
+    """One teacher cache for all runs, in the dtype that the teacher runs in or a wider one."""
+    dtype = "float32" if teacher.get("dtype") == "float32" else "auto"
     return {"path": str(out / "teacher-cache"), "dtype": dtype}
 
 
@@ -226,7 +230,7 @@ def _digest(content: Any) -> str:
 def _input_files(base: Config, blocks: Iterable[DSKDConfig]) -> list[list[Any]]:
     """Local files that the runs read, each with what tells it from another version of it."""
     names = [base.get("base_model"), base.get("tokenizer_config")]
-    for teacher in (block.teacher for block in blocks):
+    for teacher in (one.one_teacher for block in blocks for one in block.each().values()):
         names += [teacher.base_model, teacher.adapter, teacher.tokenizer]
     for dataset in [*(base.get("datasets") or []), *(base.get("test_datasets") or [])]:
         inside = dataset.get("data_files") or []

@@ -62,21 +62,21 @@ class Reporter:
         now = time.monotonic()
         if self.plain and changed and now - self.said.get(name, 0.0) > _PLAIN_SECONDS:
             self.said[name] = now
-            self._line(name, note)
+            self.say(f"{name}: {note}")
 
     def finished(self, name: str, note: str) -> None:
         """A run ended well."""
         self.bar.update(self.tasks[name], completed=1.0, note=note)
         self.bar.stop_task(self.tasks[name])
         if self.plain:
-            self._line(name, note)
+            self.say(f"{name}: {note}")
 
     def failed(self, name: str, tail: str, log: Path) -> None:
         """A run ended badly: what it said last."""
         self.bar.update(self.tasks[name], note="failed")
         self.bar.stop_task(self.tasks[name])
-        text = f"{tail}\n{name} failed; its whole log: {log}"
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.say(f"{tail}\n{name} failed; its whole log: {log}")
 
-    def _line(self, name: str, note: str) -> None:
-        self.console.print(f"{name}: {note}", markup=False, highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        """A line of plain text."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -31,6 +31,9 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
     answers = any(method.rouge_l is not None for method in methods)
     if answers:
         table.add_column("Rouge-L", justify="right")
+    distances = any(method.teacher_kl is not None for method in methods)
+    if distances:
+        table.add_column("KL from\nteacher", justify="right", no_wrap=True)
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     for method in methods:
@@ -43,6 +46,8 @@ def print_methods(methods: Sequence[Method], rows: int, console: Console) -> Non
             cells += [f"{method.bits[moment]:.4f}", f"{method.accuracy[moment]:.1%}", against]
         if answers:
             cells.append("" if method.rouge_l is None else f"{method.rouge_l:.3f}")
+        if distances:
+            cells.append("" if method.teacher_kl is None else f"{method.teacher_kl:.3f}")
         memory = method.gpu_bytes or method.host_bytes
         table.add_row(
             method.name, *cells, f"{method.seconds / 60:.1f} min", quantity(memory, "bytes")

@@ -27,6 +27,7 @@ def run_inspect(
     html: Path | None,
     json_path: Path | None,
     probe: int | None,
+    teacher: str | None = None,
     console: Console | None = None,
 ) -> None:
     """Inspect a configuration; see the options of `axolotl-dskd inspect`.
@@ -52,6 +53,7 @@ def run_inspect(
                 dskd,
                 card=card,
                 rows=rows,
+                teacher=teacher,
                 probe_count=probe,
                 progress=status.update,
             )

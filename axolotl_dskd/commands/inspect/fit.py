@@ -5,10 +5,11 @@ Knows configurations, sampled rows and skeletons; the counting itself is `memory
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 
@@ -16,41 +17,76 @@ from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import Sample
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
-from axolotl_dskd.planning.memory import CUDA_CONTEXT, BatchShape, Plan, PlannedRun, make_plan
+from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.planning.memory import CUDA_CONTEXT, make_plan
+from axolotl_dskd.planning.plan import BatchShape, Plan, PlannedRun, of_all_teachers
 from axolotl_dskd.planning.skeleton import teacher_skeleton
 from axolotl_dskd.progress import quantity
-
-#: How the YAML names a teacher's key.
-_TEACHER = "dskd.teacher."
+from axolotl_dskd.virtual_attention import VirtualAttention
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the plan of a configuration is made from."""
+    """What the plan of a configuration is made from.
+
+    Attributes:
+        config: with one teacher.
+        samples, facts: of its rows.
+        name: of the teacher, where there are several.
+        others: the same run with each of the others, and their skeletons.
+    """
 
     cfg: Any
     config: DSKDConfig
     card: Card
     samples: Sequence[Sample]
     facts: Facts
+    name: str = ""
+    others: Sequence[tuple[Setup, Any]] = ()
+
+    @property
+    def prefix(self) -> str:
+        """How the YAML names the teacher's keys."""
+        return f"dskd.teachers.{self.name}." if self.name else "dskd.teacher."
 
     def changed(self, changes: dict[str, Any]) -> Setup:
         """The same with other values of keys, named as in the YAML."""
-        ours = {k.removeprefix(_TEACHER): v for k, v in changes.items() if k.startswith(_TEACHER)}
-        others = {k: v for k, v in changes.items() if not k.startswith(_TEACHER)}
-        teacher = self.config.teacher.model_copy(update=ours)
-        config = self.config.model_copy(update={"teacher": teacher})
-        return replace(self, cfg=DictDefault({**self.cfg, **others}), config=config)
+        ours, prefix = self.config.one_teacher, self.prefix
+        new = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in changes.items() if not k.startswith(prefix)}
+        return replace(
+            self,
+            cfg=DictDefault({**self.cfg, **rest}),
+            config=self.config.model_copy(update={"teacher": ours.model_copy(update=new)}),
+            others=[(other.changed(rest), skeleton) for other, skeleton in self.others],
+        )
 
     def plan(self, student: Any, teacher: Any) -> Plan:
-        """The plan of these skeletons."""
+        """The plan of these skeletons, beside those of the other teachers."""
         objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
         batch, _ = batch_shape(self.cfg, self.samples)
-        run = PlannedRun(self.cfg, self.config.teacher, batch, objective, self.card.gpu)
-        return make_plan(student, teacher, run)
+        run = PlannedRun(
+            self.cfg,
+            self.config.one_teacher,
+            batch,
+            objective,
+            self.card.gpu,
+            self._attention(),
+            writing_shape(self.cfg, self.config),
+        )
+        plan = make_plan(student, teacher, run)
+        return of_all_teachers([plan, *(s.plan(student, other) for s, other in self.others)])
+
+    def _attention(self) -> Callable[[OutputHead], VirtualAttention] | None:
+        """What makes virtual attention for a skeleton's head, where it is configured."""
+        keys, facts = self.config.virtual_attention, self.facts
+        if keys is None:
+            return None
+        V, device = facts.vocab_sizes[0], torch.device("meta")
+        return lambda head: VirtualAttention(keys, facts.student, V, head, device, 0)
 
 
 def batch_shape(cfg: Any, samples: Sequence[Sample]) -> tuple[BatchShape, str]:
@@ -98,6 +134,23 @@ def batch_shape(cfg: Any, samples: Sequence[Sample]) -> tuple[BatchShape, str]:
     return shape, f"{count} row(s) of {length} tokens ({why})"
 
 
+def writing_shape(cfg: Any, config: DSKDConfig) -> tuple[int, int] | None:
+    """Rows and tokens that the student writes at once, in this process; None: none.
+
+    Answers are as long as they may be; of prompts there is no telling how short they are, and short
+    ones make more rows.
+    """
+    samples = config.samples
+    if not isinstance(samples, StudentSamplesConfig) or samples.engine != "transformers":
+        return None
+    length = min(samples.max_new_tokens, cfg.sequence_len)
+    of_a_step = (cfg.micro_batch_size or 1) * (cfg.gradient_accumulation_steps or 1)
+    rows = max(1, samples.batch_tokens // length)
+    if not cfg.sample_packing:
+        rows = min(rows, of_a_step)
+    return rows, min(samples.batch_tokens // rows, cfg.sequence_len)
+
+
 def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     """The plan against the card, with what to change where it does not fit.
 
@@ -108,8 +161,10 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     plan = setup.plan(student, teacher)
     held = sum(plan.held.values())
     notes = list(plan.notes)
-    if (setup.config.teacher.device_map or "") not in ("", {"": 0}):
+    if (setup.config.one_teacher.device_map or "") not in ("", {"": 0}):
         notes.append("dskd.teacher.device_map is not followed: all of the teacher is counted here")
+    if setup.others:
+        notes.append("all teachers are counted; a batch is planned as if one of them had all of it")
     if card.gpu:
         notes.append("CUDA context and fragmentation (5% of a step) are allowances, not counts")
     fits = plan.total <= card.memory
@@ -129,7 +184,7 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
 def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes that would take less memory and what they cost, those that change the result least
     first."""
-    cfg, teacher = setup.cfg, setup.config.teacher
+    cfg, teacher, prefix = setup.cfg, setup.config.one_teacher, setup.prefix
     if not cfg.gradient_checkpointing:
         cost = "each step takes about a third longer, the result stays"
         yield {"gradient_checkpointing": True}, cost
@@ -138,7 +193,7 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
         tokens = sum(part.teacher_tokens * part.total / max(1, part.sampled) for part in parts)
         size = quantity(2 * tokens * hidden_size, "bytes")  # states in 16 bits
         yield (
-            {_TEACHER + "cache": {"path": "./outputs/teacher-cache"}},
+            {prefix + "cache": {"path": "./outputs/teacher-cache"}},
             f"`axolotl-dskd cache write` first, about {size} on disk; steps run no teacher",
         )
     rows, accumulation = cfg.micro_batch_size or 1, cfg.gradient_accumulation_steps or 1
@@ -152,9 +207,9 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
     if "adam" in str(cfg.optimizer) and "8bit" not in str(cfg.optimizer):
         yield {"optimizer": "adamw_bnb_8bit"}, "the optimizer's states are rounded"
     if teacher.layers_are_loaded and not (teacher.load_in_4bit or teacher.adapter):
-        changes = {_TEACHER + "load_in_4bit": True}
+        changes = {prefix + "load_in_4bit": True}
         if teacher.load_in_8bit:
-            changes[_TEACHER + "load_in_8bit"] = False
+            changes[prefix + "load_in_8bit"] = False
         yield changes, "the teacher is rounded: `--probe 32` measures by how much"
     if (half := cfg.sequence_len // 2) >= 256:
         yield {"sequence_len": half}, "longer rows are dropped or cut (excess_length_strategy)"
@@ -173,7 +228,7 @@ def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[St
         if changes is None:
             return
         changed = setup.changed(changes)
-        changed_teacher = teacher_skeleton(changed.config.teacher, setup.card.device)
+        changed_teacher = teacher_skeleton(changed.config.one_teacher, setup.card.device)
         smaller = changed.plan(student, changed_teacher).total
         if total - smaller < 0.01 * (total - CUDA_CONTEXT):
             useless.append(set(changes))

@@ -24,6 +24,7 @@ from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.outcomes import CUT, DIFFERENT, KEPT, STUDENT_LENGTH, UNTOKENIZED
 from axolotl_dskd.data.reconcile import STATUS, differing_example
+from axolotl_dskd.data.routing import rows_of_teacher
 
 
 @dataclass
@@ -56,11 +57,15 @@ def _choosing(count: int, seed: int, sizes: list[int]) -> Callable[..., Any]:
     return choose
 
 
-def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> list[Sample]:
+def sample_rows(
+    cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int, teacher: int = 0
+) -> list[Sample]:
     """Up to `count` rows of every training dataset, prepared for both sides.
 
     Args:
         cfg: Axolotl's validated configuration; `tokenizer`: the student's.
+        config: the `dskd:` block with one teacher.
+        teacher: its number: of several, only the rows that ask it are followed.
 
     Raises:
         ValueError: a dataset cannot be loaded or prepared; the message says which and why.
@@ -73,11 +78,15 @@ def sample_rows(cfg: Any, config: DSKDConfig, tokenizer: Any, *, count: int) -> 
         name = f"{dataset.path} ({dataset.name})" if dataset.name else str(dataset.path)
         sizes: list[int] = []
         with mock.patch.object(sft, "get_dataset_wrapper", _choosing(count, cfg.seed or 0, sizes)):
-            rows = _tokenized(name, dataset, cfg, tokenizer)
+            everyones = _tokenized(name, dataset, cfg, tokenizer)
+        total, sampled = sizes
+        rows = rows_of_teacher(everyones, teacher)
+        if len(rows) < len(everyones):  # several teachers: as if the others' rows were not there
+            share = len(rows) / len(everyones)
+            total, sampled = round(total * share), round(sampled * share)
         tokenized = len(rows)
         if tokenized:
             rows = handle_long_seq_in_dataset(rows, cfg.sequence_len, cfg)
-        total, sampled = sizes
         sample = Sample(Coverage(name, total, sampled))
         sample.coverage.outcomes[UNTOKENIZED] = max(0, sampled - tokenized)
         sample.coverage.outcomes[STUDENT_LENGTH] = tokenized - len(rows)

@@ -140,6 +140,13 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             table = translation(facts.teacher, facts.student)
         self._translation = torch.tensor(table, dtype=torch.long, device=device)
         self._report = StartReport(ids) if len(ids) else None
+        if not self.setting.references:
+            how = "from least squares" if started else "at random"
+            LOG.warning(
+                "Every step learns from what the student writes, and only the data's answers teach "
+                f"the projector from teacher to student: it stays as it starts, {how}. Set "
+                "dskd.samples.share below 1."
+            )
 
     def _beside(self, started_in_least_squares: bool) -> Beside:
         """How the projectors are optimised; `auto` is known for good once they have started."""

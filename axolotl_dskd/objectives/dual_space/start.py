@@ -37,8 +37,8 @@ class SharedIds:
 
 def shared_rows(
     ids: SharedIds,
-    heads: tuple[OutputHead, OutputHead],
-    embeddings: tuple[Tensor, Tensor],
+    heads: tuple[OutputHead, ...],
+    embeddings: tuple[Tensor, ...],
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> Iterator[SharedTokens]:
     """The shared tokens' rows of both models (student's first), on the device of the ids.
@@ -68,8 +68,8 @@ def start_projectors(
     projectors: Projectors,
     init: str,
     ids: SharedIds,
-    heads: tuple[OutputHead, OutputHead],
-    embeddings: tuple[Tensor, Tensor],
+    heads: tuple[OutputHead, ...],
+    embeddings: tuple[Tensor, ...],
 ) -> bool:
     """Least squares over the shared tokens, where configured and where these are enough.
 

@@ -54,7 +54,7 @@ from axolotl_dskd.types import LossOutput, Matches, Needs, Per, Term, View
 class Policy(Objective[PolicyConfig], config=PolicyConfig):
     """See the module."""
 
-    needs = Needs(written=True)
+    without_states = "single_step: false"
     terms: ClassVar[dict[str, Per]] = {
         "ce": "reference_token",
         "policy": "student_token",
@@ -65,10 +65,11 @@ class Policy(Objective[PolicyConfig], config=PolicyConfig):
     }
 
     def __init__(self, config: PolicyConfig, facts: Facts, setting: Setting) -> None:
-        super().__init__(config, facts, setting)
-        self.single_step = facts.one_vocabulary
+        self.single_step = facts.one_vocabulary and setting.gives == "states"
         if config.single_step != "auto":
             self.single_step = config.single_step
+        self.needs = Needs("states" if self.single_step else "labels", written=True)
+        super().__init__(config, facts, setting)
         if self.single_step and not facts.one_vocabulary:
             raise ValueError(
                 "dskd.objective: single_step of policy compares distributions over one vocabulary, "

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.config import PolicyConfig
-from axolotl_dskd.losses import Budget, Stream, set_logprobs
+from axolotl_dskd.losses import Budget
 from axolotl_dskd.losses.elementwise import wide
-from axolotl_dskd.objectives.base import equal_ids, teacher_stream
+from axolotl_dskd.objectives.base import equal_ids, label_logprobs
 from axolotl_dskd.objectives.groups import STUDENT, TEACHER, Groups
 from axolotl_dskd.objectives.returns import of_next, sums_ahead
 from axolotl_dskd.types import IGNORE_INDEX, Matches, View
@@ -97,11 +97,10 @@ class Rollout:
 
 def teachers_logprobs(teacher: View, student: View, budget: Budget) -> Tensor:
     """[M] float64 of what was written; 0 on the data set's rows, which need none."""
-    stream, tokens = teacher_stream(teacher), teacher.tokens
+    tokens = teacher.tokens
     log_p = torch.zeros_like(tokens.sample_ids, dtype=torch.float64)
     if student.written is None:
         return log_p
     rows = student.written.samples[tokens.sample_ids].nonzero().flatten()
-    some = Stream(stream.hidden[rows], stream.head)
-    found, _ = set_logprobs(some, tokens.labels[rows], budget, None)
+    found = label_logprobs(teacher, rows, budget)
     return log_p.index_copy(0, rows, found.double())

@@ -49,6 +49,7 @@ from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Needs, Per, Te
 class Preference(Objective[PreferenceConfig], config=PreferenceConfig):
     """See the module."""
 
+    without_states = "form: sequence, which compares whole answers"
     terms: ClassVar[dict[str, Per]] = {
         "ce": "value",
         "preference": "student_token",
@@ -64,7 +65,12 @@ class Preference(Objective[PreferenceConfig], config=PreferenceConfig):
 
     def __init__(self, config: PreferenceConfig, facts: Facts, setting: Setting) -> None:
         by_token = config.form == "token"
-        self.needs = Needs(one_vocabulary=by_token, written=not by_token, contrast=not by_token)
+        self.needs = Needs(
+            "states" if by_token else "labels",
+            one_vocabulary=by_token,
+            written=not by_token,
+            contrast=not by_token,
+        )
         super().__init__(config, facts, setting)
         self._watch = FallWatch()
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from axolotl_dskd.losses import Budget, Stream, set_logprobs
-from axolotl_dskd.objectives.base import teacher_stream
+from axolotl_dskd.losses import Budget
+from axolotl_dskd.objectives.base import label_logprobs
 from axolotl_dskd.types import Side, View
 
 
@@ -92,8 +92,7 @@ def teachers_sums(teacher: View, samples: Tensor, budget: Budget) -> Tensor:
     Args:
         samples: [S] bool.
     """
-    stream, tokens = teacher_stream(teacher), teacher.tokens
+    tokens = teacher.tokens
     rows = samples[tokens.sample_ids].nonzero().flatten()
-    asked = Stream(stream.hidden[rows], stream.head)
-    log_p, _ = set_logprobs(asked, tokens.labels[rows], budget, None)
+    log_p = label_logprobs(teacher, rows, budget)
     return per_sample(log_p.double(), tokens.at(rows), len(samples))

@@ -28,7 +28,7 @@ _LATE_SECONDS = 10.0
 
 
 class CacheSession:
-    """Fills the cache during a run, and frees the teacher once no rank misses anything.
+    """Fills the cache during a run, and frees the teacher once no rank needs it.
 
     Args:
         states: the cache as this rank has opened it.
@@ -42,7 +42,7 @@ class CacheSession:
     @cached_property
     def rows(self) -> CacheableRows:
         """The samples of the run's datasets."""
-        return CacheableRows(list(self.run.datasets))
+        return CacheableRows(list(self.run.datasets()))
 
     def begin(self) -> None:
         """Free the teacher if no rank misses anything; else load it, and say what is to come.
@@ -58,7 +58,7 @@ class CacheSession:
             most = self._complete()
             missing = missing_rows(self.states, self.rows)
         if not most:
-            self.states.body.free()
+            self._free()
             return
         self._warn_of_space(int(self.rows.tokens[missing].sum()) * width)
         self.run.together(self.states.body.get)
@@ -74,6 +74,13 @@ class CacheSession:
         """
         self.states.store.flush()
         if more and not self._complete():
+            self._free()
+
+    def _free(self) -> None:
+        """Nothing of the data is missing; answers that the student writes are asked about anew."""
+        if self.run.longest_written:
+            self.run.together(self.states.body.get)
+        else:
             self.states.body.free()
 
     def _complete(self) -> int:

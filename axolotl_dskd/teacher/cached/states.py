@@ -107,6 +107,7 @@ class CachedStates:
             shape = len(sample_ids_M), self.codec.bytes_per_token
             packed = sample_ids_M.new_zeros(shape, dtype=torch.uint8)
             found = sample_ids_M.new_zeros(len(batch.teacher_labels), dtype=torch.bool)
+        packed = packed[:, : self.codec.bytes_per_token]
         if bool(found.all()):
             return packed
         sides = _unpadded(batch)

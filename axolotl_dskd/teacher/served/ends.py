@@ -63,7 +63,7 @@ def load_ends(config: TeacherConfig, dtype: torch.dtype, device: torch.device) -
 def local_weights(config: TeacherConfig) -> int | None:
     """Bytes of the whole checkpoint where all of it is on this machine, else None."""
     try:
-        files = {_found(config, name, local=True) for name in _shards(config).values()}
+        files = {_found(config, name, local=True) for name in _shards(config, local=True).values()}
     except OSError:
         return None
     return sum(path.stat().st_size for path in files)
@@ -110,16 +110,16 @@ def _outer_tensors(config: TeacherConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def _shards(config: TeacherConfig) -> dict[str, str]:
+def _shards(config: TeacherConfig, *, local: bool = False) -> dict[str, str]:
     """The file of each tensor.
 
     Raises:
         OSError: there are no safetensors.
     """
-    index = _found(config, SAFE_WEIGHTS_INDEX_NAME, optional=True)
+    index = _found(config, SAFE_WEIGHTS_INDEX_NAME, optional=True, local=local)
     if index is not None:
         return json.loads(index.read_text())["weight_map"]
-    with safe_open(_found(config, SAFE_WEIGHTS_NAME), framework="pt") as file:
+    with safe_open(_found(config, SAFE_WEIGHTS_NAME, local=local), framework="pt") as file:
         return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
 
 

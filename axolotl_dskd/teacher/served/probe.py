@@ -1,195 +1,119 @@
-"""Try the servers before training trusts them: model, tokenizer, context, states.
+"""Try servers before training trusts them: model, context, tokenizer, and weights that are here.
 
 What does not fit is refused, with what to start the server with. What cannot be known from here
-(weights that are only on the server) is measured as far as it can be and said.
+(weights that are only on the server) is measured as far as it can be and said. What servers give
+is tried in `probe_states` and `probe_logprobs`.
 """
 
 from __future__ import annotations
 
-import json
+import math
+from functools import cached_property
 from typing import Any
 
 import psutil
 import torch
 from axolotl.utils.logging import get_logger
-from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from axolotl_dskd.cache import dataset_keys
-from axolotl_dskd.config import TeacherConfig
-from axolotl_dskd.losses.agreement import agreement
-from axolotl_dskd.models.heads import captured_head_input, single
-from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.servers import Servers
 from axolotl_dskd.teacher.load import load_teacher
 from axolotl_dskd.teacher.served.ends import local_weights
-from axolotl_dskd.teacher.served.wire import HINT, ask_for_states
+from axolotl_dskd.teacher.served.launch import served_name
 from axolotl_dskd.teacher.spec import TeacherSpec, TrainingRun
+from axolotl_dskd.vllm import TEXT, check_model, check_tokenizer
 
 LOG = get_logger(__name__)
 
-TEXT = (
-    "Water boils at one hundred degrees because its molecules then move fast enough to leave. "
-    "Ünïcode, too: 你好. def add(a, b):\n    return a + b\n"
-)
-#: Tokens of it whose states are asked for, and of its beginning: short rows need no more context.
-_READ, _PART = 48, 24
-#: Relative differences of states. Below: rounding, 4-bit weights included. Above: another model.
-_OTHER_MODEL = 0.5
-#: Of a state from what the final norm gives: bfloat16 rounds by 0.004.
-_NOT_NORMED = 0.05
+#: Tokens of the text that are asked about, and of its beginning: short rows need no more context.
+READ, PART = 48, 24
 #: Larger checkpoints are not read to compare them: it would take longer than a minute.
 _LARGEST_COMPARED = 8 << 30
 
 
-def probe(
-    servers: Servers,
-    name: str,
-    spec: TeacherSpec,
-    ends: Any,
-    head: OutputHead,
-    run: TrainingRun,
-) -> None:
-    """Try every server.
+class Probe:
+    """What is asked of every server, whatever it gives.
 
     Args:
         servers: who is tried.
-        name: by which they know the teacher.
         spec: the teacher that they should serve.
-        ends: its embedding, final norm and head as a model without layers.
-        head: what maps states to logits.
-        run: whose rows will be asked about; the longest must fit. Its first process compares with
-            local weights, too.
-
-    Raises:
-        ValueError: a server does not answer, or serves something else.
+        run: whose rows will be asked about.
     """
-    config = spec.config
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.tokenizer_name,
-        revision=config.revision if config.tokenizer is None else None,
-        trust_remote_code=config.trust_remote_code,
-    )
-    lengths = (int(dataset_keys(dataset)[2].max()) for dataset in run.datasets if dataset)
-    longest = max(lengths, default=0)
-    longest = max(longest, run.longest_written)
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    read_ids = ids[:_READ]
-    given: list[Tensor] = []
-    for url in servers.config.addresses:
-        _check_model(servers, url, name, longest)
-        _check_tokenizer(servers, url, name, ids)
-        whole, part = (
-            _states(servers, url, name, read, head) for read in (read_ids, read_ids[:_PART])
+
+    def __init__(self, servers: Servers, spec: TeacherSpec, run: TrainingRun) -> None:
+        self.servers = servers
+        self.name = served_name(spec)
+        self.config = spec.config
+        lengths = (int(dataset_keys(dataset)[2].max()) for dataset in run.datasets() if dataset)
+        #: Tokens of the longest row.
+        self.longest = max(*lengths, run.longest_written, 0)
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """Of a plain text."""
+        config = self.config
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.tokenizer_name,
+            revision=config.revision if config.tokenizer is None else None,
+            trust_remote_code=config.trust_remote_code,
         )
-        _check_reading(url, whole, part)
-        _check_norm(url, whole, ends)
-        if given and (difference := _difference(given[0], whole)) > _OTHER_MODEL:
-            raise ValueError(
-                f"{servers.config.addresses[0]} and {url} give states that differ by "
-                f"{difference:.0%}: they do not serve the same teacher."
-            )
-        given.append(whole)
-    _report_surprise(given[0], read_ids, head)
-    if run.rank == 0:
-        _compare_with_local_weights(given[0], read_ids, config, head)
+        return tokenizer(TEXT, add_special_tokens=False)["input_ids"]
 
+    def check(self, url: str, room: int) -> None:
+        """The server knows the teacher, reads texts of `room` tokens, and has its tokenizer.
 
-def _states(servers: Servers, url: str, name: str, ids: list[int], head: OutputHead) -> Tensor:
-    """[len(ids), D] float32 of one server."""
-    width, dtype = head.hidden_size, head.weight.dtype
-    asked = ask_for_states(servers, name, ids, width=width, dtype=dtype, url=url)
-    return servers.start(asked).result().float()
-
-
-def _check_model(servers: Servers, url: str, name: str, longest: int) -> None:
-    """The server knows the teacher and reads texts that are long enough."""
-    answer = servers.start(servers.ask("GET", "/v1/models", url=url)).result()
-    try:
-        models = {model["id"]: model for model in json.loads(answer.content)["data"]}
-        limit = models[name]["max_model_len"] if name in models else 0
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{url}/v1/models gives no list of models: is it vLLM? {HINT}") from None
-    if name not in models:
-        raise ValueError(
-            f"{url} serves {', '.join(sorted(models))}, not {name}. If that is the teacher, set "
-            f"dskd.teacher.server.model to its name there. {HINT}"
+        Raises:
+            ValueError: it does not.
+        """
+        check_model(
+            self.servers,
+            url,
+            self.name,
+            self.longest,
+            "dskd.teacher.sequence_len",
+            behind=room - self.longest,
         )
-    if limit is not None and limit < longest:
-        raise ValueError(
-            f"{url} reads {limit} tokens at most, and the longest row has {longest} on the "
-            f"teacher's side. Start it with --max-model-len {longest}, or set "
-            f"dskd.teacher.sequence_len: {limit}."
+        check_tokenizer(self.servers, url, self.name, self.ids)
+
+    def local_model(self) -> Any:
+        """The teacher in float32 on the CPU, where all of it is on this machine and fits; or None,
+        and it is said why.
+
+        Raises:
+            ValueError: it is here and cannot be loaded.
+        """
+        config = self.config
+        size = local_weights(config)
+        room = min(_LARGEST_COMPARED, psutil.virtual_memory().available // 4)
+        if size is None:
+            why = "are not here"
+        elif size > room:
+            why = "are too large to be read for that"
+        elif self._is_quantised():  # what runs them needs a GPU, or is not installed
+            why = "are quantised"
+        else:
+            plain = config.model_copy(update={"dtype": "float32", "server": None, "cache": None})
+            return load_teacher(plain, torch.device("cpu"))
+        LOG.info(f"The teacher's weights {why}: what is served is not compared with them")
+        return None
+
+    def _is_quantised(self) -> bool:
+        config = self.config
+        described = AutoConfig.from_pretrained(
+            config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+        return getattr(described, "quantization_config", None) is not None
 
 
-def _check_tokenizer(servers: Servers, url: str, name: str, ids: list[int]) -> None:
-    """The server's tokenizer gives the ids that ours gives."""
-    body = {"model": name, "prompt": TEXT, "add_special_tokens": False}
-    answer = servers.start(servers.ask("POST", "/tokenize", body, url=url)).result()
-    try:
-        theirs = json.loads(answer.content)["tokens"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{url}/tokenize gives no tokens: is it vLLM? {HINT}") from None
-    if theirs != ids:
-        raise ValueError(
-            f"{url} has another tokenizer than dskd.teacher: it reads {TEXT[:20]!r}… as "
-            f"{theirs[:8]}…, not as {ids[:8]}…. Serve the model that base_model names."
-        )
+def report_surprise(surprise: float, vocab_size: int) -> None:
+    """Say how well the teacher, as it is served, knows a plain text.
 
-
-def _check_reading(url: str, whole: Tensor, part: Tensor) -> None:
-    """A causal model says the same of a text's beginning, whatever follows."""
-    difference = _difference(whole[: len(part)], part)
-    if difference > _OTHER_MODEL:
-        raise ValueError(
-            f"{url} gives other states for the beginning of a text once the text goes on "
-            f"({difference:.0%}): it does not read causally, or pools tokens. {HINT}"
-        )
-
-
-def _check_norm(url: str, states: Tensor, ends: Any) -> None:
-    """The states are those behind the final norm, and nothing has scaled them since.
-
-    With N the final norm, b = N(0) and w from N(±1), N gives back what (s - b) / w is made of,
-    only if s is a value of N. Not judged where a model adds something in front of its norm.
+    Args:
+        surprise: nats per token.
+        vocab_size: of what chance would choose from.
     """
-    width = states.shape[1]
-    sign = torch.tensor([1.0, -1.0]).repeat(width // 2 + 1)[:width]
-
-    @torch.no_grad()
-    def norm(x: Tensor) -> Tensor:
-        device, dtype = ends.get_input_embeddings().weight.device, next(ends.parameters()).dtype
-        with captured_head_input(ends) as captured:
-            ends(inputs_embeds=x[None].to(device, dtype), use_cache=False)
-        return single(captured, ends)[0].float().cpu()
-
-    bias = norm(torch.zeros(1, width))
-    weight = (norm(sign[None]) - bias) / sign
-
-    def error(values: Tensor) -> float:
-        return _difference(values, norm((values - bias) / weight))
-
-    noise = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
-    if not error(norm(noise)) < _NOT_NORMED:
-        LOG.info("The final norm of this architecture is not known: scales are not checked")
-        return
-    if not (found := error(states)) < _NOT_NORMED:
-        lengths = states.norm(dim=1)
-        one = "They have length 1: it normalises them. " if (lengths - 1).abs().max() < 0.01 else ""
-        raise ValueError(
-            f"{url} does not give what the teacher's head takes: its states are {found:.0%} off "
-            f"from values of the final norm. {one}Start it with --pooler-config "
-            f'\'{{"task":"token_embed","pooling_type":"ALL","use_activation":false}}\'. {HINT}'
-        )
-
-
-def _report_surprise(states: Tensor, ids: list[int], head: OutputHead) -> None:
-    """Say how well the teacher, as it comes back through its head, knows a plain text."""
-    logits = head.logits(states[:-1].to(head.weight)).float()
-    labels = torch.tensor(ids[1:], device=logits.device)
-    surprise = float(torch.nn.functional.cross_entropy(logits, labels))
-    chance = float(torch.tensor(float(head.vocab_size)).log())
+    chance = math.log(vocab_size)
     text = (
         f"The served teacher gives a plain text {surprise:.2f} nats per token (chance would be "
         f"{chance:.2f})"
@@ -198,44 +122,3 @@ def _report_surprise(states: Tensor, ids: list[int], head: OutputHead) -> None:
         LOG.info(text)
     else:
         LOG.warning(f"{text}: it knows no better than chance. Is it the model of base_model?")
-
-
-def _compare_with_local_weights(
-    states: Tensor, ids: list[int], config: TeacherConfig, head: OutputHead
-) -> None:
-    """The same states, computed here once, where the whole checkpoint is here and fits.
-
-    Raises:
-        ValueError: they are another model's.
-    """
-    size = local_weights(config)
-    room = min(_LARGEST_COMPARED, psutil.virtual_memory().available // 4)
-    if size is None or size > room:
-        why = "are not here" if size is None else "are too large to be read for that"
-        LOG.info(f"The teacher's weights {why}: what is served is not compared with them")
-        return
-    plain = config.model_copy(update={"dtype": "float32", "server": None, "cache": None})
-    cpu = torch.device("cpu")
-    model = load_teacher(plain, cpu)
-    with torch.no_grad(), captured_head_input(model) as captured:
-        model(input_ids=torch.tensor([ids]), use_cache=False)
-    expected = single(captured, model)[0]
-    difference = _difference(expected, states.cpu())
-    if not difference < _OTHER_MODEL:
-        raise ValueError(
-            f"the states that are served differ by {difference:.0%} from those of the weights in "
-            f"{config.base_model}: the server has another model under this name. {HINT}"
-        )
-    log_p, log_q = (
-        head.logits(s.to(head.weight)).float().log_softmax(-1) for s in (expected, states)
-    )
-    apart = agreement(log_p, log_q)
-    LOG.info(
-        f"The served teacher against the local weights: states differ by {difference:.1e}, KL "
-        f"{float(apart.kl.mean()):.1e} nats per token"
-    )
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    """Of states [n, D], relative: the median over tokens."""
-    return float(((a - b).norm(dim=1) / a.norm(dim=1)).median())

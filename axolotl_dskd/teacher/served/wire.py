@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.servers import Answer, Servers
+from axolotl_dskd.teacher.served.launch import HINT
 
 PATH = "/pooling"
-#: What to do about a server that is none of this teacher.
-HINT = "`axolotl-dskd serve CONFIG` prints how the server has to be started."
 
 
 async def ask_for_states(

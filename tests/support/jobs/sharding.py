@@ -25,8 +25,9 @@ def projector_step() -> dict[str, Any]:
     own."""
     process_group()
     projectors = Projectors(4, 6, with_query=True, seed=this_rank())
-    optimizer = Sidecar("dual_space", projectors, Beside(learning_rate=0.1), max_grad_norm=0.0)
-    optimizer.adamw = torch.optim.SGD(projectors.parameters(), lr=0.1)  # type: ignore[assignment]
+    optimizer = Sidecar("dual_space", {"": projectors}, {"": Beside(0.1)}, max_grad_norm=0.0)
+    group = {"params": list(projectors.parameters()), "own_lr": 0.1}
+    optimizer.adamw = torch.optim.SGD([group], lr=0.1)  # type: ignore[assignment]
     start = {k: v.clone() for k, v in projectors.state_dict().items()}
     for parameter in projectors.parameters():
         parameter.grad = torch.full_like(parameter, float(this_rank() + 1))

@@ -109,11 +109,10 @@ def traffic(config: dict[str, Any]) -> dict[str, Any]:
     if several:
         dist.barrier()
     sent = _sent_over_loopback() - before
-    sidecar = _module(trainer)
     return {
         "bytes": sent,
         "student": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "projectors": sum(p.numel() for p in sidecar.parameters()) if sidecar else 0,
+        "projectors": sum(tensor.numel() for tensor in _beside(trainer).values()),
     }
 
 
@@ -125,15 +124,15 @@ def _sent_over_loopback() -> int:
     raise ValueError("there is no loopback device in /proc/net/dev")
 
 
-def _module(trainer: Any) -> Any:
-    """What is trained beside the student; plain fine-tuning has none."""
-    return getattr(getattr(trainer, "objective", None), "module", None)
+def _beside(trainer: Any) -> dict[str, torch.Tensor]:
+    """What is trained beside the student, by name; plain fine-tuning has nothing."""
+    sidecar = getattr(trainer, "sidecar", None)
+    return {} if sidecar is None else sidecar.tensors()
 
 
 def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    sidecar = _module(trainer)
-    projectors = {} if sidecar is None else {k: v.clone() for k, v in sidecar.state_dict().items()}
+    projectors = {name: tensor.clone() for name, tensor in _beside(trainer).items()}
     unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     ids = torch.arange(3, 19).unsqueeze(0)
     with gathered(unwrapped.parameters()), torch.no_grad():
@@ -143,10 +142,12 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
         }
         logits = model.eval()(input_ids=ids).logits
     distillation = getattr(trainer, "distillation", None)
-    teacher = getattr(getattr(distillation, "teacher", None), "model", None)
+    lessons = [] if distillation is None else distillation.lessons.values()
+    models = [model for lesson in lessons if (model := getattr(lesson.teacher, "model", None))]
     return {
-        "teacher_is_sharded": teacher is not None
-        and any(isinstance(parameter, DTensor) for parameter in teacher.parameters()),
+        "teacher_is_sharded": any(
+            isinstance(parameter, DTensor) for model in models for parameter in model.parameters()
+        ),
         "evaluations": [
             {k: float(v) for k, v in entry.items() if k == "eval_loss" or k.startswith("eval_dskd")}
             for entry in trainer.state.log_history

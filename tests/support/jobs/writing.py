@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from unittest.mock import patch
 
 from axolotl_dskd.generation import TransformersWriter
 from axolotl_dskd.objectives.uld import ULD
+from axolotl_dskd.samples.student import StudentSamples
 from axolotl_dskd.training.trainer import DSKDTrainer
 from axolotl_dskd.types import DualBatch, Needs
-from tests.support.jobs.common import wrapped
+from tests.support.jobs.common import this_rank, wrapped
 from tests.support.jobs.registry import job
 from tests.support.jobs.training import train
 
@@ -65,3 +67,16 @@ def train_counting_writing(config: dict[str, Any]) -> dict[str, Any]:
     """`train`; how many prompts this rank answered."""
     found = train_noting_prompts(config)
     return found | {"written": len(found["prompts"])}
+
+
+@job
+def train_killing(config: dict[str, Any], step: int, pid: int, number: int) -> dict[str, Any]:
+    """`train`; before it writes after so many steps, a process group gets a signal."""
+
+    def write(original: Any, samples: Any, micro: Any, now: int, columns: Any) -> Any:
+        if now == step and this_rank() == 0:
+            os.killpg(pid, number)
+        return original(samples, micro, now, columns)
+
+    with wrapped(StudentSamples, "_write", write):
+        return train(config)

@@ -1,0 +1,100 @@
+"""What a training tells its objectives and its teachers before it begins.
+
+Knows a trainer that is constructed; holds nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import get_last_checkpoint
+
+from axolotl_dskd.config import DSKDConfig, WritingConfig, about_teacher
+from axolotl_dskd.data.routing import rows_of_teacher
+from axolotl_dskd.data.tokenizers import (
+    exact_share,
+    longest_supervised,
+    teacher_position_limit,
+    vocabulary_size,
+)
+from axolotl_dskd.objectives import Facts
+from axolotl_dskd.ranks import raise_together
+from axolotl_dskd.teacher import Teacher, TeacherSpec, TrainingRun, open_teacher
+from axolotl_dskd.types import Needs
+
+
+def facts(trainer: Any, number: int, student: Any, teacher: Any) -> Facts:
+    """What is known of the student and one of the teachers without weights.
+
+    Args:
+        number: the teacher's.
+        student, teacher: their tokenizers.
+    """
+    share = exact_share(rows_of_teacher(trainer.train_dataset, number))
+    longest = longest_supervised(_datasets(trainer, number))
+    samples = trainer.dskd.samples
+    if longest is not None and isinstance(samples, WritingConfig):
+        longest = max(longest, samples.max_new_tokens)
+    sizes = vocabulary_size(student), vocabulary_size(teacher)
+    return Facts(student, teacher, sizes, share, longest)
+
+
+def open_teachers(trainer: Any, config: DSKDConfig, needs: dict[str, Needs]) -> dict[str, Teacher]:
+    """All teachers of a run, by name; they have not begun.
+
+    Args:
+        config: the `dskd:` block.
+        needs: what each will be asked for, by name.
+    """
+    teachers = {}
+    for number, (name, one) in enumerate(config.each().items()):
+        with about_teacher(name):
+            size = vocabulary_size(trainer.teacher_tokenizers[name])
+            spec = TeacherSpec(one.one_teacher, size, trainer.accelerator.device)
+            run = training_run(trainer, number, one, needs.get(name, Needs()))
+            teachers[name] = open_teacher(spec, run)
+    return teachers
+
+
+def training_run(trainer: Any, number: int, config: DSKDConfig, needs: Needs) -> TrainingRun:
+    """What a teacher is told of a run.
+
+    Args:
+        number: the teacher's.
+        config: with this teacher alone.
+        needs: what it will be asked for.
+    """
+    device = trainer.accelerator.device
+    writes = config.samples.source == "student"
+
+    return TrainingRun(
+        datasets=lambda: _datasets(trainer, number),
+        student_is_sharded=trainer.student.is_sharded,
+        rank=trainer.args.process_index,
+        gather=lambda number: trainer.accelerator.gather(
+            torch.tensor([number], device=device)
+        ).tolist(),
+        stop_together=partial(raise_together, device=device),
+        local_main_first=trainer.accelerator.local_main_process_first,
+        longest_written=teacher_position_limit(config) if writes else 0,
+        how_to_resume=partial(how_to_resume, trainer),
+        needs=needs,
+    )
+
+
+def how_to_resume(trainer: Any) -> str:
+    """From which checkpoint, in words; nothing where there is none."""
+    folder = Path(trainer.args.output_dir)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return f"Then go on with resume_from_checkpoint: {last}" if last else ""
+
+
+def _datasets(trainer: Any, number: int) -> list[Any]:
+    """The rows of a teacher that training and evaluation will see."""
+    evaluation = trainer.eval_dataset
+    datasets = [trainer.train_dataset]
+    datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    return [rows_of_teacher(rows, number) for rows in datasets if rows is not None]
