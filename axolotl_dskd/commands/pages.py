@@ -1,12 +1,14 @@
-"""What pages of commands have in common: one file each, no script, nothing loaded from elsewhere.
+"""HTML pages of commands: one file each, no script, nothing loaded from elsewhere, light and dark.
 
-Every text in them is escaped by the template.
+Texts come from configurations, models, data and paths; templates escape all of them by themselves.
+`page.html.jinja` is what all pages share.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from axolotl_dskd import __version__
 
 
-def environment(folder: Path, **filters: Any) -> Environment:
-    """For the templates of a command.
+def environment(**filters: Callable[..., Any]) -> Environment:
+    """That of a command's templates, which are named from this folder on.
 
     Args:
-        folder: where they are; `style.css.jinja` of all commands is found, too.
-        filters: beside `number`, `percent` and `version`.
+        filters: by name, beside `number` and `percent`.
     """
     made = Environment(
-        loader=FileSystemLoader([folder, Path(__file__).parent / "shared"]),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from axolotl_dskd.data.collator import LOGPROBS
-from axolotl_dskd.data.reconcile import CUT, KEPT, STATUS, TEACHER, Reconcile
+from axolotl_dskd.data.outcomes import CUT, KEPT
+from axolotl_dskd.data.reconcile import STATUS, TEACHER, Reconcile
 from axolotl_dskd.data.runs import supervised_runs
 from axolotl_dskd.data.text_in_place import TextInPlace
 from axolotl_dskd.types import IGNORE_INDEX

@@ -22,17 +22,13 @@ from numpy.typing import NDArray
 
 from axolotl_dskd import __version__
 from axolotl_dskd.data.byte_spans import IntArray, give_textless_tokens_room
+from axolotl_dskd.data.outcomes import CUT, DIFFERENT, EMPTY, KEPT, TOO_LONG, refusal
 from axolotl_dskd.data.runs import NO_TOKENS, Part, Run, joined, lay_out, supervised_runs
 from axolotl_dskd.data.shared_text import common_text
 from axolotl_dskd.types import IGNORE_INDEX
 
 LOG = get_logger(__name__)
 
-#: More than this share of rows with different texts means that something is wrong with the pair
-#: of tokenizers or templates, not with the rows.
-MAX_DIFFERING_SHARE = 0.1
-
-KEPT, CUT, EMPTY, TOO_LONG, DIFFERENT = "kept", "cut", "empty", "teacher too long", "different text"
 #: Column with a row's status until rows are dropped.
 STATUS = "dskd_status"
 
@@ -242,28 +238,17 @@ def reconcile_dataset(
     dataset = dataset.map(reconcile, num_proc=num_proc, desc="Matching Teacher and Student Text")
     statuses = dataset[STATUS]
     counts = Counter(statuses)
-    total = sum(counts.values())
+    total = len(dataset)
     if raise_if_long and counts[TOO_LONG]:
         raise ValueError(
             f"excess_length_strategy is raise, and {counts[TOO_LONG]} of {total} rows have more "
             f"than {reconcile.teacher_limit} teacher tokens. Shorten them, raise "
             "dskd.teacher.sequence_len, or use drop or truncate."
         )
-    if counts[DIFFERENT] > MAX_DIFFERING_SHARE * total:
-        at = [i for i, status in enumerate(statuses) if status == DIFFERENT][:3]
-        examples = "\n".join(differing_example(dataset[i], reconcile) for i in at)
-        raise ValueError(
-            f"{counts[DIFFERENT]} of {total} rows do not have the same supervised text for "
-            "student and teacher. Check chat_template, dskd.teacher.chat_template, and that both "
-            "tokenizers keep the text as it is (no lower-casing or Unicode normalisation).\n"
-            f"{examples}"
-        )
+    at = [i for i, status in enumerate(statuses) if status == DIFFERENT][:3]
+    if why := refusal(counts, [differing_example(dataset[i], reconcile) for i in at]):
+        raise ValueError(why)
     kept = dataset.select([i for i, s in enumerate(statuses) if s in (KEPT, CUT)])
-    if not len(kept):
-        raise ValueError(
-            f"none of the {total} rows can be distilled on: {dict(counts)}. `empty` means that "
-            "the template marks nothing to train on; see roles_to_train and train_on_inputs."
-        )
     log = LOG.info if counts[KEPT] == total else LOG.warning
     log(
         f"Distillation rows{f' of {teacher}' if teacher else ''}: {len(kept)} of {total} kept, "

@@ -28,7 +28,8 @@ from axolotl_dskd.commands.inspect.report import MemoryReport, Report
 from axolotl_dskd.commands.inspect.rows import AlignedRow
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.byte_spans import tile
-from axolotl_dskd.data.reconcile import CUT, KEPT, SPANS, STATUS, TEACHER_SPANS, Reconcile
+from axolotl_dskd.data.outcomes import CUT, KEPT
+from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.planning.skeleton import model_bytes, student_skeleton, teacher_skeleton
 from tests.support import tiny, two_teachers

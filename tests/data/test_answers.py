@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from axolotl_dskd.data.answers import LOGPROBS, NOTHING_WRITTEN, AnsweredRows
-from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, TOO_LONG, Reconcile
+from axolotl_dskd.data.outcomes import TOO_LONG
+from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from tests.support import tiny
 from tests.support.tokenizers import TOKENIZERS, byte_table

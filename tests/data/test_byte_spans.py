@@ -21,7 +21,8 @@ from axolotl_dskd.data.byte_spans import (
     start_pairs,
     tile,
 )
-from axolotl_dskd.data.reconcile import KEPT, SPANS, TEACHER_SPANS, Reconcile
+from axolotl_dskd.data.outcomes import KEPT
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.shared_text import writes_dummy_space
 from tests.support.tokenizers import FRAGMENTS, TOKENIZERS, end_token, one_side
 from tests.support.tokenizers import byte_table as _table

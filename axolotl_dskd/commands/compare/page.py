@@ -1,10 +1,9 @@
-"""A comparison as one HTML page. Every text in it comes from configurations and paths."""
+"""A comparison as one HTML page."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,7 +15,6 @@ from axolotl_dskd.commands.pages import environment, in_page
 from axolotl_dskd.progress import duration, quantity
 
 _ENVIRONMENT = environment(
-    Path(__file__).parent,
     bits="{:.4f}".format,
     signed="{:+.1%}".format,
     duration=duration,
@@ -32,7 +30,7 @@ def html_page(
     picture: bytes,
 ) -> str:
     """The whole page."""
-    return _ENVIRONMENT.get_template("page.html.jinja").render(
+    return _ENVIRONMENT.get_template("compare/page.html.jinja").render(
         results=results,
         outcomes=outcomes,
         methods=methods,

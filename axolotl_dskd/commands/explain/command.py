@@ -16,7 +16,7 @@ PAGE = "dskd-explain.html"
 #: Differences of mean entropies below this are called none.
 SAME = 0.005
 
-_ENVIRONMENT = environment(Path(__file__).parent, decimals="{:.3f}".format)
+_ENVIRONMENT = environment(decimals="{:.3f}".format)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_explain(run: Path, *, against: Path | None = None, html: Path | None = N
 def html_page(runs: Sequence[Shown]) -> str:
     """The whole page."""
     margins = margin_maps(runs)
-    return _ENVIRONMENT.get_template("page.html.jinja").render(
+    return _ENVIRONMENT.get_template("explain/page.html.jinja").render(
         runs=runs,
         findings=findings(runs),
         attention=in_page(attention_maps(runs)),

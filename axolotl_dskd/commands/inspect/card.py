@@ -27,6 +27,11 @@ class Card:
         """The device that it stands for, which need not be here."""
         return torch.device("cuda" if self.gpu else "cpu")
 
+    @property
+    def here(self) -> torch.device:
+        """What can be computed on now."""
+        return self.device if torch.cuda.is_available() else torch.device("cpu")
+
 
 def find_card(gpu_memory: int | None) -> Card:
     """The card that the user names, else the first one here, else this machine's memory."""

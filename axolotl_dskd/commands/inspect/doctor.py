@@ -5,26 +5,21 @@ Loads tokenizers, model configs and a sample of rows; no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import torch
 from axolotl.loaders import load_tokenizer
 
 from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.fit import Setup, memory_report
 from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.rows import (
-    AlignedRow,
-    Coverage,
-    Vocabulary,
-    pick_examples,
-)
-from axolotl_dskd.commands.inspect.sample import OUTCOMES, REMEDIES, DatasetSample, sample_rows
+from axolotl_dskd.commands.inspect.rows import Coverage, Vocabulary, pick_examples
+from axolotl_dskd.commands.inspect.sample import sample_rows
 from axolotl_dskd.commands.inspect.sides import side_facts, side_remarks
 from axolotl_dskd.config import DSKDConfig, about_teacher
-from axolotl_dskd.data.reconcile import DIFFERENT, MAX_DIFFERING_SHARE
+from axolotl_dskd.data.outcomes import refusal
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.objectives import Facts, build_objective
@@ -62,30 +57,28 @@ def inspect_run(
     if probe_count:
         check_quantised(config.one_teacher)
     progress("tokenizers")
-    vocabularies = _vocabularies(cfg, config)
-    tokenizers = vocabularies[0].tokenizer, vocabularies[1].tokenizer
+    tokenizers = _student_tokenizer(cfg), load_teacher_tokenizer(config)
+    vocabularies = [Vocabulary(tokenizer, token_bytes(tokenizer)) for tokenizer in tokenizers]
     progress("rows")
     samples = sample_rows(cfg, config, tokenizers[0], count=rows, teacher=number)
     kept = [row for sample in samples for row in sample.rows]
-    aligned = [(sample, [AlignedRow.of(row) for row in sample.rows]) for sample in samples]
-    datasets = [Coverage.of(*dataset, *vocabularies) for dataset in aligned]
+    datasets = [sample.coverage for sample in samples]
     coverage = sum(datasets, Coverage("all"))
+    why = refusal(coverage.outcomes, [text for sample in samples for text in sample.differing])
     if not kept:
-        raise ValueError(_nothing_kept(coverage, samples))
+        raise ValueError(why)
     progress("models")
-    student = student_skeleton(cfg, tokenizers[0])
-    asked = teacher_skeleton(config.one_teacher, card.device)
-    names = str(cfg.base_model), config.one_teacher.base_model
+    loaded = config.one_teacher
+    skeletons = student_skeleton(cfg, tokenizers[0]), teacher_skeleton(loaded, card.device)
+    names, prefixes = (str(cfg.base_model), loaded.base_model), ("", "teacher_")
     ours, theirs = (
-        side_facts(model, tokenizer, name, kept, prefix, rate)
-        for model, tokenizer, name, prefix, rate in zip(
-            (student, asked), tokenizers, names, ("", "teacher_"), coverage.rates, strict=True
+        side_facts(model, tokenizer, name, kept, prefix)
+        for model, tokenizer, name, prefix in zip(
+            skeletons, tokenizers, names, prefixes, strict=True
         )
     )
-    facts = Facts(*tokenizers, (ours.vocabulary, theirs.vocabulary), coverage.share)
-    objective = build_objective(config, facts, memory=card.memory, seed=0)
     remarks = [
-        *_differing(coverage, samples),
+        *([f"Training will stop: {why}"] if why else []),
         *side_remarks(ours, tokenizers[0], "student"),
         *side_remarks(theirs, tokenizers[1], "teacher"),
     ]
@@ -95,20 +88,20 @@ def inspect_run(
             f"Rows and tokenizers here are those of the teacher {name}, the memory is that of all "
             f"teachers; `--teacher` shows another: {names_of_others}."
         )
+    facts = Facts(*tokenizers, (ours.vocabulary, theirs.vocabulary), coverage.share)
+    objective = build_objective(config, facts, memory=card.memory, seed=0)
     progress("memory")
+    setup = Setup(cfg, config, card, samples, facts, name)
     others = [
-        _other(cfg, one, card, tokenizers[0], rows, k, other)
+        _other(setup, rows, k, other, one)
         for k, (other, one) in enumerate(whole.each().items())
         if k != number
     ]
-    setup = Setup(cfg, config, card, samples, facts, name, others)
-    memory = memory_report(setup, student, asked)
-    fidelity = None
+    memory = memory_report(replace(setup, others=others), *skeletons)
+    probed = None
     if probe_count:
-        device = torch.device("cuda" if torch.cuda.is_available() and card.gpu else "cpu")
-        probed = probe_rows(kept, probe_count)
-        result = probe(config.one_teacher, probed, theirs.vocabulary, device, progress)
-        fidelity = result.words("4 bits" if config.one_teacher.load_in_4bit else "8 bits")
+        some = probe_rows(kept, probe_count)
+        probed = probe(loaded, some, theirs.vocabulary, card.here, progress).words
     return Report(
         config=path,
         student=ours,
@@ -118,60 +111,41 @@ def inspect_run(
         advice=objective.advice(),
         coverage=coverage,
         datasets=datasets,
-        examples=pick_examples(aligned, *vocabularies),
+        examples=pick_examples(((s.coverage.name, s.aligned) for s in samples), *vocabularies),
         memory=memory,
         remarks=remarks,
-        probe=fidelity,
+        probe=probed,
     )
 
 
 def _other(
-    cfg: Any, config: DSKDConfig, card: Card, student: Any, rows: int, number: int, name: str
+    asked: Setup, rows: int, number: int, name: str, config: DSKDConfig
 ) -> tuple[Setup, Any]:
-    """Another teacher of the run, as far as its memory depends on it, and its skeleton."""
+    """Another teacher of the run, as far as its memory depends on it, and its skeleton.
+
+    Args:
+        asked: of the teacher that is looked at.
+        rows: sampled of each dataset.
+        number, name, config: of the other teacher.
+    """
+    student = asked.facts.student
     with about_teacher(name):
-        samples = sample_rows(cfg, config, student, count=rows, teacher=number)
-        if not any(sample.rows for sample in samples):
+        samples = sample_rows(asked.cfg, config, student, count=rows, teacher=number)
+        coverage = sum((sample.coverage for sample in samples), Coverage(name))
+        if not coverage.kept:
             raise ValueError("none of the sampled rows asks this teacher. Sample more with --rows.")
         tokenizer = load_teacher_tokenizer(config)
         sizes = vocabulary_size(student), vocabulary_size(tokenizer)
-        aligned = [AlignedRow.of(row) for sample in samples for row in sample.rows]
-        paired = sum(row.exact for row in aligned)
-        share = paired / max(1, sum(len(row.student) for row in aligned))
-        facts = Facts(student, tokenizer, sizes, share)
-        skeleton = teacher_skeleton(config.one_teacher, card.device)
-    return Setup(cfg, config, card, samples, facts, name), skeleton
+        facts = Facts(student, tokenizer, sizes, coverage.share)
+        skeleton = teacher_skeleton(config.one_teacher, asked.card.device)
+    return replace(asked, config=config, samples=samples, facts=facts, name=name), skeleton
 
 
-def _vocabularies(cfg: Any, config: DSKDConfig) -> tuple[Vocabulary, Vocabulary]:
+def _student_tokenizer(cfg: Any) -> Any:
     try:
-        student = load_tokenizer(cfg)
+        return load_tokenizer(cfg)
     except (OSError, KeyError) as error:
         raise ValueError(
             "the student's tokenizer cannot be loaded from "
             f"{cfg.tokenizer_config or cfg.base_model!r}: {error}"
         ) from error
-    teacher = load_teacher_tokenizer(config)
-    return Vocabulary(student, token_bytes(student)), Vocabulary(teacher, token_bytes(teacher))
-
-
-def _nothing_kept(coverage: Coverage, samples: Sequence[DatasetSample]) -> str:
-    outcomes = [
-        f"{count} {OUTCOMES[outcome]}; {REMEDIES[outcome]}."
-        for outcome, count in coverage.outcomes.items()
-        if count
-    ]
-    first = f"none of the {coverage.sampled} sampled rows would be trained on."
-    return "\n".join([first, *outcomes, *(line for s in samples for line in s.differing)])
-
-
-def _differing(coverage: Coverage, samples: Sequence[DatasetSample]) -> Iterator[str]:
-    """What training will say of rows whose two sides spell different texts."""
-    count, seen = coverage.outcomes.get(DIFFERENT, 0), sum(coverage.outcomes.values())
-    if count > MAX_DIFFERING_SHARE * seen:
-        examples = [line for sample in samples for line in sample.differing][:3]
-        yield (
-            f"Training will stop: {count} of {seen} sampled rows do not have the same supervised "
-            f"text for student and teacher, more than {MAX_DIFFERING_SHARE:.0%}; "
-            f"{REMEDIES[DIFFERENT]}.\n" + "\n".join(examples)
-        )

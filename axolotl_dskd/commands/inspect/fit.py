@@ -16,7 +16,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl_dskd.commands.inspect.card import Card
 from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.rows import supervised
-from axolotl_dskd.commands.inspect.sample import DatasetSample
+from axolotl_dskd.commands.inspect.sample import Sample
 from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.objectives import Facts, build_objective
@@ -24,6 +24,7 @@ from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.memory import CUDA_CONTEXT, make_plan
 from axolotl_dskd.planning.plan import BatchShape, Plan, PlannedRun, of_all_teachers
 from axolotl_dskd.planning.skeleton import teacher_skeleton
+from axolotl_dskd.progress import quantity
 from axolotl_dskd.virtual_attention import VirtualAttention
 
 
@@ -41,7 +42,7 @@ class Setup:
     cfg: Any
     config: DSKDConfig
     card: Card
-    samples: Sequence[DatasetSample]
+    samples: Sequence[Sample]
     facts: Facts
     name: str = ""
     others: Sequence[tuple[Setup, Any]] = ()
@@ -88,37 +89,39 @@ class Setup:
         return lambda head: VirtualAttention(keys, facts.student, V, head, device, 0)
 
 
-def batch_shape(cfg: Any, samples: Sequence[DatasetSample]) -> tuple[BatchShape, str]:
+def batch_shape(cfg: Any, samples: Sequence[Sample]) -> tuple[BatchShape, str]:
     """The largest batch of one micro-step, and in words what it was taken from."""
     rows = [row for sample in samples for row in sample.rows]
-    lengths = [len(row["input_ids"]) for row in rows]
-    trained = [len(supervised(row["labels"])) for row in rows]
-    teacher_lengths = [len(row["teacher_input_ids"]) for row in rows]
-    teacher_trained = [len(supervised(row["teacher_labels"])) for row in rows]
+    lengths, teacher_lengths = (
+        [len(row[side]) for row in rows] for side in ("input_ids", "teacher_input_ids")
+    )
+    trained, teacher_trained = (
+        [len(supervised(row[side])) for row in rows] for side in ("labels", "teacher_labels")
+    )
     count, limit = cfg.micro_batch_size or 1, cfg.sequence_len
     if cfg.sample_packing:
-        tokens = count * limit
-        share = tokens / sum(lengths)
+        share = count * limit / sum(lengths)
         in_all = max(1, round(len(rows) * share))
-        words = f"{count} packed row(s) of {limit} tokens, {in_all} samples in all"
         shape = BatchShape(
             rows=count,
             length=limit,
             samples=max(in_all, count),
-            supervised=min(tokens, round(sum(trained) * share)),
+            supervised=min(count * limit, round(sum(trained) * share)),
             teacher_length=max(teacher_lengths),
             teacher_supervised=round(sum(teacher_trained) * share),
             padded=False,
         )
-        return shape, words
+        return shape, f"{count} packed row(s) of {limit} tokens, {in_all} samples in all"
     longest = max(lengths)
-    whole = all(sample.sampled == sample.total for sample in samples)
-    length = limit if cfg.pad_to_sequence_len or not whole else min(limit, -(-longest // 64) * 64)
     # Rows that were not seen may be as long as sequence_len allows.
+    whole = all(sample.coverage.sampled == sample.coverage.total for sample in samples)
     stretch = 1.0 if whole else limit / longest
-    why = "the longest row" if whole else "sequence_len: the sample may miss the longest row"
     if cfg.pad_to_sequence_len:
-        why = "sequence_len, to which rows are padded"
+        length, why = limit, "sequence_len, to which rows are padded"
+    elif whole:
+        length, why = min(limit, -(-longest // 64) * 64), "the longest row"
+    else:
+        length, why = limit, "sequence_len: the sample may miss the longest row"
     shape = BatchShape(
         rows=count,
         length=length,
@@ -186,15 +189,17 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
         cost = "each step takes about a third longer, the result stays"
         yield {"gradient_checkpointing": True}, cost
     if teacher.layers_are_loaded:
+        parts = (sample.coverage for sample in setup.samples)
+        tokens = sum(part.teacher_tokens * part.total / max(1, part.sampled) for part in parts)
+        size = quantity(2 * tokens * hidden_size, "bytes")  # states in 16 bits
         yield (
             {prefix + "cache": {"path": "./outputs/teacher-cache"}},
-            f"`axolotl-dskd cache write` first, about {_cache_bytes(setup, hidden_size) / 1e9:.1f} "
-            "GB on disk; steps run no teacher",
+            f"`axolotl-dskd cache write` first, about {size} on disk; steps run no teacher",
         )
-    size, accumulation = cfg.micro_batch_size or 1, cfg.gradient_accumulation_steps or 1
-    if size > 1:
-        half = size // 2
-        more = -(-size * accumulation // half)
+    rows, accumulation = cfg.micro_batch_size or 1, cfg.gradient_accumulation_steps or 1
+    if rows > 1:
+        half = rows // 2
+        more = -(-rows * accumulation // half)
         yield (
             {"micro_batch_size": half, "gradient_accumulation_steps": more},
             "slower where the GPU was not full, the result stays",
@@ -208,16 +213,6 @@ def _proposals(setup: Setup, hidden_size: int) -> Iterator[tuple[dict[str, Any],
         yield changes, "the teacher is rounded: `--probe 32` measures by how much"
     if (half := cfg.sequence_len // 2) >= 256:
         yield {"sequence_len": half}, "longer rows are dropped or cut (excess_length_strategy)"
-
-
-def _cache_bytes(setup: Setup, hidden_size: int) -> float:
-    """Of the teacher's states for all rows, in 16 bits."""
-    tokens = (
-        len(supervised(row["teacher_labels"])) * sample.total / max(1, sample.sampled)
-        for sample in setup.samples
-        for row in sample.rows
-    )
-    return 2 * sum(tokens) * hidden_size
 
 
 def _ladder(setup: Setup, student: Any, teacher: Any, total: int) -> Iterator[Step]:

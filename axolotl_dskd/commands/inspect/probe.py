@@ -25,18 +25,36 @@ from axolotl_dskd.types import DualBatch, Needs, View
 #: Tokens whose two distributions are compared at once.
 _CHUNK = 128
 
+#: The most nats a token and the least agreement of each verdict.
+_VERDICTS = (
+    (0.02, 0.95, "Hardly a difference: distil from it."),
+    (0.1, 0.9, "A small difference, usual for 4 bits: fine to distil from."),
+    (
+        0.3,
+        0.0,
+        "A clear difference: if memory allows, use 8 bits, or no quantisation, or a smaller "
+        "teacher unquantised.",
+    ),
+)
+_ANOTHER = (
+    "A large difference: this is another teacher than the one you chose. Use 8 bits or no "
+    "quantisation."
+)
+
 
 @dataclass(frozen=True)
 class ProbeResult:
     """Means over the supervised teacher tokens of the probed rows.
 
     Attributes:
+        bits: of the quantised form.
         kl: KL(unquantised ‖ quantised) per token, in nats, at temperature 1; `kl_worst`: of the
             row where it is highest.
         agreement: share of tokens where both have the same most likely token.
         cross_entropy, quantised_cross_entropy: of the rows' own tokens, in nats.
     """
 
+    bits: int
     rows: int
     tokens: int
     kl: float
@@ -45,31 +63,16 @@ class ProbeResult:
     cross_entropy: float
     quantised_cross_entropy: float
 
-    def words(self, quantisation: str) -> str:
-        """The numbers and what they mean."""
-        return (
-            f"On {self.tokens:,} supervised tokens of {self.rows} rows, the teacher in "
-            f"{quantisation} differs from its unquantised form by KL {self.kl:.4f} nats a token "
-            f"(worst row {self.kl_worst:.4f}) and has the same first choice on "
-            f"{self.agreement:.1%} of them; cross-entropy {self.cross_entropy:.4f} unquantised, "
-            f"{self.quantised_cross_entropy:.4f} quantised. {self.verdict}"
-        )
-
     @property
-    def verdict(self) -> str:
-        """Whether to distil from the quantised form, in words."""
-        if self.kl < 0.02 and self.agreement > 0.95:
-            return "Hardly a difference: distil from it."
-        if self.kl < 0.1 and self.agreement > 0.9:
-            return "A small difference, usual for 4 bits: fine to distil from."
-        if self.kl < 0.3:
-            return (
-                "A clear difference: if memory allows, use 8 bits, or no quantisation, or a "
-                "smaller teacher unquantised."
-            )
+    def words(self) -> str:
+        """The numbers, and whether to distil from the quantised form."""
+        verdicts = (text for kl, same, text in _VERDICTS if self.kl < kl and self.agreement > same)
         return (
-            "A large difference: this is another teacher than the one you chose. Use 8 bits or no "
-            "quantisation."
+            f"On {self.tokens:,} supervised tokens of {self.rows} rows, the teacher in {self.bits} "
+            f"bits differs from its unquantised form by KL {self.kl:.4f} nats a token (worst row "
+            f"{self.kl_worst:.4f}) and has the same first choice on {self.agreement:.1%} of them; "
+            f"cross-entropy {self.cross_entropy:.4f} unquantised, "
+            f"{self.quantised_cross_entropy:.4f} quantised. {next(verdicts, _ANOTHER)}"
         )
 
 
@@ -84,6 +87,11 @@ def check_quantised(config: TeacherConfig) -> None:
             "--probe compares a quantised teacher with its unquantised form, but dskd.teacher has "
             "neither load_in_4bit nor load_in_8bit. Set one of them, or leave --probe out."
         )
+
+
+def probe_rows(rows: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str, Any]]:
+    """`count` rows, evenly over the sampled ones."""
+    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def probe(
@@ -102,10 +110,8 @@ def probe(
         vocab_size: ids that the teacher's tokenizer emits.
 
     Raises:
-        ValueError: the teacher is not quantised, or cannot be loaded.
+        ValueError: the teacher cannot be loaded.
     """
-    check_quantised(config)
-    cpu = torch.device("cpu")
 
     def views(teacher: LiveTeacher, form: str) -> Iterator[View]:
         for number, row in enumerate(rows, 1):
@@ -115,11 +121,12 @@ def probe(
     progress("loading the teacher unquantised")
     plain = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
     teacher = load_live(TeacherSpec(plain, vocab_size, device))
-    states = [_states(view).to(cpu) for view in views(teacher, "unquantised")]
+    states = [_states(view).cpu() for view in views(teacher, "unquantised")]
     # Copies, where there is no other device: the head's tensors are the model's, which has to go.
-    head = deepcopy(teacher.head.to(cpu))
+    head = deepcopy(teacher.head.to(torch.device("cpu")))
     del teacher
-    _free()
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
     progress("loading the teacher as configured")
     teacher = load_live(TeacherSpec(config, vocab_size, device))
     head = head.to(device)
@@ -127,27 +134,18 @@ def probe(
         _sums(view, teacher.head, plain_states.to(device), head)
         for view, plain_states in zip(views(teacher, "quantised"), states, strict=True)
     ]
-    del teacher
-    _free()
     sums = torch.stack(per_row)  # [rows, (tokens, kl, same, ce, ce quantised)]
-    tokens, kl, same_choice, ce, quantised_ce = sums.sum(0).tolist()
-    return ProbeResult(
-        rows=len(rows),
-        tokens=int(tokens),
-        kl=kl / tokens,
-        kl_worst=float((sums[:, 1] / sums[:, 0]).max()),
-        agreement=same_choice / tokens,
-        cross_entropy=ce / tokens,
-        quantised_cross_entropy=quantised_ce / tokens,
-    )
+    tokens, *totals = sums.sum(0).tolist()
+    kl, same_choice, ce, quantised_ce = (total / tokens for total in totals)
+    worst = float((sums[:, 1] / sums[:, 0]).max())
+    bits = 4 if config.load_in_4bit else 8
+    return ProbeResult(bits, len(rows), int(tokens), kl, worst, same_choice, ce, quantised_ce)
 
 
 def _batch(row: dict[str, Any], device: torch.device) -> DualBatch:
     """A row's teacher side; the student's is empty."""
-    ids, labels = (
-        torch.tensor([row[column]], device=device)
-        for column in ("teacher_input_ids", "teacher_labels")
-    )
+    columns = "teacher_input_ids", "teacher_labels"
+    ids, labels = (torch.tensor([row[column]], device=device) for column in columns)
     nothing = ids[:0]
     return DualBatch(nothing, nothing, nothing, ids, labels, torch.ones_like(ids))
 
@@ -165,17 +163,6 @@ def _sums(view: View, quantised_head: OutputHead, states: Tensor, head: OutputHe
         values = (torch.ones_like(kl), kl, same_choice, ce, quantised_ce)
         total += torch.stack([value.double().sum() for value in values]).cpu()
     return total
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def probe_rows(rows: Sequence[dict[str, Any]], count: int) -> Sequence[dict[str, Any]]:
-    """`count` rows, evenly over the sampled ones."""
-    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def _states(view: View) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `inspect` found, as plain data: the terminal, the page and `--json` all show this.
+"""What `inspect` found, as plain data: `document` puts it into words, and `--json` is this.
 
 Knows nothing of how it is found or shown.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 from axolotl_dskd.commands.inspect.rows import Coverage, Example
 from axolotl_dskd.commands.inspect.sides import SideFacts
-from axolotl_dskd.commands.inspect.words import gib
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,10 @@ class MemoryReport:
         """Whether the fullest moment is smaller than the card."""
         return self.total <= self.card
 
-    @property
-    def verdict(self) -> str:
-        """Fits or not, in a sentence."""
-        total, card = gib(self.total), gib(self.card)
-        if self.fits:
-            return f"Fits: {total} of {card}, {gib(self.card - self.total)} to spare."
-        return f"Does not fit: {total}, the card has {card}."
-
-    @property
-    def leads_to(self) -> str:
-        """What the steps lead to, where it does not fit."""
-        if not self.steps:
-            return "No setting of this configuration saves enough: take smaller models."
-        if self.steps[-1].total <= self.card:
-            return "With these changes, each on top of those before it, it fits:"
-        return "These changes save most, but it does not fit with all of them; take smaller models:"
-
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that `inspect` says."""
+    """Everything that `inspect` found."""
 
     config: str
     student: SideFacts
@@ -85,26 +67,10 @@ class Report:
     remarks: list[str]
     probe: str | None
 
-    @property
-    def shared(self) -> str:
-        """How much of the two vocabularies is the same."""
-        shares = (
-            f"{self.shared_tokens / side.vocabulary:.0%} of the {name}'s"
-            for side, name in ((self.student, "student"), (self.teacher, "teacher"))
-        )
-        both = f"{self.shared_tokens:,} tokens stand for the same bytes in both vocabularies"
-        return f"{both}: {' and '.join(shares)}."
-
-    @property
-    def parts(self) -> list[Coverage]:
-        """Dataset by dataset, and all of them where there are several."""
-        return [*self.datasets, self.coverage] if len(self.datasets) > 1 else self.datasets
-
     def as_dict(self) -> dict[str, Any]:
         """For `--json`, with the derived numbers."""
-        out = asdict(self)
-        out["memory"]["fits"] = self.memory.fits
-        out["coverage"]["share"] = self.coverage.share
-        for coverage, entry in zip(self.datasets, out["datasets"], strict=True):
-            entry["share"] = coverage.share
-        return out
+        return asdict(self) | {
+            "memory": asdict(self.memory) | {"fits": self.memory.fits},
+            "coverage": self.coverage.as_dict(),
+            "datasets": [part.as_dict() for part in self.datasets],
+        }

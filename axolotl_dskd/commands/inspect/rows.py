@@ -1,17 +1,18 @@
-"""How two tokenizers divide the sampled rows: how much is aligned, and examples to look at.
+"""How two tokenizers divide prepared rows: how much is aligned, and examples to look at.
 
-Knows sampled rows and what tokens spell; nothing of models.
+Knows rows and what tokens spell; nothing of models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from typing import Any
 
-from axolotl_dskd.commands.inspect.sample import DatasetSample
 from axolotl_dskd.data.byte_spans import Group, Spans, aligned_groups
+from axolotl_dskd.data.outcomes import CUT, KEPT
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.types import IGNORE_INDEX
 
@@ -76,65 +77,49 @@ class AlignedRow:
         return sum(group.exact for group in self.groups)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Coverage:
-    """How the two sides meet in one dataset (or in all of them).
+    """How the two sides meet in the sampled rows of one dataset (or of all of them).
 
     Attributes:
-        total, sampled, kept: rows; `outcomes`: outcome -> rows, all outcomes of the sample.
+        name: as in the configuration, with the subset's name where there is one.
+        total: rows that the dataset has; `sampled` of them were read.
+        outcomes: outcome -> rows (of the tokenized ones where a raw row becomes several).
         student_tokens, teacher_tokens: supervised ones; `exact` of them are 1:1 pairs.
-        text_bytes, teacher_bytes: of supervised text, as each side spells it.
     """
 
     name: str
     total: int = 0
     sampled: int = 0
-    kept: int = 0
-    outcomes: dict[str, int] = field(default_factory=dict)
+    outcomes: Counter[str] = field(default_factory=Counter)
     student_tokens: int = 0
     teacher_tokens: int = 0
     exact: int = 0
-    text_bytes: int = 0
-    teacher_bytes: int = 0
+
+    @property
+    def kept(self) -> int:
+        """Rows that would be trained on."""
+        return self.outcomes[KEPT] + self.outcomes[CUT]
 
     @property
     def share(self) -> float:
         """Of the student's supervised tokens, those with an exact partner."""
-        return self.exact / self.student_tokens if self.student_tokens else 0.0
+        return self.exact / max(1, self.student_tokens)
 
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Supervised tokens per byte of supervised text, the student's and the teacher's."""
-        student = self.student_tokens / max(1, self.text_bytes)
-        return student, self.teacher_tokens / max(1, self.teacher_bytes)
-
-    @classmethod
-    def of(
-        cls,
-        sample: DatasetSample,
-        rows: Sequence[AlignedRow],
-        student: Vocabulary,
-        teacher: Vocabulary,
-    ) -> Coverage:
-        """That of a dataset, from its sample and the rows that were kept."""
-        return cls(
-            sample.name,
-            sample.total,
-            sample.sampled,
-            sample.kept,
-            dict(sample.outcomes),
-            student_tokens=sum(len(row.student) for row in rows),
-            teacher_tokens=sum(len(row.teacher) for row in rows),
-            exact=sum(row.exact for row in rows),
-            text_bytes=sum(len(student.spelled(row.student)) for row in rows),
-            teacher_bytes=sum(len(teacher.spelled(row.teacher)) for row in rows),
-        )
+    def add(self, row: AlignedRow) -> None:
+        """Count a row that is kept."""
+        self.student_tokens += len(row.student)
+        self.teacher_tokens += len(row.teacher)
+        self.exact += row.exact
 
     def __add__(self, other: Coverage) -> Coverage:
-        counts = {k: v + getattr(other, k) for k, v in vars(self).items() if isinstance(v, int)}
-        seen = {**self.outcomes, **other.outcomes}
-        outcomes = {k: self.outcomes.get(k, 0) + other.outcomes.get(k, 0) for k in seen}
-        return replace(self, outcomes=outcomes, **counts)
+        both = (vars(self)[name] + value for name, value in vars(other).items() if name != "name")
+        return Coverage(self.name, *both)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`, with the derived numbers."""
+        derived = {"outcomes": dict(self.outcomes), "kept": self.kept, "share": self.share}
+        return vars(self) | derived
 
 
 @dataclass(frozen=True)
@@ -179,19 +164,19 @@ def _example(name: str, row: AlignedRow, student: Vocabulary, teacher: Vocabular
 
 
 def pick_examples(
-    datasets: Sequence[tuple[DatasetSample, Sequence[AlignedRow]]],
-    student: Vocabulary,
-    teacher: Vocabulary,
+    datasets: Iterable[tuple[str, Sequence[AlignedRow]]], student: Vocabulary, teacher: Vocabulary
 ) -> list[Example]:
-    """A few rows: of every dataset in turn, first those that the tokenizers divide least alike,
-    so that what is special (code, other scripts) is seen."""
+    """A few rows of every dataset (by name) in turn: a middling one, then those that the tokenizers
+    divide least and most alike, so that what is special (code, other scripts) is seen."""
     ranked = []
-    for sample, rows in datasets:
-        alike = [row for row in rows if row.groups]
-        alike.sort(key=lambda row: row.exact / len(row.groups))
-        last = len(alike) - 1
-        # The least alike, a middle one, the most alike, and so on.
-        order = [0, len(alike) // 2, last, len(alike) // 4, 3 * len(alike) // 4]
-        ranked.append([(sample.name, alike[i]) for i in dict.fromkeys(order) if 0 <= i <= last])
+    for name, rows in datasets:
+        alike = sorted(
+            (row for row in rows if row.groups),
+            # Short rows show little.
+            key=lambda row: (len(row.groups) < 12, row.exact / len(row.groups)),
+        )
+        count = sum(len(row.groups) >= 12 for row in alike) or len(alike)
+        order = [count // 2, 0, count - 1, count // 4, 3 * count // 4]
+        ranked.append([(name, alike[i]) for i in dict.fromkeys(order) if 0 <= i < count])
     in_turn = filter(None, chain.from_iterable(zip_longest(*ranked)))
     return [_example(name, row, student, teacher) for name, row in list(in_turn)[:EXAMPLES]]

@@ -43,41 +43,29 @@ class SideFacts:
 
 
 def side_facts(
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    rows: Sequence[dict[str, list[int]]],
-    prefix: str,
-    tokens_per_byte: float,
+    model: Any, tokenizer: Any, name: str, rows: Sequence[dict[str, list[int]]], prefix: str
 ) -> SideFacts:
     """The facts of a side.
 
     Args:
         model: its skeleton.
         rows: prepared ones, whose columns of this side begin with `prefix`.
-        tokens_per_byte: supervised tokens per byte of supervised text.
     """
     head, size = output_head(model), vocabulary_size(tokenizer)
+    rows_of_head, padding = head.weight.shape[0], max(0, head.weight.shape[0] - size)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(embedding, "weight", None) is getattr(output, "weight", embedding)
     whole = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in skeleton.trained_tensors(model))
     ids, labels = ([row[prefix + c] for row in rows] for c in ("input_ids", "labels"))
-    bos = tokenizer.bos_token_id
-    begins = bos is not None and all(row[0] == bos for row in ids)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    begins = bos is not None and all(row[0] == tokenizer.bos_token_id for row in ids)
     ends = {tokens[-1] for row in labels if (tokens := supervised(row))}
     end = str(tokenizer.convert_ids_to_tokens(ends.pop())) if len(ends) == 1 else None
-    prompt = tokenizer.decode(
-        ids[0][: next(i for i, y in enumerate(labels[0]) if y != IGNORE_INDEX)]
-    )
+    begin = next(i for i, label in enumerate(labels[0]) if label != IGNORE_INDEX)
+    prompt = tokenizer.decode(ids[0][:begin])
     shown = prompt if len(prompt) < 90 else f"{prompt[:86]} …"
-    rows_of_head, padding = head.weight.shape[0], max(0, head.weight.shape[0] - size)
-    logits = {
-        f"softcap {head.softcap}": head.softcap is not None,
-        f"scale {head.scale:g}": head.scale != 1,
-        "bias": head.bias is not None,
-    }
     table = {
         "model": f"{name} ({type(base).__name__})",
         "parameters": count(whole) + (f", {count(trained)} train" if trained else ""),
@@ -85,13 +73,9 @@ def side_facts(
         "output head": f"{rows_of_head:,} × {head.hidden_size:,}"
         + (f", {padding:,} padding rows" if padding else "")
         + (", tied to the embedding" if tied else ""),
-        "logits": ", ".join(word for word, there in logits.items() if there) or "plain",
-        "BOS, EOS": f"{tokenizer.bos_token or 'none'}{' (first in every row)' if begins else ''}, "
-        f"{tokenizer.eos_token or 'none'}",
+        "BOS, EOS": f"{bos or 'none'}{' (first in every row)' if begins else ''}, {eos or 'none'}",
         "a turn ends with": visible(end) if end else "(varies)",
         "a prompt reads": " ".join(map(visible, shown.split(" "))),
-        "tokens per byte": f"{tokens_per_byte:.4f}"
-        + (f" ({1 / tokens_per_byte:.2f} bytes a token)" if tokens_per_byte else ""),
     }
     return SideFacts(
         name=name,

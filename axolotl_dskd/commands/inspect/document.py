@@ -1,0 +1,122 @@
+"""The report in words, once for the terminal and the page: sections of lines, tables and examples.
+
+Knows what there is to say and in which order; nothing of how it is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from axolotl_dskd.commands.inspect.report import MemoryReport, Report
+from axolotl_dskd.commands.inspect.rows import Example
+from axolotl_dskd.commands.inspect.words import gib
+from axolotl_dskd.data.outcomes import KEPT, MEANING
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence, of which `tone` says how it is meant: "", "soft", "good" or "bad"."""
+
+    words: str
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells. A number is a share of 1, drawn as a bar.
+
+    `numeric`: the columns, from 0, that are read as numbers.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+    numeric: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """What stands together under a title."""
+
+    title: str
+    blocks: Sequence[Line | Table | Example]
+
+
+def sections(report: Report) -> list[Section]:
+    """All of it. Where there is no room for all examples, the first one shows most."""
+    found = [
+        Section("The pair", list(_pair(report))),
+        Section("Your rows", list(_rows(report))),
+        Section("Both tokenizers on your text", report.examples),
+        Section("Memory plan", list(_memory(report.memory))),
+        Section("Remarks", [Line(remark) for remark in report.remarks]),
+        Section("The teacher as it is loaded", [Line(report.probe)] if report.probe else []),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def _pair(report: Report) -> Iterator[Line | Table]:
+    student, teacher = report.student, report.teacher
+    facts = [(label, text, teacher.table[label]) for label, text in student.table.items()]
+    yield Table(("", "student", "teacher"), facts)
+    shares = (
+        f"{report.shared_tokens / side.vocabulary:.0%} of the {name}'s"
+        for side, name in ((student, "student"), (teacher, "teacher"))
+    )
+    yield Line(
+        f"{report.shared_tokens:,} tokens stand for the same bytes in both vocabularies: "
+        f"{' and '.join(shares)}."
+    )
+    yield Line(f"Objective: {report.objective}.")
+    if report.advice:
+        yield Line(f"Recommended: {report.advice}.")
+
+
+def _rows(report: Report) -> Iterator[Line | Table]:
+    parts = [*report.datasets, report.coverage] if len(report.datasets) > 1 else report.datasets
+    columns = "dataset", "sampled", "kept", "student tokens", "teacher tokens", "exactly aligned"
+    rows = [
+        (
+            part.name,
+            f"{part.sampled:,} of {part.total:,}",
+            *(f"{n:,}" for n in (part.kept, part.student_tokens, part.teacher_tokens)),
+            f"{part.share:.1%}",
+        )
+        for part in parts
+    ]
+    yield Table(columns, rows, numeric=range(1, 6))
+    for part in report.datasets:
+        for outcome, count in part.outcomes.items():
+            if count and outcome != KEPT:
+                yield Line(f"{part.name}: {count:,} {MEANING[outcome]}")
+
+
+def _memory(memory: MemoryReport) -> Iterator[Line | Table]:
+    parts = {**memory.at_peak, "total": memory.total}
+    yield Table(
+        ("at the fullest moment", "", f"of {gib(memory.card)}"),
+        [(name, gib(size), min(1.0, size / memory.card)) for name, size in parts.items()],
+        numeric=(1,),
+    )
+    yield Line(
+        f"Planned for {memory.card_name}. Fullest in: {memory.peak_phase}. "
+        f"Largest batch: {memory.batch}.",
+        "soft",
+    )
+    phases = (f"{name} {gib(size)}" for name, size in memory.phases.items())
+    yield Line(f"All phases: {', '.join(phases)}.", "soft")
+    yield from (Line(f"Note: {note}.", "soft") for note in memory.notes)
+    total, card = gib(memory.total), gib(memory.card)
+    if memory.fits:
+        spare = gib(memory.card - memory.total)
+        yield Line(f"Fits: {total} of {card}, {spare} to spare.", "good")
+        return
+    yield Line(f"Does not fit: {total}, the card has {card}.", "bad")
+    if not memory.steps:
+        yield Line("No setting of this configuration saves enough: take smaller models.")
+    elif memory.steps[-1].total <= memory.card:
+        yield Line("With these changes, each on top of those before it, it fits:")
+    else:
+        yield Line("These changes save most, but it does not fit with all; take smaller models:")
+    for step in memory.steps:
+        yield Line(f"{step.change} → {gib(step.total)} (saves {gib(step.saves)}; {step.cost})")
