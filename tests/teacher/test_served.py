@@ -323,7 +323,7 @@ def test_another_name_tokenizer_or_context_is_refused(folder: Path, server: Rude
     with pytest.raises(ValueError, match=r"reads 512 tokens at most.*has 600.*--max-model-len 600"):
         opened(folder, server.url, run=TrainingRun(datasets=lambda: [rows]))
     server.tokenizer = tiny.byte_level_tokenizer()
-    with pytest.raises(ValueError, match=r"has another tokenizer than dskd\.teacher"):
+    with pytest.raises(ValueError, match=r"has another tokenizer than .*teacher has here"):
         opened(folder, server.url)
 
 
