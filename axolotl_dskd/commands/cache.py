@@ -173,6 +173,7 @@ def _measure(states: CachedStates, rows: CacheableRows) -> list[Fidelity]:
 
 
 def print_fidelity(fidelity: list[Fidelity], tokens: int, out: TextIO) -> None:
+    """Print what each storage type loses, and what so many tokens take in it."""
     table = Table(title=f"What a stored state loses, on {fidelity[0].tokens:,} supervised tokens")
     heads = ("bytes/token", "these datasets", "KL from bfloat16", "its p99", "same first choice")
     table.add_column("dtype")
