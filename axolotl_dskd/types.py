@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -242,18 +243,32 @@ class DualBatch:
         """[B, L] bool: the positions that predict a supervised token of their own sample."""
         return supervised_mask(self.labels, self.segment_ids)
 
-    def student_side(self, mask_BL: Tensor) -> Side:
-        """The supervised student tokens, row by row."""
-        return Side(
-            self.input_ids[mask_BL], labels_ahead(self.labels)[mask_BL], self.segment_ids[mask_BL]
-        )
+    @cached_property
+    def student_places(self) -> tuple[Tensor, Tensor]:
+        """[N] row and [N] position of each supervised student token, row by row. Once a batch: to
+        count them, the host waits for the GPU."""
+        rows, positions = self.student_mask().nonzero(as_tuple=True)
+        return rows, positions
 
-    def teacher_side(self) -> tuple[Tensor, Side]:
-        """[S, L'] bool, the positions that predict a supervised token, and these tokens."""
-        segments = self.teacher_segment_ids()
-        mask = supervised_mask(self.teacher_labels, segments)
-        labels = labels_ahead(self.teacher_labels)
-        return mask, Side(self.teacher_input_ids[mask], labels[mask], segments[mask])
+    def student_side(self) -> Side:
+        """The supervised student tokens, row by row."""
+        at = self.student_places
+        return Side(self.input_ids[at], labels_ahead(self.labels)[at], self.segment_ids[at])
+
+    def teacher_mask(self) -> Tensor:
+        """[S, L'] bool: the positions that predict a supervised token."""
+        return supervised_mask(self.teacher_labels, self.teacher_segment_ids())
+
+    @cached_property
+    def teacher_places(self) -> tuple[Tensor, Tensor]:
+        """[M] row and [M] position of each supervised teacher token, as `student_places`."""
+        rows, positions = self.teacher_mask().nonzero(as_tuple=True)
+        return rows, positions
+
+    def teacher_side(self) -> Side:
+        """The supervised teacher tokens, sample by sample."""
+        at, labels = self.teacher_places, labels_ahead(self.teacher_labels)
+        return Side(self.teacher_input_ids[at], labels[at], self.teacher_segment_ids()[at])
 
     def teacher_segment_ids(self) -> Tensor:
         """[S, L'] the row's number where there is a token, -1 on padding."""

@@ -211,10 +211,10 @@ def samples_of(inputs: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     A row holds several where it was packed, else one. Positions count from 0 in each sample.
     """
     batch = DualBatch.pop_from({name: x.cpu() for name, x in inputs.items() if _is_tensor(x)})
-    tokens = batch.student_side(batch.student_mask()).sample_ids
+    tokens = batch.student_side().sample_ids
     counts = torch.bincount(tokens, minlength=len(batch.teacher_labels)).tolist()
     spans = batch.matches.spans.split(counts)
-    _, teacher_side = batch.teacher_side()
+    teacher_side = batch.teacher_side()
     teacher_counts = torch.bincount(teacher_side.sample_ids, minlength=len(counts)).tolist()
     teacher_spans = batch.matches.teacher_spans.split(teacher_counts)
     lengths = batch.teacher_attention_mask.sum(1).tolist()

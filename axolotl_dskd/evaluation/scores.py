@@ -30,7 +30,7 @@ class RowScores:
             measured: of its supervised student tokens.
             text_bytes: [N] of the same tokens.
         """
-        sample_ids = batch.segment_ids[batch.student_mask()]
+        sample_ids = batch.student_side().sample_ids
         samples = int(batch.segment_ids.max()) + 1
         columns = (measured.nats, text_bytes, torch.ones_like(measured.nats), measured.right)
         values = torch.stack([column.double() for column in columns], 1)

@@ -45,7 +45,7 @@ class LiveTeacher(ReadingTeacher):
         """Final hidden states [M, D] of the supervised teacher tokens, and these tokens."""
         home = batch.teacher_input_ids.device
         device = self.embedding.device
-        mask, side = batch.teacher_side()
+        mask, side = batch.teacher_mask(), batch.teacher_side()
         hidden = self.head.weight.new_empty((len(side), self.head.hidden_size), device=home)
         order = (mask.flatten().cumsum(0) - 1).view_as(mask)  # where a position's state belongs
         lengths = batch.teacher_attention_mask.sum(1).tolist()
@@ -67,8 +67,9 @@ class LiveTeacher(ReadingTeacher):
                     use_cache=False,
                 )
             states = single(captured, self.model)
-            wanted = mask[rows, cut]
-            hidden[order[rows, cut][wanted]] = states[wanted.to(states.device)].to(hidden)
+            wanted = mask[rows, cut].nonzero(as_tuple=True)
+            here = tuple(index.to(states.device) for index in wanted)
+            hidden[order[rows, cut][wanted]] = states[here].to(hidden)
         return hidden, side
 
     def idle(self, batch: DualBatch) -> None:

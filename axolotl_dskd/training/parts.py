@@ -57,8 +57,8 @@ def part_of(batch: DualBatch, teacher: int) -> Part:
     mine = batch.teachers == teacher
     samples = mine.nonzero().flatten()
     numbers = torch.where(mine, mine.cumsum(0) - 1, -1)
-    tokens = mine[batch.student_side(batch.student_mask()).sample_ids]
-    teacher_tokens = mine[batch.teacher_side()[1].sample_ids]
+    tokens = mine[batch.student_side().sample_ids]
+    teacher_tokens = mine[batch.teacher_side().sample_ids]
     states, cached = batch.cached_states, batch.cached
     longest = int(batch.teacher_attention_mask[samples].sum(1).max()) if len(samples) else 1
     part = replace(

@@ -84,7 +84,7 @@ class Reports:
             out: what it found.
         """
         batch, measured = step.batch, step.measured
-        side = batch.student_side(batch.student_mask())
+        side = batch.student_side()
         text_bytes = self._text_bytes(batch.matches.spans, side.labels)
         known = View(side, written=batch.written).references != IGNORE_INDEX
         sums = self._eval if step.evaluates else self._train

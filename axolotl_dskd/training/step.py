@@ -148,10 +148,11 @@ class Step:
 
     def at_head(self, hidden_BLd: Tensor) -> LossOutput:
         """The sums over the batch, from what the head was given."""
-        mask_BL = self.batch.student_mask()
         needs = Needs() if self.distillation is None else self.distillation.needs
-        tokens, written = self.batch.student_side(mask_BL), self.batch.written
-        view = self.student.view(tokens, hidden_BLd[mask_BL], needs, evaluates=self.evaluates)
+        tokens, written = self.batch.student_side(), self.batch.written
+        view = self.student.view(
+            tokens, hidden_BLd[self.batch.student_places], needs, evaluates=self.evaluates
+        )
         view = replace(view, written=written)
         assert view.head is not None
         # Of the student that learns: what is evaluated must not change what is trained.

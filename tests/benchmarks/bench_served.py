@@ -71,9 +71,8 @@ class Student:
         """Forward, the teacher's say, loss, backward and update."""
         with captured_head_input(self.model) as captured:
             self.model(input_ids=batch.input_ids, use_cache=False)
-        mask = batch.student_mask()
         head = output_head(self.model, VOCABULARY)
-        view = View(batch.student_side(mask), head, captured[0][mask])
+        view = View(batch.student_side(), head, captured[0][batch.student_places])
         out = objective(view, teacher(batch, objective.needs), batch.matches)
         (out.loss / out.tokens).backward()
         self.optimizer.step()

@@ -187,7 +187,7 @@ class Data:
         rows = torch.arange(args.rows)[:, None].expand(-1, args.length)
         tensors = (ids[0], labels[0], rows, ids[1], labels[1], torch.ones_like(ids[1]))
         batch = DualBatch(*(x.to(device) for x in tensors), matches=matches)
-        return cls(batch, batch.student_side(batch.student_mask()))
+        return cls(batch, batch.student_side())
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Bench:
         def step() -> None:
             with captured_head_input(self.student) as captured:
                 self.student(input_ids=batch.input_ids, use_cache=False)
-            hidden = single(captured, self.student)[batch.student_mask()]
+            hidden = single(captured, self.student)[batch.student_places]
             head, embedded = self._head(), None
             objective.follow(count[0], head)
             count[0] += 1
@@ -248,7 +248,7 @@ class Bench:
         return output_head(self.student, self.student.config.vocab_size)
 
     def _cached(self, objective: Objective[Any]) -> View:
-        side = self.data.batch.teacher_side()[1]
+        side = self.data.batch.teacher_side()
         embedded = None
         if objective.needs.embeddings:
             table = self.teacher.embedding
@@ -283,7 +283,7 @@ def measure(shapes: tuple[Shape, Shape], tuned: str, args: argparse.Namespace) -
     model = theirs.build(device, dtype).eval().requires_grad_(False)
     teacher = LiveTeacher(model, theirs.vocabulary, device)
     data = Data.make(shapes, args)
-    _, side = data.batch.teacher_side()
+    side = data.batch.teacher_side()
     states = torch.randn(len(side), theirs.hidden, device=device).to(dtype)
     trained = [p for p in student.parameters() if p.requires_grad]
     # A rate at which random weights stay what they are; its arithmetic is the same.

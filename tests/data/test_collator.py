@@ -85,7 +85,7 @@ def _features(kind: type) -> list[Any]:
 @pytest.mark.parametrize("kind", [DataCollatorForSeq2Seq, *PACKING])
 def test_matches_are_those_of_each_sample_in_the_tokens_of_the_whole_batch(kind: type) -> None:
     batch = DualBatch.pop_from(_collator(kind)(_features(kind)))
-    student, (_, teacher) = batch.student_side(batch.student_mask()), batch.teacher_side()
+    student, teacher = batch.student_side(), batch.teacher_side()
     matches, samples = batch.matches, []
     for number, row in enumerate(_rows()):
         ours, theirs = (Spans.from_bytes(row[column]) for column in (SPANS, TEACHER_SPANS))
@@ -221,7 +221,7 @@ def _supervised(kind: type, side: str) -> list[tuple[int, int, int]]:
     inputs = _collator(kind, side)(_features(kind))
     batch = DualBatch.pop_from(inputs)
     assert not _ours(inputs)
-    tokens = batch.student_side(batch.student_mask())
+    tokens = batch.student_side()
     return list(
         zip(
             tokens.input_ids.tolist(),
@@ -285,6 +285,6 @@ def test_written_answers_bring_their_logprobs() -> None:
     batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(rows))
     assert batch.written is not None
     assert batch.written.samples.tolist() == [k == 1 for k in range(len(rows))]
-    tokens = batch.student_side(batch.student_mask())
+    tokens = batch.student_side()
     assert torch.equal(batch.written.logprobs[tokens.sample_ids == 1], torch.from_numpy(numbers))
     assert float(batch.written.logprobs[tokens.sample_ids != 1].abs().sum()) == 0

@@ -391,7 +391,7 @@ def test_a_row_made_elsewhere_is_reconciled_and_collated() -> None:
     collate = DualCollator(inner, padding_side="right", teacher_pad_id=0)
     one = made | {"input_ids": answer.ids, "attention_mask": [1] * len(answer.ids)}
     batch = DualBatch.pop_from(collate([one, one]))
-    student, (_, teacher) = batch.student_side(batch.student_mask()), batch.teacher_side()
+    student, teacher = batch.student_side(), batch.teacher_side()
     assert len(student) == len(batch.matches.spans) == 2 * len("The quick.")
     assert len(teacher) == len(batch.matches.teacher_spans)
     ours, theirs_too = batch.matches.exact.unbind(1)

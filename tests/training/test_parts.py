@@ -71,8 +71,8 @@ def test_a_part_is_the_batch_of_its_samples_alone(
     assert part.teachers is None
     for name in ("teacher_input_ids", "teacher_labels", "teacher_attention_mask"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
-    assert torch.equal(part.teacher_side()[1].sample_ids, alone.teacher_side()[1].sample_ids)
-    ours, theirs = (batch.student_side(batch.student_mask()) for batch in (part, alone))
+    assert torch.equal(part.teacher_side().sample_ids, alone.teacher_side().sample_ids)
+    ours, theirs = (batch.student_side() for batch in (part, alone))
     for name in ("input_ids", "labels", "sample_ids"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for field in fields(Matches):
@@ -100,7 +100,7 @@ def test_parts_give_sums_of_the_whole_batch_and_the_student_its_gradient(
 ):
     """A loss of each token, its sample and its row: nothing is lost, doubled or interchanged."""
     batch = collate("packed", rows)
-    side = batch.student_side(batch.student_mask())
+    side = batch.student_side()
     hidden = torch.randn(len(side), 4, requires_grad=True)
     head = OutputHead(torch.randn(8, 4))
     written = Written(torch.zeros(COUNT, dtype=torch.bool), torch.zeros(len(side)))

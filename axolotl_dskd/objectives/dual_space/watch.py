@@ -41,7 +41,8 @@ def label_losses(
     pairs = matches.exact
     t2s = rows_of(pairs[:, 0], exchanged.student_rows, len(student))
     known = student.references[pairs[:, 0]] != IGNORE_INDEX
-    few = (matches.spans[pairs[:, 0], 0] % ONE_IN == 0) & (t2s >= 0) & known
+    chosen = (matches.spans[pairs[:, 0], 0] % ONE_IN == 0) & (t2s >= 0) & known
+    few = chosen.nonzero().flatten()  # once: a GPU is waited for
     ours, theirs = pairs[few].unbind(1)
     ids = student.tokens.sample_ids[ours]
     losses = {

@@ -37,7 +37,7 @@ class CachedTeacher(Teacher):
         Raises:
             ValueError: the teacher had to be loaded and could not be; its states are not finite.
         """
-        _, side = batch.teacher_side()
+        side = batch.teacher_side()
         packed = self.states.packed(batch, side.sample_ids)
         hidden = self.states.codec.decode(packed, self.head.weight.dtype)
         embedded = None

@@ -41,7 +41,7 @@ class LogprobTeacher(Teacher):
             ValueError: no server answers in time, or an answer is not what was asked for.
         """
         assert needs.of_teacher != "states"
-        _, side = batch.teacher_side()
+        side = batch.teacher_side()
         return self._view(side, self.ahead.take(batch))
 
     def nothing(self, tokens: Side) -> View:

@@ -46,7 +46,7 @@ class ServedTeacher(ReadingTeacher):
         Raises:
             ValueError: no server answers in time, or an answer is not what was asked for.
         """
-        _, side = batch.teacher_side()
+        side = batch.teacher_side()
         nothing = self.head.weight.new_empty((0, self.head.hidden_size), device="cpu")
         hidden = torch.cat([nothing, *self.ahead.take(batch)])
         return hidden.to(batch.teacher_input_ids.device, self.head.weight.dtype), side
