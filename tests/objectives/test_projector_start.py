@@ -22,7 +22,7 @@ from axolotl_dskd.objectives.dual_space.report import StartReport
 from axolotl_dskd.objectives.dual_space.start import SharedIds, shared_rows, start_projectors
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import View
-from tests.support import tiny
+from tests.support import contract, tiny
 from tests.support.dual_space import side
 
 d, D, k = 8, 12, 60
@@ -254,3 +254,13 @@ def test_projectors_that_nothing_teaches_are_said(share: float, caplog: pytest.L
     objective.begin(Pair(heads, (heads[0].weight, heads[1].weight), torch.device("cpu")))
     said = "it stays as it starts, from least squares" in caplog.text
     assert said == (share == 1.0)
+
+
+def test_a_head_that_trains_is_followed_in_every_sixteenth_step(monkeypatch: pytest.MonkeyPatch):
+    case = contract.dual_space("cma", alignment="cma")
+    inputs = case.inputs("trained")
+    objective, followed = case.objective(inputs), []
+    monkeypatch.setattr(HeadFollower, "follow", lambda self, head: followed.append(step))
+    for step in range(40):
+        objective.follow(step, inputs.heads[0])
+    assert followed == [1, 17, 33]

@@ -16,7 +16,7 @@ class HeadFollower:
     """Keeps `s2t` right for a student head that trains.
 
     The start of s2t solves `teacher_head @ s2t ≈ student_head` for the head as it was. Each time
-    the head has changed, the solution's change is added to the weights, so what training has added
+    it is to follow, the solution's change is added to the weights, so what training has added
     to them stays. The teacher's side of the normal equations is factorised once.
 
     The solution for the head that was followed last is a buffer of the projectors,
