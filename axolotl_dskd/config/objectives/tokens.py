@@ -90,6 +90,14 @@ class DualSpaceConfig(DivergenceKeys, ObjectiveConfig):
     teacher_space_weight: float = Field(
         1.0, ge=0, le=100, description="Weight of the teacher-space term; 0 switches it off."
     )
+    teacher_space_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Of the tokens, drawn anew in each step, that the teacher space is taken over "
+        "in training. Less costs less and leaves the gradient's mean as it is; evaluations take "
+        "all.",
+    )
     projector: ProjectorConfig = Field(
         default_factory=ProjectorConfig, description="The projectors."
     )

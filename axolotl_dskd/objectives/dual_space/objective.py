@@ -33,6 +33,7 @@ from axolotl_dskd.objectives.dual_space.choice import choose_alignment
 from axolotl_dskd.objectives.dual_space.follow import HeadFollower
 from axolotl_dskd.objectives.dual_space.projectors import Projectors
 from axolotl_dskd.objectives.dual_space.report import StartReport
+from axolotl_dskd.objectives.dual_space.share import TokenShare
 from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
 from axolotl_dskd.objectives.dual_space.start import SharedIds, start_projectors
 from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
@@ -108,6 +109,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             teacher_space_weight=config.teacher_space_weight,
             mask_wrong=self._kind.mask_wrong if mask == "auto" else mask,
         )
+        self._share = TokenShare(config.teacher_space_share, setting.seed)
         self.beside = self._beside(started_in_least_squares=config.projector.init != "random")
         self._follower: HeadFollower | None = None
         self._report: StartReport | None = None
@@ -160,7 +162,9 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
         return Beside(rate, keys.weight_decay, keys.warmup_steps)
 
     def follow(self, step: int, head: OutputHead) -> None:
-        """Let s2t follow a head that trains; end the report of the start."""
+        """Draw the step's tokens; let s2t follow a head that trains; end the report of the
+        start."""
+        self._share.draw(step)
         warming_up = self.beside is not None and step < self.beside.warmup_steps
         due = step % FOLLOWS_EVERY == 1
         if self._follower is not None and due and not warming_up:
@@ -201,13 +205,9 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             student.references,
         )
         if terms.teacher_space_weight:
+            s2t, rows, share = self._drawn(exchanged, matches)
             loss, values = teacher_space(
-                teacher_stream(teacher),
-                teacher.tokens,
-                exchanged.s2t,
-                exchanged.teacher_rows,
-                terms,
-                budget,
+                teacher_stream(teacher), teacher.tokens, s2t, rows, terms, budget, share
             )
             out.loss = out.loss + loss
             out.terms |= values
@@ -227,6 +227,16 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
                 self._report.say(LOG)
                 self._report = None
         return out
+
+    def _drawn(self, exchanged: Exchanged, matches: Matches) -> tuple[Tensor, Tensor | None, float]:
+        """The student's states that the step's teacher space is taken over, the teacher token of
+        each as in `Exchanged`, and their share of all."""
+        s2t, rows, share = exchanged.s2t, exchanged.teacher_rows, self._share.share
+        if share == 1.0 or not torch.is_grad_enabled():
+            return s2t, rows, 1.0
+        begins = matches.teacher_spans[:, 0]
+        taken = self._share.taken(begins if rows is None else begins[rows]).nonzero().flatten()
+        return s2t[taken], taken if rows is None else rows[taken], share
 
     def exchange(
         self, student: View, teacher: View, matches: Matches

@@ -150,6 +150,7 @@ def teacher_space(
     rows: Tensor | None,
     terms: Terms,
     budget: Budget,
+    share: float = 1.0,
 ) -> tuple[Tensor, dict[str, Term]]:
     """The weighted sum and the terms over the teacher's vocabulary: always forward KL.
 
@@ -160,8 +161,10 @@ def teacher_space(
         rows: [K] the teacher token of each; None: K = M, in order.
         terms: weights and temperature.
         budget: of a chunk.
+        share: of all tokens, the probability at which these were drawn: what is summed is divided
+            by it.
     """
-    weight = terms.kd_ratio * terms.teacher_space_weight
+    weight = terms.kd_ratio * terms.teacher_space_weight / share
     if rows is not None:
         teacher, tokens = Stream(teacher.hidden[rows], teacher.head), tokens.at(rows)
     streams = {
@@ -183,4 +186,5 @@ def teacher_space(
     )
     lengths = {name: len(stream) for name, stream in streams.items()}
     sums = over(streams, even_parts(lengths, budget.size(*streams.values())), learn, specs)
+    sums.values["teacher_space"] /= share
     return sums.loss, {n: Term(values, tokens.sample_ids) for n, values in sums.values.items()}
