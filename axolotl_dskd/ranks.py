@@ -98,7 +98,7 @@ def raise_together(problem: str | None, device: torch.device) -> None:
     Raises:
         ValueError: on every rank, with the problems of all of them.
     """
-    if not sum_over_ranks(torch.tensor(float(problem is not None), device=device)):
+    if not max_over_ranks(int(problem is not None), device):
         return
     problems = gather_objects(problem)
     named = [

@@ -25,13 +25,15 @@ class MetricSums:
         self.prefix = f"dskd/{teacher}/" if teacher else "dskd/"
         self.sums: dict[str, Tensor] = {}
         self.counts = dict.fromkeys(self.per, 0)
-        self.tokens = self.references = self.text_bytes = 0
+        self.tokens = self.references = 0
+        self.text_bytes: Tensor | int = 0
 
-    def add(self, out: LossOutput, text_bytes: int) -> None:
+    def add(self, out: LossOutput, text_bytes: Tensor | int) -> None:
         """Count one batch in.
 
         Args:
-            text_bytes: of its supervised text.
+            text_bytes: of its supervised text. A tensor is read at the next log: for one on a GPU
+                the host would wait.
         """
         assert out.terms.keys() <= self.per.keys(), out.terms.keys() - self.per.keys()
         for name, value in out.sums().items():
@@ -39,7 +41,7 @@ class MetricSums:
             self.counts[name] += len(out.terms[name].values)
         self.tokens += out.tokens
         self.references += out.tokens if out.references is None else out.references
-        self.text_bytes += text_bytes
+        self.text_bytes = self.text_bytes + text_bytes
 
     def means(self, device: torch.device) -> dict[str, float]:
         """Every term's mean, by its name with `dskd/` (and the teacher) in front; nothing where

@@ -89,9 +89,9 @@ class Reports:
         known = View(side, written=batch.written).references != IGNORE_INDEX
         sums = self._eval if step.evaluates else self._train
         known_bytes = text_bytes * known
-        sums[""].add(out, int(known_bytes.sum()))
+        sums[""].add(out, known_bytes.sum())
         for name, (part, found) in step.found.items():
-            sums[name].add(found, int(known_bytes[part.tokens].sum()))
+            sums[name].add(found, known_bytes[part.tokens].sum())
         if self._recorder is not None and not step.evaluates:
             self._recorder.learned_tokens += out.tokens
         if measured is not None and len(side):

@@ -1,0 +1,43 @@
+"""How often a micro-batch's forward and loss make the host wait for a GPU, counted on a CPU.
+
+What is counted says `Waits`; the optimizer, the collator and logs are not in it. The teacher is
+live. Four of each count are transformers' own, which looks at the attention mask twice in each
+model's forward; where the supervised tokens of either side stand is found out once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axolotl_dskd.training.trainer import DSKDTrainer
+from tests.support import tiny
+from tests.support.runs import dskd
+from tests.support.waits import Waits
+
+
+@pytest.mark.parametrize(("alignment", "most"), [("cma", 13), ("eta", 14)])
+def test_a_micro_batch_does_not_wait_more_often(
+    pair_folder: Path,
+    train: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    alignment: str,
+    most: int,
+):
+    counts: list[int] = []
+    compute_loss = DSKDTrainer.compute_loss
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with Waits() as waits:
+            loss = compute_loss(*args, **kwargs)
+        counts.append(waits.count)
+        return loss
+
+    monkeypatch.setattr(DSKDTrainer, "compute_loss", counted)
+    config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, alignment=alignment))
+    train(config | {"max_steps": 3})
+    assert len(counts) == 3
+    assert max(counts) <= most
