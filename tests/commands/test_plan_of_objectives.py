@@ -77,6 +77,16 @@ def test_every_objective_is_planned(
     assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
 
 
+def test_a_share_of_the_teacher_space_is_planned_as_all_of_it(tmp_path: Path):
+    """How many tokens a step draws is chance."""
+    tiny.save_pair(tmp_path)
+    whole, quarter = (
+        plan(tmp_path, objective={"name": "dual_space", "teacher_space_share": share})
+        for share in (1.0, 0.25)
+    )
+    assert quarter.total == pytest.approx(whole.total, rel=0.01)
+
+
 def test_virtual_attention_is_planned_and_holds_no_second_head(tmp_path: Path):
     tiny.save_pair(tmp_path)
     plain, gated = (
