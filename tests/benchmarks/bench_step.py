@@ -12,7 +12,7 @@ trained on, and seven of ten of these have an exact partner. Plain fine-tuning c
 of all positions, as transformers does. What reading a cache takes is `bench_teacher`'s. Rounds in
 multiples of 16 have their share of what dual space does in every 16th step.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py      # about two hours
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py      # hours: all pairs and objectives
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_step.py --pairs llama-1b --objectives dual_space
     python tests/benchmarks/bench_step.py --device cuda --rows 4 --length 1024   # real sizes, bf16
 """
