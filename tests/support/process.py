@@ -8,6 +8,7 @@ Everything else is patched by the job or the test that needs it and put back aft
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Callable
 from functools import cache, wraps
@@ -108,7 +109,6 @@ def run_on_this_cpu() -> None:
 
 def shard_on_this_cpu() -> None:
     """Accelerate takes up FSDP and DeepSpeed on accelerators only; what follows works on CPUs."""
-    import deepspeed.comm.torch
     from accelerate.parallelism_config import ParallelismConfig
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
@@ -127,16 +127,18 @@ def shard_on_this_cpu() -> None:
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
     AcceleratorState.__init__ = init
-    # Otherwise DeepSpeed compiles a reduction over shared memory first, a minute or more of C++.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # Otherwise DeepSpeed compiles a reduction over shared memory first, minutes of C++; where that
+    # is killed, it leaves a lock for which all later ones wait. By its name as a module: as an
+    # attribute, `deepspeed.comm.torch` is torch itself.
+    backend = importlib.import_module("deepspeed.comm.torch")
+    assert hasattr(backend, "build_shm_op")
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     build = ParallelismConfig.build_device_mesh  # Axolotl asks for a mesh of "cuda"
     ParallelismConfig.build_device_mesh = lambda self, _device_type: build(self, "cpu")
 
 
 def import_and_compile_ahead() -> None:
     """What every forked rank would otherwise import or compile anew (5 to 10 s a rank)."""
-    import importlib
-
     import axolotl.utils.config
     import numpy as np
     from axolotl.integrations.base import PluginManager
