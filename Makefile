@@ -6,7 +6,7 @@ INSTALLED = $(VENV)/.installed
 # One thread a worker: two workers with two threads each only wait for each other on two cores. A file
 # goes to one worker: what its tests share (trainings of several ranks) is then made once. In the
 # order of tests/conftest.py: the plugin's own has files of few tests last, however long these take.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --instafail
 
 export AXOLOTL_DO_NOT_TRACK = 1
 export HF_HUB_OFFLINE = 1

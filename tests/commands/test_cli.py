@@ -33,7 +33,7 @@ def axolotl(command: str, folder: Path, config: dict[str, Any]) -> subprocess.Co
             "HF_HUB_OFFLINE": "1",
             "ACCELERATE_USE_CPU": "true",
         },
-        timeout=400,
+        timeout=800,
     )
 
 

@@ -70,7 +70,7 @@ def started(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def finished(arguments: list[str]) -> tuple[int, str]:
     process = started(arguments)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 

@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 
 def launch(
-    world_size: int, jobs: list[Job], timeout: float = 240, env: dict[str, str] | None = None
+    world_size: int, jobs: list[Job], timeout: float = 600, env: dict[str, str] | None = None
 ) -> list[list[Result]]:
     """Run the jobs one after the other in `world_size` processes.
 

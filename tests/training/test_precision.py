@@ -93,7 +93,7 @@ def test_projectors_warm_up_under_a_scaler_without_gradient_clipping(trained: di
 
 def test_gradients_of_one_rank_that_are_not_finite_stop_all(folder: Path):
     job = config(folder, "spoilt", micro_batch_size=2)
-    [ranks] = launch(2, [{"do": "train_spoilt", "config": job, "rank": 1, "step": 2}], timeout=120)
+    [ranks] = launch(2, [{"do": "train_spoilt", "config": job, "rank": 1, "step": 2}], timeout=300)
     found = (
         "ValueError: rank 1: the gradients of what dual_space trains beside the student "
         "(t2s.weight) are not finite at step 2"

@@ -108,7 +108,7 @@ def runs(folder: Path) -> dict[str, Result]:
     results: dict[str, Result] = {}
 
     def on(world_size: int, jobs: dict[str, Job]) -> None:
-        outcomes = launch(world_size, list(jobs.values()), timeout=200)
+        outcomes = launch(world_size, list(jobs.values()), timeout=600)
         results.update(zip(jobs, (ranks[-1] for ranks in outcomes), strict=True))
 
     on(

@@ -125,7 +125,7 @@ def test_the_teacher_answers_from_a_server(folder: Path, tmp_path: Path, server:
 def test_a_server_that_is_not_there_ends_all_ranks_in_words(folder: Path):
     engine = {"vllm": {"url": f"http://127.0.0.1:{free_port()}", "retries": 0}}
     made = config(folder, "nobody", HALF, None, engine=engine)
-    (ranks,) = launch(2, [{"do": "train", "config": made}], timeout=120)
+    (ranks,) = launch(2, [{"do": "train", "config": made}], timeout=300)
     for result in ranks:
         assert "gave no answer in 1 tries" in result["error"]
         assert "VLLM_SERVER_DEV_MODE=1 python -m vllm" in result["error"]
@@ -152,7 +152,7 @@ def test_a_server_that_dies_for_good_ends_all_ranks_in_words(folder: Path, serve
         "pid": server.process.pid if server.process else 0,
         "number": int(signal.SIGKILL),
     }
-    (ranks,) = launch(2, [job], timeout=180)
+    (ranks,) = launch(2, [job], timeout=300)
     for result in ranks:
         assert "gave no answer in 2 tries" in result["error"]
         assert f"resume_from_checkpoint: {folder}/dies/checkpoint-{STEPS - 1}" in result["error"]
