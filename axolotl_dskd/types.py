@@ -21,12 +21,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_dskd.output_head import OutputHead
-
-IGNORE_INDEX = -100
+from axolotl_dskd.supervision import IGNORE_INDEX as IGNORE_INDEX  # one of the nouns
+from axolotl_dskd.supervision import labels_ahead, supervised_mask
 
 #: How the names of our tensors begin in a collated batch; then those of `Written`.
 _OURS, _WRITTEN = "dskd_", "dskd_written_"
@@ -274,22 +273,6 @@ class DualBatch:
         """[S, L'] the row's number where there is a token, -1 on padding."""
         rows = torch.arange(len(self.teacher_labels), device=self.teacher_labels.device)
         return torch.where(self.teacher_attention_mask.bool(), rows[:, None], -1)
-
-
-def labels_ahead(labels_BL: Tensor) -> Tensor:
-    """[B, L] the label that each position predicts (that of its successor; -100 at the end)."""
-    return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def supervised_mask(labels_BL: Tensor, segment_ids_BL: Tensor) -> Tensor:
-    """[B, L] bool: the successor is labelled and belongs to the same sample.
-
-    The first token of a sample is predicted by nothing, also where the sample is packed behind
-    another one: so a packed row supervises exactly what padded rows do.
-    """
-    successor_BL = F.pad(segment_ids_BL[:, 1:], (0, 1), value=-1)
-    same_BL = (segment_ids_BL == successor_BL) & (segment_ids_BL >= 0)
-    return same_BL & (labels_ahead(labels_BL) != IGNORE_INDEX)
 
 
 #: What a term's mean is counted by: the supervised student tokens, as in the loss; those of them

@@ -13,12 +13,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "axolotl_dskd"
 
 #: What every unit may know.
-NOUNS = {"output_head", "types"}
+NOUNS = {"output_head", "supervision", "types"}
 
 #: unit -> units of ours that it may import
 ALLOWED = {
     "output_head": set(),
     "types": set(),
+    "supervision": set(),
     "machine": set(),
     "ranks": set(),
     "progress": set(),

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs, group_numbers, start_pairs, tile
 from axolotl_dskd.data.collator import LOGPROBS, PREPARED_COLUMNS, DualCollator, samples_of
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
-from axolotl_dskd.types import DualBatch, Matches, Written, supervised_mask
+from axolotl_dskd.supervision import supervised_mask
+from axolotl_dskd.types import DualBatch, Matches, Written
 from tests.support import tiny
 
 PACKING = (BatchSamplerDataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq)

@@ -12,7 +12,7 @@ from axolotl_dskd.config import StudentSamplesConfig
 from axolotl_dskd.samples.fit import longest_that_fit
 from axolotl_dskd.samples.replay import Replay
 from axolotl_dskd.samples.schedule import Schedule, Take
-from axolotl_dskd.types import labels_ahead, supervised_mask
+from axolotl_dskd.supervision import labels_ahead, supervised_mask
 from tests.support.golden_methods import files
 
 ACTIONS = {Take.DATASET: 0, Take.WRITTEN: 1, Take.KEPT: 2}

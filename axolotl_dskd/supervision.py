@@ -1,0 +1,24 @@
+"""Which positions of a batch predict a label that counts. Knows one side; nothing of the other."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def labels_ahead(labels_BL: Tensor) -> Tensor:
+    """[B, L] the label that each position predicts (that of its successor; -100 at the end)."""
+    return F.pad(labels_BL[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def supervised_mask(labels_BL: Tensor, segment_ids_BL: Tensor) -> Tensor:
+    """[B, L] bool: the successor is labelled and belongs to the same sample.
+
+    The first token of a sample is predicted by nothing, also where the sample is packed behind
+    another one: so a packed row supervises exactly what padded rows do.
+    """
+    successor_BL = F.pad(segment_ids_BL[:, 1:], (0, 1), value=-1)
+    same_BL = (segment_ids_BL == successor_BL) & (segment_ids_BL >= 0)
+    return same_BL & (labels_ahead(labels_BL) != IGNORE_INDEX)
