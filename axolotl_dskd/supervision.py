@@ -1,6 +1,8 @@
-"""Which positions of a batch predict a label that counts. Knows one side; nothing of the other."""
+"""Which positions of a batch predict a label that counts, and how many do."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,3 +24,23 @@ def supervised_mask(labels_BL: Tensor, segment_ids_BL: Tensor) -> Tensor:
     successor_BL = F.pad(segment_ids_BL[:, 1:], (0, 1), value=-1)
     same_BL = (segment_ids_BL == successor_BL) & (segment_ids_BL >= 0)
     return same_BL & (labels_ahead(labels_BL) != IGNORE_INDEX)
+
+
+def places_of(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows and columns where a mask is set, without asking the GPU how many they are."""
+    rows, columns = mask.nonzero_static(size=sum(counts)).unbind(1)
+    return rows, columns
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the host knows of a batch, so that it need not wait for the GPU to say it.
+
+    Attributes:
+        student, teacher: supervised tokens of each sample.
+        lengths: tokens of each sample on the teacher's side.
+    """
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    lengths: tuple[int, ...]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.supervision import IGNORE_INDEX as IGNORE_INDEX  # one of the nouns
-from axolotl_dskd.supervision import labels_ahead, supervised_mask
+from axolotl_dskd.supervision import Sizes, labels_ahead, places_of, supervised_mask
 
 #: How the names of our tensors begin in a collated batch; then those of `Written`.
 _OURS, _WRITTEN = "dskd_", "dskd_written_"
@@ -42,11 +42,13 @@ class Side:
         input_ids: [N] token at the position.
         labels: [N] the token it predicts.
         sample_ids: [N] ascending, which sample of the batch it belongs to.
+        counts: of each sample of the batch, where the host knows it; see `of_each_sample`.
     """
 
     input_ids: Tensor
     labels: Tensor
     sample_ids: Tensor
+    counts: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -54,6 +56,13 @@ class Side:
     def at(self, rows: Tensor) -> Side:
         """Some of the tokens."""
         return Side(self.input_ids[rows], self.labels[rows], self.sample_ids[rows])
+
+    def of_each_sample(self) -> tuple[int, ...]:
+        """How many tokens each sample has, up to the last that has one. Where the counts are not
+        known, the host waits for the GPU."""
+        if self.counts is not None:
+            return self.counts
+        return tuple(self.sample_ids.bincount().tolist())
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,7 @@ class DualBatch:
         teachers: [S] the number of the teacher that each sample asks, or None: there is one.
         matches: of the supervised tokens; of no tokens where there is only a teacher's side.
         written: where answers of the batch were written during training, else None.
+        known: as the collator counted it; None: see `sizes`.
     """
 
     input_ids: Tensor
@@ -206,6 +216,7 @@ class DualBatch:
     teachers: Tensor | None = None
     matches: Matches = field(default_factory=_no_matches)
     written: Written | None = None
+    known: Sizes | None = None
 
     def put_into(self, inputs: dict[str, Any]) -> None:
         """Add our tensors to a collated batch, out of which `pop_from` takes them."""
@@ -214,7 +225,7 @@ class DualBatch:
             parts.append((_WRITTEN, self.written))
         for prefix, part in parts:
             for name in (f.name for f in fields(part) if f.name not in _OF_THE_STUDENT):
-                if isinstance(value := getattr(part, name), Tensor):
+                if isinstance(value := getattr(part, name), Tensor | Sizes):
                     inputs[prefix + name] = value
 
     @classmethod
@@ -225,7 +236,7 @@ class DualBatch:
             TypeError: one that every batch has is missing.
         """
 
-        def popped(kind: type, prefix: str = _OURS) -> dict[str, Tensor]:
+        def popped(kind: type, prefix: str = _OURS) -> dict[str, Any]:
             names = (f.name for f in fields(kind) if f.name not in _OF_THE_STUDENT)
             return {name: inputs.pop(key) for name in names if (key := prefix + name) in inputs}
 
@@ -243,16 +254,32 @@ class DualBatch:
         return supervised_mask(self.labels, self.segment_ids)
 
     @cached_property
+    def sizes(self) -> Sizes:
+        """`known`, or counted: then the host waits for the GPU."""
+        if self.known is not None:
+            return self.known
+        samples = len(self.teacher_labels)
+        counts = [
+            segments[mask].bincount(minlength=samples)
+            for segments, mask in (
+                (self.segment_ids, self.student_mask()),
+                (self.teacher_segment_ids(), self.teacher_mask()),
+            )
+        ]
+        lengths = self.teacher_attention_mask.sum(1)
+        student, teacher, lengths = torch.stack([*counts, lengths]).tolist()
+        return Sizes(tuple(student), tuple(teacher), tuple(lengths))
+
+    @cached_property
     def student_places(self) -> tuple[Tensor, Tensor]:
-        """[N] row and [N] position of each supervised student token, row by row. Once a batch: to
-        count them, the host waits for the GPU."""
-        rows, positions = self.student_mask().nonzero(as_tuple=True)
-        return rows, positions
+        """[N] row and [N] position of each supervised student token, row by row."""
+        return places_of(self.student_mask(), self.sizes.student)
 
     def student_side(self) -> Side:
         """The supervised student tokens, row by row."""
-        at = self.student_places
-        return Side(self.input_ids[at], labels_ahead(self.labels)[at], self.segment_ids[at])
+        at, counts = self.student_places, self.sizes.student
+        labels = labels_ahead(self.labels)[at]
+        return Side(self.input_ids[at], labels, self.segment_ids[at], counts)
 
     def teacher_mask(self) -> Tensor:
         """[S, L'] bool: the positions that predict a supervised token."""
@@ -261,13 +288,13 @@ class DualBatch:
     @cached_property
     def teacher_places(self) -> tuple[Tensor, Tensor]:
         """[M] row and [M] position of each supervised teacher token, as `student_places`."""
-        rows, positions = self.teacher_mask().nonzero(as_tuple=True)
-        return rows, positions
+        return places_of(self.teacher_mask(), self.sizes.teacher)
 
     def teacher_side(self) -> Side:
         """The supervised teacher tokens, sample by sample."""
         at, labels = self.teacher_places, labels_ahead(self.teacher_labels)
-        return Side(self.teacher_input_ids[at], labels[at], self.teacher_segment_ids()[at])
+        ids = self.teacher_segment_ids()[at]
+        return Side(self.teacher_input_ids[at], labels[at], ids, self.sizes.teacher)
 
     def teacher_segment_ids(self) -> Tensor:
         """[S, L'] the row's number where there is a token, -1 on padding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ class DualCollator:
             matches=find_matches([s[SPANS] for s in samples], [s[TEACHER_SPANS] for s in samples]),
             written=_written(samples),
         )
-        dual.put_into(batch)
+        replace(dual, known=dual.sizes).put_into(batch)
         return batch
 
     @property
@@ -211,13 +212,9 @@ def samples_of(inputs: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     A row holds several where it was packed, else one. Positions count from 0 in each sample.
     """
     batch = DualBatch.pop_from({name: x.cpu() for name, x in inputs.items() if _is_tensor(x)})
-    tokens = batch.student_side().sample_ids
-    counts = torch.bincount(tokens, minlength=len(batch.teacher_labels)).tolist()
-    spans = batch.matches.spans.split(counts)
-    teacher_side = batch.teacher_side()
-    teacher_counts = torch.bincount(teacher_side.sample_ids, minlength=len(counts)).tolist()
-    teacher_spans = batch.matches.teacher_spans.split(teacher_counts)
-    lengths = batch.teacher_attention_mask.sum(1).tolist()
+    lengths = batch.sizes.lengths
+    spans = batch.matches.spans.split(batch.sizes.student)
+    teacher_spans = batch.matches.teacher_spans.split(batch.sizes.teacher)
     rows = []
     for ids, labels, segments in zip(batch.input_ids, batch.labels, batch.segment_ids, strict=True):
         row = []

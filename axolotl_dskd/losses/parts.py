@@ -35,7 +35,7 @@ def paired_parts(
     if pairs < length:
         left = torch.ones(length, dtype=torch.bool, device=rows[alone].device)
         left[rows[alone]] = False
-        for index in left.nonzero().flatten().split(size):
+        for index in left.nonzero_static(size=length - pairs).flatten().split(size):
             yield {alone: index}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,10 +46,10 @@ class LiveTeacher(ReadingTeacher):
         """Final hidden states [M, D] of the supervised teacher tokens, and these tokens."""
         home = batch.teacher_input_ids.device
         device = self.embedding.device
-        mask, side = batch.teacher_mask(), batch.teacher_side()
+        side, (_, places) = batch.teacher_side(), batch.teacher_places
         hidden = self.head.weight.new_empty((len(side), self.head.hidden_size), device=home)
-        order = (mask.flatten().cumsum(0) - 1).view_as(mask)  # where a position's state belongs
-        lengths = batch.teacher_attention_mask.sum(1).tolist()
+        lengths, counts = batch.sizes.lengths, np.array(batch.sizes.teacher)
+        ends = counts.cumsum()
         groups = _groups(lengths, self.max_tokens)
         if self.is_sharded:
             groups += [[]] * (max_over_ranks(len(groups), home) - len(groups))
@@ -67,9 +68,12 @@ class LiveTeacher(ReadingTeacher):
                     use_cache=False,
                 )
             states = single(captured, self.model)
-            wanted = mask[rows, cut].nonzero(as_tuple=True)
-            here = tuple(index.to(states.device) for index in wanted)
-            hidden[order[rows, cut][wanted]] = states[here].to(hidden)
+            # Which tokens of the batch these rows have, and in which of the rows each is: from
+            # numbers that the host knows, so that it need not wait for the forward.
+            tokens = [np.arange(ends[row] - counts[row], ends[row]) for row in rows]
+            wanted = torch.from_numpy(np.concatenate(tokens)).to(home)
+            row_of = torch.from_numpy(np.arange(len(rows)).repeat(counts[rows])).to(states.device)
+            hidden[wanted] = states[row_of, places[wanted].to(states.device)].to(hidden)
         return hidden, side
 
     def idle(self, batch: DualBatch) -> None:
@@ -99,7 +103,7 @@ def load_live(spec: TeacherSpec) -> LiveTeacher:
     return LiveTeacher(model, spec.vocab_size, spec.device)
 
 
-def _groups(lengths: list[int], max_tokens: int) -> list[list[int]]:
+def _groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Rows of similar length together, each group at most `max_tokens` with padding (or one row).
 
     A packed student row may hold one long sample and fifty short ones: padded together they would

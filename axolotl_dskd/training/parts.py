@@ -71,6 +71,7 @@ def part_of(batch: DualBatch, teacher: int) -> Part:
         cached_states=None if states is None else states[teacher_tokens],
         cached=None if cached is None else cached[samples],
         teachers=None,
+        known=None,
         matches=_matches(batch.matches, tokens, teacher_tokens),
         written=_written(batch.written, samples, numbers, tokens),
     )

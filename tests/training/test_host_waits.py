@@ -1,7 +1,8 @@
 """How often a micro-batch's forward and loss make the host wait for a GPU, counted on a CPU.
 
-What is counted says `Waits`; the optimizer, the collator and logs are not in it. The teacher is
-live; where the supervised tokens of either side stand is found out once a batch.
+What is counted says `Waits`; the optimizer, the collator, logs and the report of the first steps
+are not in it. The teacher is live. One wait asks whether the loss is finite, one which pairs are
+watched for recital; eta has one more, since its targets are what the teacher itself would say.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tests.support.runs import dskd
 from tests.support.waits import Waits
 
 
-@pytest.mark.parametrize(("alignment", "most"), [("cma", 9), ("eta", 10)])
+@pytest.mark.parametrize(("alignment", "most"), [("cma", 2), ("eta", 3)])
 def test_a_micro_batch_does_not_wait_more_often(
     pair_folder: Path,
     train: Callable[..., Any],
@@ -39,4 +40,4 @@ def test_a_micro_batch_does_not_wait_more_often(
     config = tiny.base_config(pair_folder, dskd=dskd(pair_folder, alignment=alignment))
     train(config | {"max_steps": 3})
     assert len(counts) == 3
-    assert max(counts) <= most
+    assert counts[-1] <= most

@@ -7,9 +7,9 @@ of heads, vocabularies' meaning or losses.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -195,15 +195,14 @@ def _visible(causal: Matches | None, n: slice, m: slice) -> tuple[Tensor, Tensor
 def _samples(student: View, teacher: View) -> Iterator[tuple[slice, slice]]:
     """The rows of both sides of each sample, and none at the end: so a batch without tokens has a
     graph through all projectors, too."""
-    sides = [view.tokens.sample_ids for view in (student, teacher)]
-    both = torch.cat(sides).tolist()  # once: a GPU is waited for
-    ours, theirs = Counter(both[: len(student)]), Counter(both[len(student) :])
-    # Preparation drops rows that one side does not supervise.
-    assert ours.keys() == theirs.keys(), "one side is not supervised"
     n = m = 0
-    for sample in ours:
-        yield slice(n, n + ours[sample]), slice(m, m + theirs[sample])
-        n, m = n + ours[sample], m + theirs[sample]
+    counts = (view.tokens.of_each_sample() for view in (student, teacher))
+    for ours, theirs in zip_longest(*counts, fillvalue=0):
+        # Preparation drops rows that one side does not supervise.
+        assert bool(ours) == bool(theirs), "one side is not supervised"
+        if ours:
+            yield slice(n, n + ours), slice(m, m + theirs)
+        n, m = n + ours, m + theirs
     yield slice(n, n), slice(m, m)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from axolotl_dskd.cache import Codec, RowStore, sample_key
 from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.supervision import Sizes
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
 from axolotl_dskd.teacher.reading import ReadingTeacher
 from axolotl_dskd.types import DualBatch
@@ -174,16 +175,19 @@ class CachedStates:
 
 def _teacher_rows(batch: DualBatch, rows: list[int]) -> DualBatch:
     """The batch with these rows on the teacher's side."""
+    sizes = batch.sizes
+    teacher, lengths = (tuple(of[row] for row in rows) for of in (sizes.teacher, sizes.lengths))
     return replace(
         batch,
         teacher_input_ids=batch.teacher_input_ids[rows],
         teacher_labels=batch.teacher_labels[rows],
         teacher_attention_mask=batch.teacher_attention_mask[rows],
+        known=Sizes(sizes.student, teacher, lengths),
     )
 
 
 def _unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids and labels of each sample, as they were before they were padded."""
-    lengths = batch.teacher_attention_mask.sum(1).tolist()
+    lengths = batch.sizes.lengths
     ids, labels = batch.teacher_input_ids.cpu().numpy(), batch.teacher_labels.cpu().numpy()
     return [(i[:n], y[:n]) for i, y, n in zip(ids, labels, lengths, strict=True)]

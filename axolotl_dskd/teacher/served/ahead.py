@@ -99,7 +99,7 @@ class Ahead(Generic[T]):
 
 
 def _samples(batch: DualBatch) -> list[Sample]:
-    lengths = batch.teacher_attention_mask.sum(1).tolist()
+    lengths = batch.sizes.lengths
     rows = zip(
         batch.teacher_input_ids.cpu().numpy(),
         batch.teacher_labels.cpu().numpy(),
