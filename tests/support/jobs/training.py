@@ -76,6 +76,7 @@ def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
             batch["dskd_teacher_labels"] = torch.full_like(batch["dskd_teacher_labels"], -100)
             for key in MATCHES:
                 batch[f"dskd_{key}"] = batch[f"dskd_{key}"][:0]
+            del batch["dskd_known"]  # of the labels that it had
         return batch
 
     with wrapped(DualCollator, "__call__", collate):
