@@ -13,6 +13,7 @@ import signal
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,14 @@ def run(world_size: int, *jobs: Job, **kwargs: Any) -> list[Result]:
     return [ranks[0] for ranks in results]
 
 
-def kill_during(job: Job, seconds: float, number: int = signal.SIGKILL) -> int:
-    """Run a job in one process and send it a signal after a while; its exit code."""
+def kill_during(job: Job, moment: Callable[[], bool], number: int = signal.SIGKILL) -> int:
+    """Run a job in one process and send it a signal at a moment, if that comes; its exit code."""
     context, main = _fork_server()
     folder = tempfile.mkdtemp(prefix="killed-")
     process = context.Process(target=main, args=(0, 1, {}, folder, [job]))
     process.start()
-    process.join(seconds)
+    while process.is_alive() and not moment():
+        process.join(0.002)
     if process.is_alive():
         assert process.pid is not None
         with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
