@@ -29,6 +29,9 @@ LOG = get_logger(__name__)
 
 #: The student's learning rate, times this, is that of the attention.
 _FASTER = 10.0
+#: How far a weight must be able to move, in steps of about the learning rate as AdamW has them, or
+#: attention stays even (RESULTS.md).
+_FAR = 2.0
 
 
 class Attending(TrainerCallback):
@@ -58,6 +61,7 @@ class Attending(TrainerCallback):
         self._budget, self._state = budget, state
         self._is_merged = False
         self._sums: Tensor | None = None
+        self._rate = 0.0
         student.gate = self.gate
         LOG.info(
             f"virtual attention: {len(module.names)} groups of tokens ({config.groups}) attend to "
@@ -71,7 +75,8 @@ class Attending(TrainerCallback):
             learning_rate: the student's.
         """
         given = self.config.learning_rate
-        return Beside(_FASTER * learning_rate if given == "auto" else given)
+        self._rate = _FASTER * learning_rate if given == "auto" else given
+        return Beside(self._rate)
 
     @property
     def strength(self) -> float:
@@ -139,6 +144,17 @@ class Attending(TrainerCallback):
             "entropy": float(self.module.entropy().detach()),
             "strength": self.strength,
         }
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say it where the training is too short for the attention to move."""
+        steps = round(state.max_steps * (1 - self.config.anneal * (self.config.leave == "anneal")))
+        if self._rate * steps < _FAR:
+            LOG.warning(
+                f"virtual attention learns at a rate of {self._rate:g}: in {steps} steps at full "
+                f"strength its weights can move by {self._rate * steps:.2g}, so it will stay "
+                "nearly even and change nothing. Train longer, or set "
+                f"dskd.virtual_attention.learning_rate to {_FAR / max(steps, 1):.1g}."
+            )
 
     # ---- leaving -----------------------------------------------------------------------------
 

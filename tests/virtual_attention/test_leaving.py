@@ -117,6 +117,19 @@ def test_a_training_that_ends_early_says_that_attention_was_not_gone(
     assert "at step 2 of 10, with virtual attention at strength 1.00" in caplog.text
 
 
+@pytest.mark.parametrize(("rate", "says"), [(0.01, True), (0.3, False)])
+def test_a_training_too_short_for_the_attention_to_move_says_so(
+    caplog: pytest.LogCaptureFixture, rate: float, says: bool
+):
+    """Seven of ten steps are at full strength."""
+    taught = Taught()
+    taught.attending.beside(rate / 10)  # of the student
+    with caplog.at_level("WARNING", "axolotl_dskd.training.attending"):
+        taught.attending.on_train_begin(None, taught.state, None)
+    assert ("in 7 steps at full strength its weights can move by 0.07" in caplog.text) == says
+    assert ("dskd.virtual_attention.learning_rate to 0.3" in caplog.text) == says
+
+
 def test_a_head_that_cannot_be_merged_is_refused_in_words():
     with pytest.raises(ValueError, match="is tied to its input embedding"):
         Taught(tied=True, leave="merge")
