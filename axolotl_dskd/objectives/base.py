@@ -197,6 +197,9 @@ class Objective(ABC, Generic[C]):
     def end_step(self) -> None:
         """Once after each optimizer step, on every rank: put together what its batches showed."""
 
+    def forget_step(self) -> None:
+        """A step has failed half-way, and training begins again: drop what its batches showed."""
+
     @abstractmethod
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """Sums over a batch, which may have no supervised token at all.

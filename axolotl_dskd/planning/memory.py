@@ -210,8 +210,9 @@ def _micro_step(
     with torch.autocast("meta"):
         hidden, forward_peak = memory.peak_of(lambda: _student_step(student, run))
         kept = memory.live - gradients
-        asks = run.teacher.layers_are_loaded and run.comparison is None
-        _, teacher_peak = memory.peak_of(lambda: _teacher_step(teacher, run) if asks else None)
+        _, teacher_peak = memory.peak_of(
+            lambda: _teacher_step(teacher, run) if run.teacher.layers_are_loaded else None
+        )
         states = [hidden]
         del hidden
         loss, loss_peak = memory.peak_of(lambda: _loss(student, teacher, states.pop(), run))
@@ -273,7 +274,7 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         with attention(run.cfg.attn_implementation, padded=True):
             phases["writing"] = writing(student, static, run.writing, run.autocast)
     if run.comparison is not None:
-        del phases["teacher forward"]
+        del phases["teacher forward"]  # training asks nothing
         phases["evaluation"] = {"evaluation's own": _evaluation(student, teacher, run)}
     # Before the first step there are no optimizer states yet.
     start -= held["optimizer states"] + 2 * mapped

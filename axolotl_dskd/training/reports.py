@@ -79,6 +79,9 @@ class Reports:
 
     def forget(self) -> None:
         """Drop what was counted."""
+        self._answering.evaluations.clear()
+        if self._recorder is not None:
+            self._recorder.learned_tokens = 0
         self._train, self._eval = self._no_sums(), self._no_sums(evaluates=True)
 
     def count(self, step: Step, out: LossOutput) -> None:

@@ -26,7 +26,7 @@ from axolotl_dskd.models.student import Student
 from axolotl_dskd.objectives import Objective, Pair, build_objective, chunk_budget
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
-from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
+from axolotl_dskd.samples import DatasetSamples, Samples
 from axolotl_dskd.teacher import Teacher
 from axolotl_dskd.training.attending import Attending, attend
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
@@ -34,7 +34,7 @@ from axolotl_dskd.training.comparing import open_for_evaluations
 from axolotl_dskd.training.opening import facts, open_teachers
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
-from axolotl_dskd.training.samples import answered_by_teachers, samples_run
+from axolotl_dskd.training.samples import answered_by_teachers, samples_of_lessons
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Lesson, Step
 from axolotl_dskd.types import DualBatch, LossOutput
@@ -102,7 +102,7 @@ class DSKDTrainer(AxolotlTrainer):
         self.reports = Reports(self)
         self._step: Step | None = None
         self._at_head: list[LossOutput] = []
-        self._is_set_up = False
+        self._is_set_up = self._has_begun = False
         self._problem: str | None = None
         self._followed_step: int | None = None
         #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
@@ -153,8 +153,7 @@ class DSKDTrainer(AxolotlTrainer):
                 heads = tuple(h for h in (head, teacher.head) if h is not None)
                 embeddings = tuple(e for e in (embedding, teacher.embedding) if e is not None)
                 objective.begin(Pair(heads, embeddings, self.accelerator.device))
-        told = samples_run(self, self.dskd, self.student, teachers)
-        self.samples = open_samples(self.dskd.samples, told)
+        self.samples = samples_of_lessons(self, self.distillation)
         self.train_dataset = self.samples.dataset(self.train_dataset)
         for name, (teacher, objective, _) in lessons.items():
             with about_teacher(name):
@@ -200,6 +199,23 @@ class DSKDTrainer(AxolotlTrainer):
                 loss_scale=lambda: self._loss_scale,
             )
         )
+
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """A training, which is called again with fewer rows where memory has run out
+        (auto_find_batch_size): then before it reads the checkpoint that it may go on from."""
+        if self._has_begun and batch_size is not None:
+            self._start_again(batch_size)
+        self._has_begun = True
+        return super()._inner_training_loop(batch_size, **kwargs)
+
+    def _start_again(self, batch_size: int) -> None:
+        """Drop what the attempt that failed has written and counted. As transformers does with the
+        student, what is trained beside it stays as it is."""
+        self._train_batch_size = batch_size  # which decides how rows of a batch belong together
+        if self.distillation is not None:
+            for lesson in self.distillation.lessons.values():
+                lesson.objective.forget_step()
+            self.samples = samples_of_lessons(self, self.distillation)
 
     def _begin(self) -> None:
         """Training begins, maybe again (auto_find_batch_size)."""
