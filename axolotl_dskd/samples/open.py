@@ -6,7 +6,7 @@ from axolotl_dskd.config import SamplesConfig, StudentSamplesConfig, TeacherSamp
 from axolotl_dskd.samples.base import Samples, SamplesRun
 from axolotl_dskd.samples.dataset import DatasetSamples
 from axolotl_dskd.samples.student import StudentSamples
-from axolotl_dskd.samples.teacher import SeveralTeachersSamples, TeacherSamples
+from axolotl_dskd.samples.teacher import TeacherSamples
 
 
 def open_samples(config: SamplesConfig, run: SamplesRun) -> Samples:
@@ -18,6 +18,5 @@ def open_samples(config: SamplesConfig, run: SamplesRun) -> Samples:
     if isinstance(config, StudentSamplesConfig):
         return StudentSamples(config, run)
     if isinstance(config, TeacherSamplesConfig):
-        kind = SeveralTeachersSamples if run.by_teacher else TeacherSamples
-        return kind(config, run)
+        return TeacherSamples(config, run)
     return DatasetSamples()
