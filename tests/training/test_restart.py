@@ -43,7 +43,7 @@ def test_what_was_written_and_counted_before_starts_again(tmp_path: Path):
             **overrides,
         }
         made = training_config(folder, block, name, more)
-        answers = {"answers": 2, "answers_every": 2, "max_new_tokens": 4, "record": True}
+        answers = {"answers": 2, "answers_every": 3, "max_new_tokens": 4, "record": True}
         made["dskd"]["evaluation"] = answers
         return made
 
