@@ -46,3 +46,12 @@ class DSKDPlugin(BasePlugin):
         from axolotl_dskd.training.trainer import DSKDTrainer
 
         return DSKDTrainer.for_config(config)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Let Axolotl's lm_eval plugin, which runs after training, find an adapter: it names the
+        folder of the training for whole weights, which are not there."""
+        if DSKDConfig.of(cfg) is None or not (cfg.adapter and cfg.lm_eval_tasks):
+            return
+        if not cfg.lm_eval_model:  # handed on to lm-eval as it is
+            folder = cfg.output_dir
+            cfg.lm_eval_model = f"{cfg.base_model},peft={folder},tokenizer={folder}"

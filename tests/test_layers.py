@@ -36,7 +36,10 @@ ALLOWED = {
     "vllm": {"servers"},
     "virtual_attention": {"config", "data", "losses", "ranks"},
     "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers", "vllm"},
-    "planning": {"config", "losses", "models", "objectives", "teacher", "virtual_attention"},
+    "planning": {
+        *("config", "evaluation", "losses", "models", "objectives", "teacher"),
+        *("virtual_attention",),
+    },
     # They join the units; nothing but the plugin and the command line knows them.
     "training": {
         *("config", "data", "evaluation", "generation", "losses", "machine", "models"),

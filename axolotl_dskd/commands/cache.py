@@ -49,8 +49,11 @@ def spec_of(config: DSKDConfig) -> TeacherSpec:
     Raises:
         ValueError: training needs none.
     """
-    if not config.uses_teacher:
-        raise ValueError("kd_ratio is 0: training needs no teacher, so there is nothing to cache.")
+    if not config.opens_teacher:
+        raise ValueError(
+            "kd_ratio is 0: training needs no teacher, so there is nothing to cache. With "
+            "evaluation: {teacher: true} evaluations would."
+        )
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return TeacherSpec(config.one_teacher, vocabulary_size(load_teacher_tokenizer(config)), device)
 
@@ -66,15 +69,26 @@ def cached_teachers(config: DSKDConfig) -> Iterator[tuple[int, DSKDConfig]]:
 
 
 def rows_of(cfg: Any, teacher: int = 0) -> CacheableRows:
-    """The distinct samples of a configuration's datasets, which are prepared if they are not.
+    """The distinct samples of a configuration's datasets, which are prepared if they are not; those
+    of evaluations alone where training asks no teacher.
 
     Args:
         teacher: of several, the number of the one that the samples ask.
+
+    Raises:
+        ValueError: no row would ask a teacher.
     """
     meta = load_datasets(cfg=cfg, cli_args=TrainerCliArgs())
     evaluation = meta.eval_dataset
     parts = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
-    datasets = [d for d in (meta.train_dataset, *parts) if d is not None]
+    config = DSKDConfig.of(cfg)
+    trains = config is None or config.uses_teacher
+    datasets = [d for d in (meta.train_dataset if trains else None, *parts) if d is not None]
+    if not datasets:
+        raise ValueError(
+            "kd_ratio is 0 and nothing is held out, so there is nothing to cache. Set val_set_size "
+            "or test_datasets."
+        )
     return CacheableRows([rows_of_teacher(d, teacher) for d in datasets])
 
 

@@ -110,6 +110,24 @@ class DSKDConfig(Block):
             raise ValueError(f"dskd.objective: {why}.")
         return self
 
+    @model_validator(mode="after")
+    def _states_to_compare(self) -> DSKDConfig:
+        if self.evaluation.teacher is True:
+            for name, one in self.each().items():
+                if one.one_teacher.gives != "states":
+                    of = f"s.{name}" if name else ""
+                    raise ValueError(
+                        "dskd.evaluation.teacher: true compares whole distributions, but "
+                        f"dskd.teacher{of}.server gives log-probabilities of some tokens. Set its "
+                        "gives: states, or evaluation.teacher: auto."
+                    )
+        return self
+
+    @property
+    def opens_teacher(self) -> bool:
+        """Whether training has a teacher open, be it for evaluations alone."""
+        return self.uses_teacher or self.evaluation.teacher is True
+
     @property
     def uses_teacher(self) -> bool:
         """False with `kd_ratio: 0`: then no training step asks a teacher."""

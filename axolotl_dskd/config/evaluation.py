@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, StrictBool
 
 from axolotl_dskd.config.base import Block
 
@@ -19,6 +21,12 @@ class EvaluationConfig(Block):
     answers_every: int = Field(1, ge=1, description="At the first and every so many evaluations.")
     max_new_tokens: int = Field(128, ge=1, description="Longest answer, in tokens.")
     temperature: float = Field(1.0, gt=0, le=10, description="Of the sampled answers.")
+    teacher: StrictBool | Literal["auto"] = Field(
+        "auto",
+        description="Measure teacher_kl and teacher_agreement. auto: in trainings that learn from "
+        "the teacher; true: also with kd_ratio: 0 and in `axolotl evaluate`, which then open it "
+        "for evaluations alone; false: never.",
+    )
     record: bool = Field(
         False,
         description="Keep which rows the run sees, its log, and what every evaluation finds of "

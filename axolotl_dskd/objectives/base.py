@@ -8,7 +8,7 @@ teacher is live, cached or served, how the student is sharded, nor what the sums
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_dskd.config import Gives, ObjectiveConfig
+from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.losses import Budget, Part, Stream, even_parts, paired_parts, set_logprobs
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import LossOutput, Matches, Needs, Per, Side, Term, View
@@ -45,6 +46,13 @@ class Facts:
     def one_vocabulary(self) -> bool:
         """Whether both tokenizers have the same ids for the same tokens."""
         return self.student.get_vocab() == self.teacher.get_vocab()
+
+    @property
+    def shared_ids(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Ids of the tokens that both have, student's first; over one vocabulary of all."""
+        if self.one_vocabulary:
+            return (range(self.vocab_sizes[0]),) * 2
+        return shared_tokens(self.student, self.teacher)
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,9 @@ class Objective(ABC, Generic[C]):
 
     def end_step(self) -> None:
         """Once after each optimizer step, on every rank: put together what its batches showed."""
+
+    def forget_step(self) -> None:
+        """A step has failed half-way, and training begins again: drop what its batches showed."""
 
     @abstractmethod
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:

@@ -14,6 +14,7 @@ from axolotl_dskd.config import (
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives.base import Facts, Objective, Setting
+from axolotl_dskd.objectives.cross_entropy import FineTuning
 
 
 def chunk_budget(config: DSKDConfig, memory: int) -> Budget:
@@ -44,6 +45,16 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
         references=not (isinstance(samples, StudentSamplesConfig) and samples.share == 1),
     )
     return objective_class(config.objective)(config.objective, facts, setting)
+
+
+def fine_tuning(config: DSKDConfig, facts: Facts, *, memory: int) -> FineTuning:
+    """What stands in an objective's place where evaluations alone ask the teacher.
+
+    Args:
+        config, facts, memory: as in `build_objective`.
+    """
+    setting = Setting(0.0, chunk_budget(config, memory), gives=config.one_teacher.gives)
+    return FineTuning(config.objective, facts, setting)
 
 
 def objective_class(config: ObjectiveConfig) -> type[Objective[Any]]:

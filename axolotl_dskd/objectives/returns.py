@@ -75,6 +75,10 @@ class Moments(nn.Module):
         self.sums.mul_(_DECAY).add_(seen)
         self._seen = torch.zeros_like(self.sums)
 
+    def forget_step(self) -> None:
+        """Drop what this step has seen."""
+        self._seen = torch.zeros_like(self._seen)
+
     def whiten(self, values: Tensor) -> Tensor:
         """(values − mean) / standard deviation; 0 as long as no spread is known."""
         count, total, squares = self.sums.unbind()

@@ -139,10 +139,40 @@ def _loss(student: Any, teacher: Any, hidden: Tensor, run: PlannedRun) -> Tensor
             embedded,
             _written(objective, N, samples),
         ),
-        _teachers(theirs, heads, run),
+        View(theirs) if run.comparison else _teachers(theirs, heads, run),
         _matches(N, M),
     )
     return out.loss
+
+
+def _evaluation(student: Any, teacher: Any, run: PlannedRun) -> int:
+    """The most bytes that a batch takes where evaluations alone ask the teacher."""
+    assert run.comparison is not None
+    batch, heads = run.batch, _pair(student, teacher, run).heads
+    N, both = batch.supervised, min(batch.supervised, batch.teacher_supervised)
+    nothing = torch.zeros(N, dtype=torch.long, device="meta")
+    starts = torch.zeros((both, 2), dtype=torch.long, device="meta")
+    static = [t for m in (student, teacher) for t in (*m.parameters(), *m.buffers())]
+
+    def compare() -> None:
+        hidden = _student_step(student, run).flatten(0, 1)[:N]
+        if run.teacher.layers_are_loaded:
+            _teacher_step(teacher, run)
+        ours = View(Side(nothing, nothing, nothing), heads[0], hidden)
+        theirs = _teachers(_tokens(batch.teacher_supervised, batch.samples), heads, run)
+        assert run.comparison is not None
+        run.comparison(ours, theirs, starts)
+
+    kind = attention(run.cfg.attn_implementation, padded=run.batch.padded)
+    with (
+        kind,
+        simulation(static, run.autocast) as memory,
+        torch.autocast("meta"),
+        torch.no_grad(),
+    ):
+        before = memory.live
+        _, peak = memory.peak_of(compare)
+        return peak - before
 
 
 def _started(student: Any, teacher: Any, run: PlannedRun) -> int:
@@ -243,6 +273,9 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         static = [*student.parameters(), *student.buffers()]
         with attention(run.cfg.attn_implementation, padded=True):
             phases["writing"] = writing(student, static, run.writing, run.autocast)
+    if run.comparison is not None:
+        del phases["teacher forward"]  # training asks nothing
+        phases["evaluation"] = {"evaluation's own": _evaluation(student, teacher, run)}
     # Before the first step there are no optimizer states yet.
     start -= held["optimizer states"] + 2 * mapped
     if start > 0:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.virtual_attention import VirtualAttention
@@ -50,6 +51,7 @@ class PlannedRun:
         attention: makes virtual attention for a student's head, or None.
         writing: [rows, tokens] of prompts and answers that the student writes at once; None: it
             does not write in this process.
+        comparison: of student and teacher, where evaluations alone ask the teacher.
     """
 
     cfg: Any
@@ -59,6 +61,7 @@ class PlannedRun:
     on_gpu: bool
     attention: Callable[[OutputHead], VirtualAttention] | None = None
     writing: tuple[int, int] | None = None
+    comparison: TeacherAgreement | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:

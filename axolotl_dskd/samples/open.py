@@ -5,8 +5,9 @@ from __future__ import annotations
 from axolotl_dskd.config import SamplesConfig, StudentSamplesConfig, TeacherSamplesConfig
 from axolotl_dskd.samples.base import Samples, SamplesRun
 from axolotl_dskd.samples.dataset import DatasetSamples
+from axolotl_dskd.samples.pairs import CountedPairs
 from axolotl_dskd.samples.student import StudentSamples
-from axolotl_dskd.samples.teacher import SeveralTeachersSamples, TeacherSamples
+from axolotl_dskd.samples.teacher import TeacherSamples
 
 
 def open_samples(config: SamplesConfig, run: SamplesRun) -> Samples:
@@ -16,8 +17,10 @@ def open_samples(config: SamplesConfig, run: SamplesRun) -> Samples:
         ValueError: the run's rows give it nothing to do.
     """
     if isinstance(config, StudentSamplesConfig):
-        return StudentSamples(config, run)
+        written = StudentSamples(config, run)
+        if not run.contrast:
+            return written
+        return CountedPairs(written, config.per_prompt + 1, run.device)
     if isinstance(config, TeacherSamplesConfig):
-        kind = SeveralTeachersSamples if run.by_teacher else TeacherSamples
-        return kind(config, run)
+        return TeacherSamples(config, run)
     return DatasetSamples()

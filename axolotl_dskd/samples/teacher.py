@@ -47,16 +47,44 @@ class TeacherSamples(Samples):
     def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
         self.config = config
         self.run = run
-        answered = run.answered()
-        assert isinstance(answered, AnsweredRows), "one teacher at a time"
-        self.answered = answered
-        self.tally = Tally()
 
     def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
         """See `Samples`: the rows are answered already."""
         return batches
 
     def dataset(self, rows: Any) -> Any:
+        """The rows with their teachers' answers; a teacher that no row asks writes nothing.
+
+        Raises:
+            ValueError: see `TeacherAnswers`.
+        """
+        if not self.run.by_teacher:
+            return TeacherAnswers(self.config, self.run)(rows)
+        parts = [rows_of_teacher(rows, number) for number in range(len(self.run.by_teacher))]
+        answered = [
+            TeacherAnswers(self.config, run)(part) if len(part) else part
+            for run, part in zip(self.run.by_teacher, parts, strict=True)
+        ]
+        return in_their_places(answered, rows)
+
+
+class TeacherAnswers:
+    """What one teacher answers to the prompts of rows.
+
+    Args:
+        config: how it writes.
+        run: the training, with this teacher alone.
+    """
+
+    def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
+        self.config = config
+        self.run = run
+        answered = run.answered()
+        assert isinstance(answered, AnsweredRows), "one teacher at a time"
+        self.answered = answered
+        self.tally = Tally()
+
+    def __call__(self, rows: Any) -> Any:
         """The rows with the teacher's answers; one whose answer cannot be used stays as it is.
 
         Raises:
@@ -74,9 +102,8 @@ class TeacherSamples(Samples):
                 if key is not None and prompt is not None
             }
         )
-        columns = [
-            c for c in rows.column_names if c in ("attention_mask", "position_ids", "length")
-        ]
+        known = ("attention_mask", "position_ids", "length")
+        columns = [name for name in rows.column_names if name in known]
 
         def answer(row: dict[str, Any], index: int) -> dict[str, Any]:
             prompt, key = prompts[index], keys[index]
@@ -187,32 +214,6 @@ class TeacherSamples(Samples):
         decides["limit"] = self.answered.reconcile.teacher_limit
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
         return self.run.folder / f"dskd-answers-{digest}"
-
-
-class SeveralTeachersSamples(Samples):
-    """Rows whose answers their own teacher has written.
-
-    Args:
-        config: its keys.
-        run: the training.
-    """
-
-    def __init__(self, config: TeacherSamplesConfig, run: SamplesRun) -> None:
-        self.config = config
-        self.run = run
-
-    def __call__(self, batches: list[Batch], step: int) -> list[Batch]:
-        """See `Samples`: the rows are answered already."""
-        return batches
-
-    def dataset(self, rows: Any) -> Any:
-        """See `TeacherSamples`; a teacher that no row asks writes nothing."""
-        parts = [rows_of_teacher(rows, number) for number in range(len(self.run.by_teacher))]
-        answered = [
-            TeacherSamples(self.config, run).dataset(part) if len(part) else part
-            for run, part in zip(self.run.by_teacher, parts, strict=True)
-        ]
-        return in_their_places(answered, rows)
 
 
 def _save(folder: Path, answers: dict[int, Answer]) -> None:

@@ -62,6 +62,8 @@ class TrainingRun:
         longest_written: tokens of the longest row with an answer that is written in training.
         how_to_resume: in words, from which checkpoint; nothing where there is none.
         needs: what the teacher will be asked for.
+        only_evaluates: no training step asks the teacher. What a cache lacks is computed before
+            training then, so that layers need not stay for it.
     """
 
     datasets: Callable[[], Sequence[Any]] = tuple
@@ -73,6 +75,7 @@ class TrainingRun:
     longest_written: int = 0
     how_to_resume: Callable[[], str] = lambda: ""
     needs: Needs = field(default_factory=Needs)
+    only_evaluates: bool = False
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something that may fail on one rank alone.

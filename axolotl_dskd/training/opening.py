@@ -5,6 +5,7 @@ Knows a trainer that is constructed; holds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,36 +43,55 @@ def facts(trainer: Any, number: int, student: Any, teacher: Any) -> Facts:
     return Facts(student, teacher, sizes, share, longest)
 
 
-def open_teachers(trainer: Any, config: DSKDConfig, needs: dict[str, Needs]) -> dict[str, Teacher]:
+def open_teachers(
+    trainer: Any,
+    config: DSKDConfig,
+    needs: dict[str, Needs],
+    evaluated: Sequence[Any] | None = None,
+) -> dict[str, Teacher]:
     """All teachers of a run, by name; they have not begun.
 
     Args:
         config: the `dskd:` block.
         needs: what each will be asked for, by name.
+        evaluated: the data sets that it will be asked about where that is in evaluations alone;
+            None: it is asked in training.
     """
     teachers = {}
     for number, (name, one) in enumerate(config.each().items()):
         with about_teacher(name):
             size = vocabulary_size(trainer.teacher_tokenizers[name])
             spec = TeacherSpec(one.one_teacher, size, trainer.accelerator.device)
-            run = training_run(trainer, number, one, needs.get(name, Needs()))
+            run = training_run(trainer, number, one, needs.get(name, Needs()), evaluated)
             teachers[name] = open_teacher(spec, run)
     return teachers
 
 
-def training_run(trainer: Any, number: int, config: DSKDConfig, needs: Needs) -> TrainingRun:
+def training_run(
+    trainer: Any,
+    number: int,
+    config: DSKDConfig,
+    needs: Needs,
+    evaluated: Sequence[Any] | None = None,
+) -> TrainingRun:
     """What a teacher is told of a run.
 
     Args:
         number: the teacher's.
         config: with this teacher alone.
         needs: what it will be asked for.
+        evaluated: see `open_teachers`.
     """
     device = trainer.accelerator.device
-    writes = config.samples.source == "student"
+    writes = config.samples.source == "student" and evaluated is None
+
+    def datasets() -> list[Any]:
+        if evaluated is None:
+            return _datasets(trainer, number)
+        return [rows_of_teacher(rows, number) for rows in evaluated]
 
     return TrainingRun(
-        datasets=lambda: _datasets(trainer, number),
+        datasets=datasets,
         student_is_sharded=trainer.student.is_sharded,
         rank=trainer.args.process_index,
         gather=lambda number: trainer.accelerator.gather(
@@ -82,6 +102,7 @@ def training_run(trainer: Any, number: int, config: DSKDConfig, needs: Needs) ->
         longest_written=teacher_position_limit(config) if writes else 0,
         how_to_resume=partial(how_to_resume, trainer),
         needs=needs,
+        only_evaluates=evaluated is not None,
     )
 
 
@@ -94,7 +115,11 @@ def how_to_resume(trainer: Any) -> str:
 
 def _datasets(trainer: Any, number: int) -> list[Any]:
     """The rows of a teacher that training and evaluation will see."""
-    evaluation = trainer.eval_dataset
-    datasets = [trainer.train_dataset]
-    datasets += list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
+    datasets = [trainer.train_dataset, *evaluation_sets(trainer)]
     return [rows_of_teacher(rows, number) for rows in datasets if rows is not None]
+
+
+def evaluation_sets(trainer: Any) -> list[Any]:
+    """Those that training evaluates on."""
+    sets = trainer.eval_dataset
+    return [rows for rows in (sets.values() if isinstance(sets, dict) else [sets]) if rows]

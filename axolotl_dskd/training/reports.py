@@ -5,7 +5,7 @@ Counts batches in as the trainer finds their sums; knows no forward, teacher or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from axolotl.utils.logging import get_logger
@@ -49,6 +49,7 @@ class Reports:
         self._recorder = Recorder(trainer) if records else None
         self._objectives: dict[str, Objective[Any]] = {}
         self._attending: Attending | None = None
+        self._compared: list[str] = []
         self._rows = RowScores()
         self._share_is_said = False
         self.forget()
@@ -67,6 +68,10 @@ class Reports:
             self._recorder.say({"virtual_attention": about, "kd_ratio": self._kd_ratio})
         self.forget()
 
+    def compare(self, teachers: Iterable[str]) -> None:
+        """Evaluations alone ask these teachers, by name."""
+        self._compared = list(teachers)
+
     def record_rows(self) -> None:
         """Note the rows that training begins with, before others take their place."""
         if self._recorder is not None:
@@ -74,7 +79,10 @@ class Reports:
 
     def forget(self) -> None:
         """Drop what was counted."""
-        self._train, self._eval = self._no_sums(), self._no_sums()
+        self._answering.evaluations.clear()
+        if self._recorder is not None:
+            self._recorder.learned_tokens = 0
+        self._train, self._eval = self._no_sums(), self._no_sums(evaluates=True)
 
     def count(self, step: Step, out: LossOutput) -> None:
         """Add a batch.
@@ -124,11 +132,12 @@ class Reports:
 
     def begin_evaluation(self) -> None:
         """The batches to come are of one evaluation."""
-        self._eval, self._rows = self._no_sums(), RowScores()
+        self._eval, self._rows = self._no_sums(evaluates=True), RowScores()
         if self._attending is not None:
             self._attending.begin_evaluation()
         if not self._objectives:
-            LOG.info("No teacher is loaded: the loss is the student's cross-entropy")
+            there = "The teacher is there to compare" if self._compared else "No teacher is loaded"
+            LOG.info(f"{there}: the loss is the student's cross-entropy")
 
     def end_evaluation(self, prefix: str, dataset: Any, metrics: dict[str, float]) -> None:
         """Let the student answer, where it is time, and add everything found to the metrics.
@@ -147,10 +156,13 @@ class Reports:
         if self._recorder is not None:
             self._recorder.evaluation(prefix, metrics, rows, answered, self._attending)
 
-    def _no_sums(self) -> dict[str, MetricSums]:
+    def _no_sums(self, *, evaluates: bool = False) -> dict[str, MetricSums]:
         """Of all rows, under an empty name, and of those of each of several teachers."""
         first = next(iter(self._objectives.values()), None)
-        terms = CROSS_ENTROPY if first is None else {**first.terms, **TeacherAgreement.terms}
+        terms = CROSS_ENTROPY if first is None else first.terms
+        names = [*self._objectives, *(self._compared if evaluates else [])]
+        if names:
+            terms = {**terms, **TeacherAgreement.terms}
         beside = self._attending.terms if self._attending else {}
-        sums = {name: MetricSums(terms, name) for name in self._objectives if name}
+        sums = {name: MetricSums(terms, name) for name in names if name}
         return {"": MetricSums(terms | beside, ""), **sums}

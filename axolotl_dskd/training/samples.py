@@ -16,10 +16,11 @@ from axolotl_dskd.data.routing import rows_of_teacher
 from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.generation import TransformersWriter, Writer
 from axolotl_dskd.models.student import Student
-from axolotl_dskd.samples import SamplesRun, open_samples
+from axolotl_dskd.samples import Samples, SamplesRun, open_samples
 from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.training.opening import open_teachers
+from axolotl_dskd.training.step import Distillation
 from axolotl_dskd.training.vllm import vllm_writer
 
 #: Rows from which is learned how answers end.
@@ -97,7 +98,7 @@ def _of_one(
         collator=trainer.data_collator,
         writer=writer,
         max_length=int(cfg.sequence_len),
-        batch=None if cfg.sample_packing else int(trainer.args.per_device_train_batch_size),
+        batch=None if cfg.sample_packing else int(trainer._train_batch_size),
         contrast=trainer.distillation is not None and trainer.distillation.needs.contrast,
         evaluates=trainer.eval_dataset is not None and trainer.args.eval_strategy != "no",
         total_steps=lambda: trainer.state.max_steps,
@@ -107,6 +108,13 @@ def _of_one(
         device=device,
         rank=trainer.args.process_index,
     )
+
+
+def samples_of_lessons(trainer: Any, distillation: Distillation) -> Samples:
+    """The configured source of samples of a training that learns from teachers."""
+    teachers = {name: lesson.teacher for name, lesson in distillation.lessons.items()}
+    told = samples_run(trainer, trainer.dskd, trainer.student, teachers)
+    return open_samples(trainer.dskd.samples, told)
 
 
 def answered_by_teachers(trainer: Any, config: DSKDConfig, student: Student) -> Any:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from axolotl_dskd.config import DSKDConfig, about_teacher
 from axolotl_dskd.data.collator import PREPARED_COLUMNS, DualCollator
 from axolotl_dskd.data.reconcile import TEACHER
-from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.machine import total_memory
@@ -27,14 +26,15 @@ from axolotl_dskd.models.student import Student
 from axolotl_dskd.objectives import Objective, Pair, build_objective, chunk_budget
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.ranks import raise_together, sum_over_ranks, world_size
-from axolotl_dskd.samples import DatasetSamples, Samples, open_samples
+from axolotl_dskd.samples import DatasetSamples, Samples
 from axolotl_dskd.teacher import Teacher
 from axolotl_dskd.training.attending import Attending, attend
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
+from axolotl_dskd.training.comparing import open_for_evaluations
 from axolotl_dskd.training.opening import facts, open_teachers
 from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
-from axolotl_dskd.training.samples import answered_by_teachers, samples_run
+from axolotl_dskd.training.samples import answered_by_teachers, samples_of_lessons
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Lesson, Step
 from axolotl_dskd.types import DualBatch, LossOutput
@@ -46,7 +46,8 @@ class DSKDTrainer(AxolotlTrainer):
     """Trains the student with the configured objective, or, with `kd_ratio: 0`, without a teacher.
 
     The teacher is loaded when training starts, so that a trainer which only evaluates (`axolotl
-    evaluate`) never holds it and reports the student's plain cross-entropy.
+    evaluate`) reports the student's plain cross-entropy, and holds no teacher unless
+    `evaluation.teacher` asks for one.
     """
 
     dskd: ClassVar[DSKDConfig]
@@ -93,13 +94,15 @@ class DSKDTrainer(AxolotlTrainer):
         self.compute_loss_func = self._divided
         self.student = Student(lambda: self.model, self.accelerator, vocabulary_size(student))
         self.samples: Samples = DatasetSamples()
+        #: What training steps ask, and what evaluations do: the same where training learns from it.
         self.distillation: Distillation | None = None
+        self.compared: Distillation | None = None
         self.attending: Attending | None = None
         self.sidecar: Sidecar | None = None
         self.reports = Reports(self)
         self._step: Step | None = None
         self._at_head: list[LossOutput] = []
-        self._is_set_up = False
+        self._is_set_up = self._has_begun = False
         self._problem: str | None = None
         self._followed_step: int | None = None
         #: What DeepSpeed multiplies losses by before backward (float16), at the current step.
@@ -122,8 +125,10 @@ class DSKDTrainer(AxolotlTrainer):
                 self.add_callback(self.attending)
             if self.objectives:
                 self._set_up_distillation()
-            elif self.dskd.samples.source == "teacher":
-                self.train_dataset = answered_by_teachers(self, self.dskd, self.student)
+            else:
+                if self.dskd.samples.source == "teacher":
+                    self.train_dataset = answered_by_teachers(self, self.dskd, self.student)
+                self._open_for_evaluations(trains=True)
             self._set_up_sidecar()
         self.reports.begin(self.objectives, self.attending)
         if self.samples.begins_with_evaluation and not checkpoint:
@@ -137,7 +142,7 @@ class DSKDTrainer(AxolotlTrainer):
             name: Lesson(teachers[name], objective, self._compare(objective, teachers[name]))
             for name, objective in self.objectives.items()
         }
-        self.distillation = Distillation(lessons)
+        self.distillation = self.compared = Distillation(lessons)
         for collator in self._collators:
             collator.readers = [teacher.reader() for teacher in teachers.values()]
         with self.student.gathered() as (head, embedding):
@@ -148,8 +153,7 @@ class DSKDTrainer(AxolotlTrainer):
                 heads = tuple(h for h in (head, teacher.head) if h is not None)
                 embeddings = tuple(e for e in (embedding, teacher.embedding) if e is not None)
                 objective.begin(Pair(heads, embeddings, self.accelerator.device))
-        told = samples_run(self, self.dskd, self.student, teachers)
-        self.samples = open_samples(self.dskd.samples, told)
+        self.samples = samples_of_lessons(self, self.distillation)
         self.train_dataset = self.samples.dataset(self.train_dataset)
         for name, (teacher, objective, _) in lessons.items():
             with about_teacher(name):
@@ -158,14 +162,16 @@ class DSKDTrainer(AxolotlTrainer):
             self.add_callback(EndStep(objective.end_step))
 
     def _compare(self, objective: Objective[Any], teacher: Teacher) -> TeacherAgreement | None:
-        """How evaluations compare the student with a teacher."""
-        if teacher.head is None:
+        """How evaluations compare the student with a teacher that it learns from."""
+        if teacher.head is None or not self.dskd.evaluation.teacher:
             return None
-        known = objective.facts
-        if known.one_vocabulary:
-            ids = range(known.vocab_sizes[0])
-            return TeacherAgreement((ids, ids), self._budget)
-        return TeacherAgreement(shared_tokens(known.student, known.teacher), self._budget)
+        return TeacherAgreement(objective.facts.shared_ids, self._budget)
+
+    def _open_for_evaluations(self, *, trains: bool) -> None:
+        """Let evaluations ask a teacher that is not there for training, where they shall."""
+        if self.compared is None and self.dskd.evaluation.teacher is True:
+            self.compared = open_for_evaluations(self, trains=trains)
+            self.reports.compare(() if self.compared is None else self.compared.lessons)
 
     def _set_up_sidecar(self) -> None:
         """For all that trains beside the student; without a teacher, too, checkpoints say so."""
@@ -193,6 +199,23 @@ class DSKDTrainer(AxolotlTrainer):
                 loss_scale=lambda: self._loss_scale,
             )
         )
+
+    def _inner_training_loop(self, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """A training, which is called again with fewer rows where memory has run out
+        (auto_find_batch_size): then before it reads the checkpoint that it may go on from."""
+        if self._has_begun and batch_size is not None:
+            self._start_again(batch_size)
+        self._has_begun = True
+        return super()._inner_training_loop(batch_size, **kwargs)
+
+    def _start_again(self, batch_size: int) -> None:
+        """Drop what the attempt that failed has written and counted. As transformers does with the
+        student, what is trained beside it stays as it is."""
+        self._train_batch_size = batch_size  # which decides how rows of a batch belong together
+        if self.distillation is not None:
+            for lesson in self.distillation.lessons.values():
+                lesson.objective.forget_step()
+            self.samples = samples_of_lessons(self, self.distillation)
 
     def _begin(self) -> None:
         """Training begins, maybe again (auto_find_batch_size)."""
@@ -240,12 +263,13 @@ class DSKDTrainer(AxolotlTrainer):
     ) -> Any:
         """The student's forward without logits; the loss is computed where its head would be."""
         batch = DualBatch.pop_from(inputs)
-        if self.distillation is not None and not model.training:
-            self.distillation.expect([batch])
+        asked = self.distillation if self.model.training else self.compared
+        if asked is not None and not self.model.training:
+            asked.expect([batch])
         step = Step(
             batch,
             self.student,
-            self.distillation,
+            asked,
             self._budget,
             self._follow,
             self.attending,
@@ -297,6 +321,8 @@ class DSKDTrainer(AxolotlTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Add the means over the evaluation set to its metrics."""
+        if not self._is_set_up:
+            self._open_for_evaluations(trains=False)
         self.reports.begin_evaluation()
         output = super().evaluation_loop(*args, **kwargs)
         dataloader: Any = kwargs.get("dataloader", args[0] if args else None)

@@ -54,6 +54,24 @@ def test_written_ahead_it_gives_the_live_runs_losses_and_no_teacher_is_loaded(
     assert len(loads) == 1
 
 
+def test_of_a_teacher_for_evaluations_alone_the_held_out_rows_are_cached(
+    pair_folder: Path, train: Train, loads: list[int]
+):
+    tuned = config(pair_folder)
+    tuned["dskd"] |= {"kd_ratio": 0.0, "evaluation": {"teacher": True}}
+    result = command(pair_folder, tuned)
+    assert result.exit_code == 0, result.output
+    assert "0 of 4 samples cached" in result.output
+    assert len(loads) == 1
+    train(tuned | {"eval_strategy": "epoch"})
+    assert len(loads) == 1
+    without = command(pair_folder, {**tuned, "val_set_size": 0})
+    assert without.exit_code == 1
+    assert "nothing is held out" in without.output
+    tuned["dskd"]["evaluation"] = {}
+    assert "nothing to cache" in command(pair_folder, tuned).output
+
+
 @pytest.mark.slow
 def test_parts_make_up_the_whole(pair_folder: Path):
     one = command(pair_folder, config(pair_folder), "--part", "1/2")

@@ -282,6 +282,39 @@ def test_a_seed_that_is_named_twice_is_one_run(folder: Path):
     assert names == ["sft-seed1", "sft-seed2"]
 
 
+def test_runs_without_a_teacher_are_compared_with_it_by_its_cache(folder: Path):
+    def asked(base: dict[str, Any]) -> Any:
+        (sft,) = plan(folder, base)
+        return sft.config["dskd"]["evaluation"].get("teacher")
+
+    assert asked(tiny.base_config(folder)) is True
+    for teacher in (
+        {"shard": "full"},  # which fills no cache
+        {"server": {"url": "http://a", "gives": "logprobs"}},
+    ):
+        base = tiny.base_config(folder)
+        base["dskd"]["objective"] = {"name": "chunk_likelihood", "merge": False, "debias": False}
+        base["dskd"]["teacher"] |= teacher
+        assert asked(base) is None
+    base = tiny.base_config(folder)
+    base["dskd"]["evaluation"] = {"teacher": False}
+    assert asked(base) is False
+
+
+def test_distances_from_the_teacher_are_means_over_seeds():
+    def measured(seed: int, **metrics: float) -> Outcome:
+        made = outcome("sft", seed, {"a": 1.0})
+        for name, value in metrics.items():
+            made.last.metrics[f"dskd/{name}"] = value
+        return made
+
+    both = [measured(1, teacher_kl=1.0, teacher_agreement=0.5)]
+    (method,) = summarise([*both, measured(2, teacher_kl=2.0, teacher_agreement=0.75)])
+    assert (method.teacher_kl, method.teacher_agreement) == (1.5, 0.625)
+    (method,) = summarise([*both, measured(2)])
+    assert (method.teacher_kl, method.teacher_agreement) == (None, None)
+
+
 def test_an_on_policy_configuration_is_compared_with_fine_tuning(folder: Path):
     base = tiny.base_config(folder)
     base["dskd"]["samples"] = {"from": "student"}

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from axolotl_dskd.commands.cli import read_config
-from axolotl_dskd.commands.inspect import doctor, fit
+from axolotl_dskd.commands.inspect import fit
 from axolotl_dskd.commands.inspect.card import Card, configured_for
 from axolotl_dskd.commands.inspect.doctor import inspect_run
 from axolotl_dskd.commands.inspect.report import MemoryReport
@@ -68,13 +68,36 @@ def test_every_objective_is_planned(
 ):
     tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
     if name in OF_WRITTEN:
-        for module in (doctor, fit):
-            monkeypatch.setattr(module, "build_objective", with_answers)
+        monkeypatch.setattr(fit, "build_objective", with_answers)
     memory = plan(tmp_path, objective={"name": name})
     assert memory.fits
     assert memory.peak_phase == "alignment and loss"
     # At least one side's logits of some 200 supervised tokens, in float32.
     assert memory.at_peak["alignment and loss"] > 200 * 400 * 4
+
+
+@pytest.mark.parametrize("one_vocabulary", [False, True])
+def test_a_teacher_for_evaluations_alone_is_planned(tmp_path: Path, one_vocabulary: bool):
+    tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
+    told = {"kd_ratio": 0.0, "evaluation": {"teacher": True}}
+    folder = str(tmp_path / "teacher")
+    live = plan(tmp_path, **told)
+    learned = plan(tmp_path, objective={"name": "token_kd" if one_vocabulary else "uld"})
+    for part in ("teacher layers", "teacher embedding and head"):
+        assert live.at_peak[part] == learned.at_peak[part] > 0
+    assert "teacher forward" not in live.phases
+    for phase in ("alignment and loss", "backward"):
+        assert live.phases[phase] < learned.phases[phase]
+    cached = plan(tmp_path, teacher={"base_model": folder, "cache": {"path": "c"}}, **told)
+    assert "teacher layers" not in cached.at_peak
+    held = {"student weights", "optimizer states", "CUDA context", "fragmentation"}
+    held |= {"teacher layers", "teacher embedding and head"}
+    own = live.phases["evaluation"] - sum(live.at_peak[name] for name in held)
+    # Student's and teacher's logits of some 100 tokens at least.
+    assert own > 100 * (400 + (400 if one_vocabulary else 600)) * 4
+    assert cached.phases["evaluation"] <= live.phases["evaluation"] - live.at_peak["teacher layers"]
+    with pytest.raises(ValueError, match=r"uses no teacher.*evaluation: \{teacher: true\}"):
+        plan(tmp_path, kd_ratio=0.0)
 
 
 def test_a_share_of_the_teacher_space_is_planned_as_all_of_it(tmp_path: Path):

@@ -186,6 +186,15 @@ WRONG = {
         {"teacher": None, "teachers": {"a": {"base": "x"}}, "route": {"field": "t"}},
         r"teachers.a.base",
     ),
+    "a comparison with what says too little": (
+        {
+            "teacher": {"base_model": "x", "server": {"url": "http://a", "gives": "logprobs"}},
+            "objective": "chunk_likelihood",
+            "evaluation": {"teacher": True},
+        },
+        r"dskd\.teacher\.server gives log-probabilities",
+    ),
+    "a comparison that is neither": ({"evaluation": {"teacher": "yes"}}, "auto"),
     "two quantisations": (
         {"teacher": {"base_model": "x", "load_in_4bit": True, "load_in_8bit": True}},
         "Set one of them",

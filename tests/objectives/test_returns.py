@@ -105,3 +105,12 @@ def test_values_without_a_spread_whiten_to_nothing():
     moments.see(torch.tensor([0.7, 0.5]))
     moments.end_step()
     assert bool((moments.whiten(torch.tensor([0.2, -1.0])) < 0).all())
+
+
+def test_a_step_that_failed_counts_for_nothing():
+    moments = Moments()
+    moments.see(torch.tensor([5.0, 6.0]))
+    moments.forget_step()
+    moments.see(torch.tensor([1.0]))
+    moments.end_step()
+    assert moments.sums.tolist() == [1.0, 1.0, 1.0]

@@ -171,10 +171,14 @@ def _block(base: Config, name: str, changes: Config) -> Config:
         block.pop("objective", None)  # its keys are another objective's
     block = merged(block, changes)
     try:
-        DSKDConfig.model_validate(block)
+        typed = DSKDConfig.model_validate(block)
     except ValueError as error:
         raise ValueError(f"the run {name} is refused: {error}") from error
     block["evaluation"] = merged(block.get("evaluation", {}), {"record": True})
+    teachers = [one.one_teacher for one in typed.each().values()]
+    if all(teacher.gives == "states" and teacher.shard != "full" for teacher in teachers):
+        # From its cache, so that it costs runs without a teacher little.
+        block["evaluation"].setdefault("teacher", True)
     return block
 
 

@@ -54,7 +54,8 @@ class Method:
         bits, accuracy: means at the best and at the last evaluation.
         spread: largest less smallest bits per byte over seeds.
         rouge_l: mean of the last answers that each run wrote; None where one wrote none.
-        teacher_kl: from the teacher, mean at the last evaluation; None where it took no part.
+        teacher_kl: from the teacher, mean at the last evaluation; None where it was not asked.
+        teacher_agreement: how often both have one first choice; likewise.
         against: the first method, at both moments; none for the first method itself.
     """
 
@@ -65,6 +66,7 @@ class Method:
     spread: dict[Moment, float]
     rouge_l: float | None
     teacher_kl: float | None
+    teacher_agreement: float | None
     against: dict[Moment, Difference]
     seconds: float
     host_bytes: int
@@ -118,8 +120,11 @@ def _method(name: str, runs: list[Outcome], first: list[Outcome]) -> Method:
     right = {m: [_at(o, m).metrics["dskd/accuracy"] for o in runs] for m in MOMENTS}
     answered = [point for o in runs if (point := o.answered) is not None]
     rouge = [point.metrics["dskd/rouge_l"] for point in answered]
-    of_last = [o.last.metrics for o in runs]
-    kl = [metrics["dskd/teacher_kl"] for metrics in of_last if "dskd/teacher_kl" in metrics]
+
+    def of_last(metric: str) -> float | None:
+        found = [o.last.metrics[metric] for o in runs if metric in o.last.metrics]
+        return float(np.mean(found)) if len(found) == len(runs) else None
+
     found = {m: compared(runs, first, m) for m in MOMENTS} if runs[0] is not first[0] else {}
     return Method(
         name=name,
@@ -128,7 +133,8 @@ def _method(name: str, runs: list[Outcome], first: list[Outcome]) -> Method:
         accuracy={m: float(np.mean(right[m])) for m in MOMENTS},
         spread={m: max(bits[m]) - min(bits[m]) for m in MOMENTS},
         rouge_l=float(np.mean(rouge)) if len(rouge) == len(runs) else None,
-        teacher_kl=float(np.mean(kl)) if len(kl) == len(runs) else None,
+        teacher_kl=of_last("dskd/teacher_kl"),
+        teacher_agreement=of_last("dskd/teacher_agreement"),
         against={m: difference for m, difference in found.items() if difference is not None},
         seconds=float(np.mean([o.seconds for o in runs])),
         host_bytes=max(o.host_bytes for o in runs),

@@ -22,7 +22,7 @@ from axolotl_dskd.config import DSKDConfig, about_teacher
 from axolotl_dskd.data.outcomes import refusal
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
-from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.objectives import Facts
 from axolotl_dskd.planning.skeleton import student_skeleton, teacher_skeleton
 
 
@@ -50,8 +50,11 @@ def inspect_run(
     Raises:
         ValueError: something of the configuration cannot be loaded or used, in words.
     """
-    if not config.uses_teacher:
-        raise ValueError("dskd.kd_ratio is 0: this run uses no teacher, so there is no pair.")
+    if not config.opens_teacher:
+        raise ValueError(
+            "dskd.kd_ratio is 0: this run uses no teacher, so there is no pair. With evaluation: "
+            "{teacher: true} evaluations would."
+        )
     whole = config
     number, name, config = whole.choose(teacher)
     if probe_count:
@@ -89,9 +92,9 @@ def inspect_run(
             f"teachers; `--teacher` shows another: {names_of_others}."
         )
     facts = Facts(*tokenizers, (ours.vocabulary, theirs.vocabulary), coverage.share)
-    objective = build_objective(config, facts, memory=card.memory, seed=0)
-    progress("memory")
     setup = Setup(cfg, config, card, samples, facts, name)
+    objective = setup.objective()
+    progress("memory")
     others = [
         _other(setup, rows, k, other, one)
         for k, (other, one) in enumerate(whole.each().items())

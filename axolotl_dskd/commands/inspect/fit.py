@@ -18,8 +18,9 @@ from axolotl_dskd.commands.inspect.report import MemoryReport, Step
 from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.inspect.sample import Sample
 from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
+from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.models.heads import output_head
-from axolotl_dskd.objectives import Facts, build_objective
+from axolotl_dskd.objectives import Facts, Objective, build_objective, fine_tuning
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.memory import CUDA_CONTEXT, make_plan
 from axolotl_dskd.planning.plan import BatchShape, Plan, PlannedRun, of_all_teachers
@@ -64,9 +65,18 @@ class Setup:
             others=[(other.changed(rest), skeleton) for other, skeleton in self.others],
         )
 
+    def objective(self) -> Objective[Any]:
+        """As the trainer builds it."""
+        if self.config.uses_teacher:
+            return build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
+        return fine_tuning(self.config, self.facts, memory=self.card.memory)
+
     def plan(self, student: Any, teacher: Any) -> Plan:
         """The plan of these skeletons, beside those of the other teachers."""
-        objective = build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
+        objective = self.objective()
+        comparison = None
+        if not self.config.uses_teacher:
+            comparison = TeacherAgreement(self.facts.shared_ids, objective.setting.budget)
         batch, _ = batch_shape(self.cfg, self.samples)
         run = PlannedRun(
             self.cfg,
@@ -76,6 +86,7 @@ class Setup:
             self.card.gpu,
             self._attention(),
             writing_shape(self.cfg, self.config),
+            comparison,
         )
         plan = make_plan(student, teacher, run)
         return of_all_teachers([plan, *(s.plan(student, other) for s, other in self.others)])

@@ -93,6 +93,11 @@ class Policy(Objective[PolicyConfig], config=PolicyConfig):
         if isinstance(self.module, Moments):
             self.module.end_step()
 
+    def forget_step(self) -> None:
+        """Drop what an interrupted step has seen."""
+        if isinstance(self.module, Moments):
+            self.module.forget_step()
+
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """Sums over a batch."""
         ratio, budget, tokens = self.setting.kd_ratio, self.setting.budget, student.tokens

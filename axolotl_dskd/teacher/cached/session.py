@@ -47,6 +47,8 @@ class CacheSession:
     def begin(self) -> None:
         """Free the teacher if no rank misses anything; else load it, and say what is to come.
 
+        Few samples are computed here, and all of them for evaluations alone.
+
         Raises:
             ValueError: the teacher cannot be loaded, or fails, on one of the ranks.
         """
@@ -54,7 +56,8 @@ class CacheSession:
         width = self.states.codec.bytes_per_token
         LOG.info(f"Teacher cache {self.states.store.folder}: {describe(self.rows, missing, width)}")
         most = max(self.run.gather(len(missing)))
-        if 0 < most <= _FEW * len(self.rows):
+        few = len(self.rows) * (1.0 if self.run.only_evaluates else _FEW)
+        if 0 < most <= few:
             most = self._complete()
             missing = missing_rows(self.states, self.rows)
         if not most:

@@ -20,6 +20,7 @@ from tests.support.jobs import (  # noqa: F401
     resume,
     sharding,
     statistics,
+    tasks,
     training,
     writing,
 )

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from axolotl_dskd.data.collator import DualCollator
 from axolotl_dskd.ranks import gathered, raise_together
 from axolotl_dskd.teacher import live
+from axolotl_dskd.training.trainer import DSKDTrainer
 from axolotl_dskd.types import Matches
 from tests.support.jobs.common import process_group, this_rank, wrapped
 from tests.support.jobs.registry import job
@@ -81,6 +82,24 @@ def train_without_labels(config: dict[str, Any], rank: int) -> dict[str, Any]:
 
     with wrapped(DualCollator, "__call__", collate):
         return train(config)
+
+
+@job
+def train_out_of_memory(config: dict[str, Any], step: int) -> dict[str, Any]:
+    """`train`, where memory runs out once, in a batch of this step."""
+    failed: list[int] = []
+
+    def divided(original: Any, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(trainer, *args, **kwargs)
+        if trainer.model.training and trainer.state.global_step == step - 1 and not failed:
+            failed.append(step)
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    with wrapped(DSKDTrainer, "_divided", divided):
+        found = train(config)
+    assert failed
+    return found
 
 
 @job

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 from axolotl_dskd.generation import TransformersWriter
 from axolotl_dskd.objectives.uld import ULD
+from axolotl_dskd.samples import teacher
 from axolotl_dskd.samples.student import StudentSamples
 from axolotl_dskd.training.trainer import DSKDTrainer
 from axolotl_dskd.types import DualBatch, Needs
@@ -67,6 +68,20 @@ def train_counting_writing(config: dict[str, Any]) -> dict[str, Any]:
     """`train`; how many prompts this rank answered."""
     found = train_noting_prompts(config)
     return found | {"written": len(found["prompts"])}
+
+
+@job
+def train_with_answers_of_its_own(config: dict[str, Any]) -> dict[str, Any]:
+    """`train`, where each rank keeps the teacher's answers on a disk of its own."""
+
+    def folder(original: Any, answers: Any) -> Any:
+        return original(answers) / f"rank-{this_rank()}"
+
+    with (
+        wrapped(teacher.TeacherAnswers, "_folder", folder),
+        patch.object(teacher, "_LATE_SECONDS", 0.5),
+    ):
+        return train(config)
 
 
 @job
