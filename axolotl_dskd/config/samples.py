@@ -110,6 +110,11 @@ class StudentSamplesConfig(WritingConfig):
         description="How the part of the written steps that writes anew goes with training: "
         "from all to none, from none to all, or half.",
     )
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description="Which answer of a conversation is written anew: its last one, or any that "
+        "is supervised, drawn for each row and step; what follows it is left out of the row then.",
+    )
     per_prompt: int = Field(
         1, ge=1, description="Answers to each prompt; of as many rows the first one's is taken."
     )
