@@ -119,8 +119,12 @@ class StudentSamplesConfig(WritingConfig):
         1, ge=1, description="Answers to each prompt; of as many rows the first one's is taken."
     )
     show_every: int = Field(
-        100, ge=0, description="Steps between two answers that are shown in the log; 0: none."
+        100,
+        ge=0,
+        description="Steps between two times that answers are shown, in the log and in the "
+        "trackers that are open; 0: none.",
     )
+    show_count: int = Field(2, ge=1, description="Answers that are shown each time.")
 
 
 class TeacherSamplesConfig(WritingConfig):

@@ -16,13 +16,14 @@ from axolotl.utils.logging import get_logger
 
 from axolotl_dskd.config import StudentSamplesConfig
 from axolotl_dskd.data.collator import samples_of
-from axolotl_dskd.generation import Answer, Sampling
+from axolotl_dskd.generation import Sampling
 from axolotl_dskd.ranks import gather_objects
-from axolotl_dskd.samples.asking import Asking, Place
+from axolotl_dskd.samples.asking import Asking
 from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
 from axolotl_dskd.samples.placing import Placing
 from axolotl_dskd.samples.replay import Replay
 from axolotl_dskd.samples.schedule import Schedule, Take
+from axolotl_dskd.samples.showing import Showing
 from axolotl_dskd.samples.tally import Tally
 
 LOG = get_logger(__name__)
@@ -75,6 +76,7 @@ class StudentSamples(Samples):
         )
         self.sampling = sampling
         self.asking = Asking(config, self.answered, sampling, run.contrast, self.tally)
+        self.show = Showing(config, run)
         self.placing = Placing(self.answered, run.max_length, self.tally)
         group = self.asking.group
         if run.batch is not None and run.batch % group:
@@ -87,7 +89,6 @@ class StudentSamples(Samples):
         self.end_ids = self.answered.end_ids["student"]
         self.writer = run.writer("student", self.end_ids, config.batch_tokens)
         self._said_of_refused = False
-        self._show_from = 0
         LOG.info(
             f"The student answers the prompts of {config.share} of the steps, up to "
             f"{config.max_new_tokens} tokens; an answer ends with "
@@ -122,7 +123,7 @@ class StudentSamples(Samples):
             [place.seed for place in flat],
         )
         self.tally.count("seconds", time.monotonic() - begin)
-        self._show(step, flat, answers)
+        self.show(step, flat, answers)
         written: list[list[Row]] = []
         for found in places:
             mine, answers = answers[: len(found)], answers[len(found) :]
@@ -193,18 +194,6 @@ class StudentSamples(Samples):
                 "chat template."
             )
         return means
-
-    def _show(self, step: int, places: list[Place], answers: list[Answer]) -> None:
-        every = self.config.show_every
-        if not every or step < self._show_from or not places or self.run.rank:
-            return
-        self._show_from = step - step % every + every
-        prompt, answer = places[0].prompt["student"].ids, answers[0]
-        LOG.info(
-            f"Step {step + 1}, the student's answer ({len(answer.ids)} tokens, "
-            f"{'ended by itself' if answer.ended else 'cut'}) to …"
-            f"{self.run.decode(prompt)[-200:]!r}: {self.run.decode(answer.ids)[:500]!r}"
-        )
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import tiny
 from tests.support.equivalence import (
@@ -176,6 +177,19 @@ def test_every_objective_learns_from_what_the_student_writes(learned: dict[str, 
         else:
             assert log["grad_norm"] > 0
         assert abs(log["loss"]) < 100
+
+
+def test_answers_are_in_the_tracker_that_is_open(folder: Path):
+    samples = {**STUDENT, "share": 1.0, "replay": 0, "show_every": 2, "show_count": 3}
+    overrides = {"max_steps": 3, "use_tensorboard": True}
+    config = training_config(folder, {"samples": samples}, "tracked", overrides)
+    run(1, {"do": "train", "config": config})
+    (path,) = (folder / "tracked").rglob("events.out.tfevents*")
+    found = EventAccumulator(str(path))
+    found.Reload()
+    (tag,) = (tag for tag in found.Tags()["tensors"] if tag.startswith("dskd/answers"))
+    texts = {e.step: e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)}
+    assert {step: len(text.splitlines()) - 2 for step, text in texts.items()} == {1: 3, 3: 3}
 
 
 def test_several_answers_to_a_prompt_stand_in_the_places_of_as_many_rows(folder: Path):
