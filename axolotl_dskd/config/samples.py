@@ -110,12 +110,21 @@ class StudentSamplesConfig(WritingConfig):
         description="How the part of the written steps that writes anew goes with training: "
         "from all to none, from none to all, or half.",
     )
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description="Which answer of a conversation is written anew: its last one, or any that "
+        "is supervised, drawn for each row and step; what follows it is left out of the row then.",
+    )
     per_prompt: int = Field(
         1, ge=1, description="Answers to each prompt; of as many rows the first one's is taken."
     )
     show_every: int = Field(
-        100, ge=0, description="Steps between two answers that are shown in the log; 0: none."
+        100,
+        ge=0,
+        description="Steps between two times that answers are shown, in the log and in the "
+        "trackers that are open; 0: none.",
     )
+    show_count: int = Field(2, ge=1, description="Answers that are shown each time.")
 
 
 class TeacherSamplesConfig(WritingConfig):

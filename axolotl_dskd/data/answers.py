@@ -16,7 +16,7 @@ import numpy as np
 
 from axolotl_dskd.data.collator import LOGPROBS
 from axolotl_dskd.data.outcomes import CUT, KEPT
-from axolotl_dskd.data.reconcile import STATUS, TEACHER, Reconcile
+from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.runs import supervised_runs
 from axolotl_dskd.data.text_in_place import TextInPlace
 from axolotl_dskd.types import IGNORE_INDEX
@@ -36,30 +36,41 @@ _LABELS = {"student": "labels", "teacher": "teacher_labels"}
 
 @dataclass(frozen=True)
 class HalfPrompt:
-    """One side of a row without its last supervised answer.
+    """One side of a row without one of its supervised answers.
 
     Attributes:
         ids: up to the answer, what the template writes before it included.
         text: of the row's own answer.
         end: what followed it.
+        stop: where that begins in the row.
     """
 
     ids: list[int]
     text: bytes
     end: End
+    stop: int
 
     @classmethod
-    def of(cls, ids: Sequence[int], labels: Sequence[int], table: list[bytes]) -> HalfPrompt | None:
-        """None where no text is supervised."""
+    def each(
+        cls, ids: Sequence[int], labels: Sequence[int], table: list[bytes]
+    ) -> list[HalfPrompt]:
+        """One up to each run of supervised tokens that has text, in order."""
         runs = supervised_runs(ids, labels, table)
-        answers = [run for run in runs if run.text]
-        if not answers:
-            return None
-        positions = answers[-1].positions.tolist()
-        stop = 1 + max(i for i in positions if table[ids[i]])
-        behind = slice(stop, 1 + int(runs[-1].positions[-1]))
-        end = tuple(ids[behind]), tuple(labels[behind])
-        return cls(list(ids[: positions[0]]), answers[-1].text, end)
+        answers = [k for k, run in enumerate(runs) if run.text]
+        halves = []
+        for k, following in zip(answers, [*answers, len(runs)][1:], strict=True):
+            positions = runs[k].positions.tolist()
+            stop = 1 + max(i for i in positions if table[ids[i]])
+            # End tokens may stand apart from the text.
+            behind = slice(stop, 1 + int(runs[following - 1].positions[-1]))
+            end = tuple(ids[behind]), tuple(labels[behind])
+            halves.append(cls(list(ids[: positions[0]]), runs[k].text, end, stop))
+        return halves
+
+    def same_text(self, other: HalfPrompt) -> bool:
+        """Whether the answers are of the same text but for a space that one side begins with."""
+        ours, theirs = self.text, other.text
+        return ours == theirs or ours == b" " + theirs or b" " + ours == theirs
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,8 @@ class AnsweredRows:
         self._tables = {"student": reconcile.student_bytes, "teacher": reconcile.teacher_bytes}
         tokenizers = {"student": student, "teacher": teacher}
         self._encode = {s: TextInPlace(tokenizers[s], self._tables[s]) for s in _SIDES}
-        prompts = [prompt for row in rows if (prompt := self.prompt(row)) is not None]
+        turns = [found for row in rows if (found := self.turns(row))]
+        prompts = [found[-1] for found in turns]
         self.prompts = len(prompts)
         self._usual: dict[str, End] = {}
         self.end_ids: dict[str, list[int]] = {}
@@ -115,19 +127,65 @@ class AnsweredRows:
             own = () if eos is None else (eos,)
             ends = Counter(prompt[side].end for prompt in prompts if prompt[side].end[0])
             self._usual[side] = ends.most_common(1)[0][0] if ends else (own, own)
-            first = {ids[0] for ids, _ in ends}
+            first = {turn[side].end[0][0] for found in turns for turn in found if turn[side].end[0]}
             self.end_ids[side] = sorted({i for i in first if not self._tables[side][i]} | {*own})
 
     def prompt(self, row: Row) -> Prompt | None:
         """The row without its last supervised answer; None where it has none, or nothing before."""
-        halves = {
-            side: HalfPrompt.of(
+        return self._last(self._halves(row))
+
+    def _last(self, halves: dict[Who, list[HalfPrompt]]) -> Prompt | None:
+        found = {side: each[-1] for side, each in halves.items() if each and each[-1].ids}
+        return Prompt(found, self.number) if len(found) == len(_SIDES) else None
+
+    def turns(self, row: Row) -> list[Prompt]:
+        """The row up to each of its supervised answers, in order: what was said before stays, what
+        follows is left out. The last is `prompt`; an earlier one is there only where both sides
+        supervise its text as one turn."""
+        halves = self._halves(row)
+        if (last := self._last(halves)) is None:
+            return []
+        ours, theirs = (each[:-1] for each in halves.values())
+        if len(ours) != len(theirs):
+            return [last]
+        earlier = [
+            Prompt({"student": one, "teacher": other}, self.number)
+            for one, other in zip(ours, theirs, strict=True)
+            if one.ids and other.ids and one.same_text(other)
+        ]
+        return [*earlier, last]
+
+    def alone(self, row: Row, prompt: Prompt) -> Row:
+        """The row with its own answer to one of its prompts as the only supervised one, and the
+        last; never longer. A row that has no other answer, or whose sides do not supervise this
+        one's text as one turn, is returned as it is.
+
+        Args:
+            row: that the prompt was taken from.
+            prompt: one of its turns.
+        """
+        halves = self._halves(row)
+        if all(len(each) == 1 for each in halves.values()):
+            return row
+        cut = {column: row[column] for column in row if column not in (SPANS, TEACHER_SPANS)}
+        for side in _SIDES:
+            half = prompt[side]
+            start, stop = len(half.ids), half.stop + len(half.end[0])
+            cut[_IDS[side]] = _plain(row[_IDS[side]])[:stop]
+            labels = _plain(row[_LABELS[side]])[:stop]
+            cut[_LABELS[side]] = [IGNORE_INDEX] * start + labels[start:]
+        changed = self.reconcile(cut)
+        if changed.pop(STATUS) not in (KEPT, CUT):
+            return row
+        return cut | changed
+
+    def _halves(self, row: Row) -> dict[Who, list[HalfPrompt]]:
+        return {
+            side: HalfPrompt.each(
                 _plain(row[_IDS[side]]), _plain(row[_LABELS[side]]), self._tables[side]
             )
             for side in _SIDES
         }
-        found = {side: half for side, half in halves.items() if half is not None and half.ids}
-        return Prompt(found, self.number) if len(found) == len(_SIDES) else None
 
     def row(
         self,
@@ -217,6 +275,14 @@ class RoutedAnswers:
     def prompt(self, row: Row) -> Prompt | None:
         """See `AnsweredRows`."""
         return self.each[row[TEACHER]].prompt(row)
+
+    def turns(self, row: Row) -> list[Prompt]:
+        """See `AnsweredRows`."""
+        return self.each[row[TEACHER]].turns(row)
+
+    def alone(self, row: Row, prompt: Prompt) -> Row:
+        """See `AnsweredRows`."""
+        return self.each[row[TEACHER]].alone(row, prompt)
 
     def row(self, prompt: Prompt, ids: Sequence[int], **how: Any) -> Row | str:
         """See `AnsweredRows`."""

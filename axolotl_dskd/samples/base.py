@@ -34,6 +34,7 @@ class SamplesRun:
         identity: what tells the teacher from others, for what is kept of it.
         folder: of prepared data.
         decode: the student's ids to text.
+        table: shows rows of plain values in open trackers: name, step from 1, rows.
         device: of collectives.
         rank: this process' number.
         by_teacher: the same run with each of several teachers and its rows; none: there is one.
@@ -50,6 +51,7 @@ class SamplesRun:
     identity: Callable[[], str]
     folder: Path
     decode: Callable[[list[int]], str]
+    table: Callable[[str, int, list[dict[str, Any]]], None]
     device: torch.device
     rank: int = 0
     by_teacher: Sequence[SamplesRun] = ()

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from axolotl.utils.logging import get_logger
 
 from axolotl_dskd.config import StudentSamplesConfig
-from axolotl_dskd.data.answers import Prompt
-from axolotl_dskd.data.collator import GROUP, fill_columns, samples_of
-from axolotl_dskd.generation import Answer, Sampling, prompt_seed
+from axolotl_dskd.data.collator import samples_of
+from axolotl_dskd.generation import Sampling
 from axolotl_dskd.ranks import gather_objects
+from axolotl_dskd.samples.asking import Asking
 from axolotl_dskd.samples.base import Batch, Samples, SamplesRun
-from axolotl_dskd.samples.fit import longest_that_fit
+from axolotl_dskd.samples.placing import Placing
 from axolotl_dskd.samples.replay import Replay
 from axolotl_dskd.samples.schedule import Schedule, Take
+from axolotl_dskd.samples.showing import Showing
 from axolotl_dskd.samples.tally import Tally
 
 LOG = get_logger(__name__)
@@ -32,26 +32,6 @@ Row = dict[str, Any]
 _STATE, _REPLAY = "samples.json", "replay.safetensors"
 #: An adaptive share follows this metric.
 VALIDATION_LOSS = "dskd/ce"
-NO_ROOM = "no room"
-
-
-@dataclass
-class _Place:
-    """A sample of a step that is to be written.
-
-    Attributes:
-        bin: the packed or padded row that it stands in.
-        at: its number in there.
-        prompt: what is answered.
-        seed: of the answer.
-        preferred: the row of the data with the same prompt, where it stays beside this one.
-    """
-
-    bin: list[Row]
-    at: int
-    prompt: Prompt
-    seed: int
-    preferred: Row | None
 
 
 class StudentSamples(Samples):
@@ -91,22 +71,24 @@ class StudentSamples(Samples):
                 "dskd.samples.replay: this objective compares each written answer with the data's "
                 "to the same prompt, and a kept one has none beside it. Set replay: 0."
             )
-        #: Rows that belong together: answers to one prompt, and the data's own beside them.
-        self.group = config.per_prompt + run.contrast
-        if run.batch is not None and run.batch % self.group:
-            beside = ", and the data's answer beside each" if run.contrast else ""
-            raise ValueError(
-                f"dskd.samples: {self.group} rows of a micro-batch belong together (per_prompt: "
-                f"{config.per_prompt}{beside}), but micro_batch_size is {run.batch}. Make it a "
-                f"multiple of {self.group}, or use sample_packing: true."
-            )
-        self.sampling = Sampling(
+        sampling = Sampling(
             config.max_new_tokens, config.temperature, config.top_p, config.top_k, run.max_length
         )
+        self.sampling = sampling
+        self.asking = Asking(config, self.answered, sampling, run.contrast, self.tally)
+        self.show = Showing(config, run)
+        self.placing = Placing(self.answered, run.max_length, self.tally)
+        group = self.asking.group
+        if run.batch is not None and run.batch % group:
+            beside = ", and the data's answer beside each" if run.contrast else ""
+            raise ValueError(
+                f"dskd.samples: {group} rows of a micro-batch belong together (per_prompt: "
+                f"{config.per_prompt}{beside}), but micro_batch_size is {run.batch}. Make it a "
+                f"multiple of {group}, or use sample_packing: true."
+            )
         self.end_ids = self.answered.end_ids["student"]
         self.writer = run.writer("student", self.end_ids, config.batch_tokens)
         self._said_of_refused = False
-        self._show_from = 0
         LOG.info(
             f"The student answers the prompts of {config.share} of the steps, up to "
             f"{config.max_new_tokens} tokens; an answer ends with "
@@ -132,7 +114,7 @@ class StudentSamples(Samples):
 
     def _write(self, micro: list[list[list[Row]]], step: int, columns: list[str]) -> None:
         """Answer the prompts of all rows, and put the answers in."""
-        places = [self._places(bins, step) for bins in micro]
+        places = [self.asking(bins, step) for bins in micro]
         flat = [place for found in places for place in found]
         begin = time.monotonic()
         answers = self.writer.write(
@@ -141,94 +123,13 @@ class StudentSamples(Samples):
             [place.seed for place in flat],
         )
         self.tally.count("seconds", time.monotonic() - begin)
-        self._show(step, flat, answers)
+        self.show(step, flat, answers)
         written: list[list[Row]] = []
         for found in places:
             mine, answers = answers[: len(found)], answers[len(found) :]
-            written.append(self._put_answers(found, mine, columns))
+            written.append(self.placing.answers(found, mine, columns))
         if self.replay.capacity:
             self._keep(written)
-
-    def _places(self, bins: list[list[Row]], step: int) -> list[_Place]:
-        """What is to be written of a micro-batch: `per_prompt` rows in a row answer the first
-        one's prompt. With contrast there is one more, which keeps the data's answer."""
-        samples = [(bin, at) for bin in bins for at in range(len(bin))]
-        places = []
-        for start in range(0, len(samples), self.group):
-            group = samples[start : start + self.group]
-            asked, place = group[0]
-            prompt = self.answered.prompt(asked[place])
-            preferred = asked[place] if self.run.contrast else None
-            room = 0 if prompt is None else self.sampling.room(prompt["student"].ids)
-            for copy in range(self.run.contrast, len(group)):
-                if prompt is None or room <= 0:
-                    self.tally.refused["no prompt" if prompt is None else NO_ROOM] += 1
-                    continue
-                ids = prompt["student"].ids
-                seed = prompt_seed(ids, self.config.seed, step, copy)
-                places.append(_Place(*group[copy], prompt, seed, preferred))
-        return places
-
-    def _put_answers(
-        self, places: list[_Place], answers: list[Answer], columns: list[str]
-    ) -> list[Row]:
-        """Put the answers of a micro-batch in where they can be used; these rows."""
-        for answer in answers:
-            self.tally.answer(answer.ids, ended=answer.ended)
-        bins: dict[int, list[tuple[_Place, Answer]]] = {}
-        for place, answer in zip(places, answers, strict=True):
-            bins.setdefault(id(place.bin), []).append((place, answer))
-        rows: list[Row] = []
-        for found in bins.values():
-            longest, bin = self._longest(found), found[0][0].bin
-            made = {
-                place.at: row
-                for place, answer in found
-                if (row := self._row(place.prompt, answer, longest, columns)) is not None
-            }
-            lengths = [len(made.get(at, row)["input_ids"]) for at, row in enumerate(bin)]
-            if sum(lengths) > max(self.run.max_length, sum(len(r["input_ids"]) for r in bin)):
-                for _ in made:  # beside the data's answers, where others could not be used
-                    self._refuse(NO_ROOM)
-                continue
-            for place, _ in found:
-                if (row := made.get(place.at)) is None:
-                    continue
-                bin[place.at] = row
-                if place.preferred is not None:
-                    row[GROUP] = place.preferred[GROUP] = id(place.preferred)
-            rows += made.values()
-        self.tally.count("written", len(rows))
-        return rows
-
-    def _longest(self, found: list[tuple[_Place, Answer]]) -> int:
-        """How long answers may be so that their packed row stays within the limit."""
-        bin = found[0][0].bin
-        changed = {place.at for place, _ in found}
-        fixed = sum(len(row["input_ids"]) for k, row in enumerate(bin) if k not in changed)
-        fixed += sum(len(place.prompt["student"].ids) for place, _ in found)
-        return longest_that_fit(
-            [len(answer.ids) for _, answer in found], self.run.max_length - fixed
-        )
-
-    def _row(self, prompt: Prompt, answer: Answer, longest: int, columns: list[str]) -> Row | None:
-        ids, ended = answer.ids, answer.ended
-        if longest <= 0:
-            self._refuse(NO_ROOM)
-            return None
-        if len(ids) > longest:
-            ids, ended = ids[:longest], False
-            self.tally.count("cut")
-        row = self.answered.row(prompt, ids, ended=ended, logprobs=answer.logprobs)
-        if isinstance(row, str):
-            self._refuse(row)
-            return None
-        fill_columns(row, columns)
-        return row
-
-    def _refuse(self, why: str) -> None:
-        self.tally.refused[why] += 1
-        self.tally.count("refused")
 
     # ---- kept rows -----------------------------------------------------------------------------
 
@@ -254,22 +155,7 @@ class StudentSamples(Samples):
             count = counts[rank][number] if number < len(counts[rank]) else 0
             rows, at = drawn[at : at + count], at + count
             if rank == self.run.rank and count:
-                self._fill(micro[number], rows, columns)
-
-    def _fill(self, bins: list[list[Row]], rows: list[Row], columns: list[str]) -> None:
-        for bin in bins:
-            mine, rows = rows[: len(bin)], rows[len(bin) :]
-            length = sum(len(row["input_ids"]) for row in bin)
-            limit = max(self.run.max_length, length)
-            for at, row in enumerate(mine):
-                longer = len(row["input_ids"]) - len(bin[at]["input_ids"])
-                if length + longer > limit:
-                    self.tally.refused[NO_ROOM] += 1
-                    continue
-                length += longer
-                bin[at] = dict(row)
-                fill_columns(bin[at], columns)
-                self.tally.count("kept")
+                self.placing.kept(micro[number], rows, columns)
 
     # ---- what is told and said -----------------------------------------------------------------
 
@@ -308,18 +194,6 @@ class StudentSamples(Samples):
                 "chat template."
             )
         return means
-
-    def _show(self, step: int, places: list[_Place], answers: list[Answer]) -> None:
-        every = self.config.show_every
-        if not every or step < self._show_from or not places or self.run.rank:
-            return
-        self._show_from = step - step % every + every
-        prompt, answer = places[0].prompt["student"].ids, answers[0]
-        LOG.info(
-            f"Step {step + 1}, the student's answer ({len(answer.ids)} tokens, "
-            f"{'ended by itself' if answer.ended else 'cut'}) to …"
-            f"{self.run.decode(prompt)[-200:]!r}: {self.run.decode(answer.ids)[:500]!r}"
-        )
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

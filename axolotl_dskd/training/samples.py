@@ -21,6 +21,7 @@ from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.training.opening import open_teachers
 from axolotl_dskd.training.step import Distillation
+from axolotl_dskd.training.tables import Tables
 from axolotl_dskd.training.vllm import vllm_writer
 
 #: Rows from which is learned how answers end.
@@ -105,6 +106,7 @@ def _of_one(
         identity=identity,
         folder=folder,
         decode=partial(tokenizers[0].decode, skip_special_tokens=False),
+        table=Tables(lambda: trainer.callback_handler.callbacks),
         device=device,
         rank=trainer.args.process_index,
     )

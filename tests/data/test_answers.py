@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,8 @@ import pytest
 
 from axolotl_dskd.data.answers import LOGPROBS, NOTHING_WRITTEN, AnsweredRows
 from axolotl_dskd.data.outcomes import TOO_LONG
-from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, Reconcile
-from axolotl_dskd.data.shared_text import writes_dummy_space
-from tests.support import tiny
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
+from tests.support.conversations import answered, prepared, reconcile
 from tests.support.tokenizers import TOKENIZERS, byte_table
 
 PAIRS = [
@@ -30,80 +28,6 @@ TEXTS = [
     "x",
     "Wood, ice and  a small paper boat.\n\n",
 ]
-TEMPLATES = {"tiny byte-level": tiny.STUDENT_TEMPLATE, "tiny sentencepiece": tiny.TEACHER_TEMPLATE}
-#: Of the real ones, in the manner of Llama 2: without a special token before the answer.
-_PLAIN = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def side(name: str, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation as one text in the tokenizer's template: the answers and
-    their end tokens are supervised."""
-    tokenizer = TOKENIZERS[name]()
-    template = TEMPLATES.get(name, _PLAIN)
-    eos = tokenizer.eos_token or "<｜end▁of▁sentence｜>"
-    ids: list[int] = []
-    labels: list[int] = []
-
-    def render(messages: list[dict[str, str]], prompt: bool) -> str:
-        from jinja2 import Template
-
-        return Template(template).render(
-            messages=messages,
-            add_generation_prompt=prompt,
-            bos_token=tokenizer.bos_token or "",
-            eos_token=eos,
-        )
-
-    messages: list[dict[str, str]] = []
-    for question, answer in turns:
-        messages.append({"role": "user", "content": question})
-        before = render(messages, True)
-        messages.append({"role": "assistant", "content": answer})
-        after = render(messages, False)
-        spans = tokenizer(after, add_special_tokens=False, return_offsets_mapping=True)
-        ids = spans["input_ids"]
-        here = [
-            token if start >= len(before) and end <= len(after.rstrip("\n")) else -100
-            for token, (start, end) in zip(ids, spans["offset_mapping"], strict=True)
-        ]
-        labels = labels + here[len(labels) :]
-    return ids, labels
-
-
-def row(pair: tuple[str, str], turns: list[tuple[str, str]]) -> dict[str, Any]:
-    ours, theirs = (side(name, turns) for name in pair)
-    return {
-        "input_ids": ours[0],
-        "labels": ours[1],
-        "teacher_input_ids": theirs[0],
-        "teacher_labels": theirs[1],
-    }
-
-
-def reconcile(pair: tuple[str, str], limit: int = 4096) -> Reconcile:
-    tables = [byte_table(name) for name in pair]
-    dummies = [
-        writes_dummy_space(TOKENIZERS[name](), table)
-        for name, table in zip(pair, tables, strict=True)
-    ]
-    return Reconcile(*tables, limit, False, *dummies)
-
-
-def prepared(pair: tuple[str, str], turns: list[tuple[str, str]]) -> dict[str, Any]:
-    made = row(pair, turns)
-    made |= reconcile(pair)(made)
-    assert made.pop(STATUS) not in (TOO_LONG,)
-    return made
-
-
-@lru_cache
-def answered(pair: tuple[str, str], limit: int = 4096) -> AnsweredRows:
-    tokenizers = [TOKENIZERS[name]() for name in pair]
-    rows = [prepared(pair, [("Say hello.", "Hello there.")])]
-    return AnsweredRows(reconcile(pair, limit), *tokenizers, rows)
 
 
 def own_answer(prompt: Any, made: dict[str, Any], who: str) -> list[int]:
@@ -227,3 +151,60 @@ def test_a_row_without_prompt_or_answer_has_none():
     rows = answered(PAIRS[0])
     made = prepared(PAIRS[0], [("Add.", TEXTS[0])])
     assert rows.prompt(made | {"labels": [-100] * len(made["labels"])}) is None
+
+
+TURNS = [("Say hello.", "Hello there."), ("Tell me more.", TEXTS[1]), ("Add.", TEXTS[0])]
+
+
+@pairs
+def test_each_turn_asks_what_the_conversation_asks_that_ends_with_it(pair):
+    rows = answered(pair)
+    turns = rows.turns(prepared(pair, TURNS))
+    assert len(turns) == len(TURNS)
+    for count, turn in enumerate(turns, 1):
+        shorter = rows.prompt(prepared(pair, TURNS[:count]))
+        for side in ("student", "teacher"):
+            assert turn[side].ids == shorter[side].ids
+            assert turn[side].text == shorter[side].text
+            assert turn[side].end == shorter[side].end
+
+
+@pairs
+def test_a_turn_alone_is_the_row_of_its_own_answer_written_again(pair):
+    rows, made = answered(pair), prepared(pair, TURNS)
+    for count, turn in enumerate(rows.turns(made), 1):
+        shorter = prepared(pair, TURNS[:count])
+        ids = own_answer(turn, shorter, "student")
+        written = rows.row(turn, ids, ended=ids[-1] in rows.end_ids["student"])
+        alone = rows.alone(made, turn)
+        assert {column: alone[column] for column in written} == written
+        assert len(alone["input_ids"]) <= len(made["input_ids"])
+
+
+def test_a_row_of_one_turn_is_alone_already():
+    rows, made = answered(PAIRS[0]), prepared(PAIRS[0], TURNS[:1])
+    assert rows.alone(made, rows.prompt(made)) is made
+
+
+def test_a_turn_that_the_sides_do_not_share_is_none():
+    """Fewer turns on one side, or turns of other texts: the contexts could be others, too."""
+    rows, made = answered(PAIRS[0]), prepared(PAIRS[0], TURNS)
+    first = rows.turns(made)[0]["teacher"]
+    labels = [-100] * (first.stop + len(first.end[0]))
+    fewer = made | {"teacher_labels": labels + made["teacher_labels"][len(labels) :]}
+    assert [turn["student"].text for turn in rows.turns(fewer)] == [TEXTS[0].encode()]
+    other = prepared(PAIRS[0], [("Say hello.", "Good day."), *TURNS[1:]])
+    mixed = made | {c: other[c] for c in ("teacher_input_ids", "teacher_labels")}
+    texts = [turn["student"].text.strip() for turn in rows.turns(mixed)]
+    assert texts == [text.encode() for text in (TEXTS[1], TEXTS[0])]
+
+
+def test_what_ends_an_earlier_turn_ends_an_answer_too():
+    made = prepared(PAIRS[0], TURNS)
+    tokenizers = [TOKENIZERS[name]() for name in PAIRS[0]]
+    special = tokenizers[0].convert_tokens_to_ids("<|user|>")
+    at = answered(PAIRS[0]).turns(made)[0]["student"].stop
+    for column in ("input_ids", "labels"):
+        made[column] = [*made[column][:at], special, *made[column][at + 1 :]]
+    rows = AnsweredRows(reconcile(PAIRS[0]), *tokenizers, [made])
+    assert rows.end_ids["student"] == sorted([special, tokenizers[0].eos_token_id])

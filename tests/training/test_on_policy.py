@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.support import tiny
 from tests.support.equivalence import (
@@ -37,6 +38,8 @@ STUDENT = {
     "max_new_tokens": 16,
     "seed": 131,
 }
+#: Some rows are conversations of two turns: either may be the one that is written.
+EVERY_TURN = {**STUDENT, "turns": "all"}
 WAYS = ("packed", "1x8", "two ranks", "resumed")
 PREFERENCE_WAYS = ("two ranks", "resumed", "qlora two ranks")
 #: Of a part of each checkpoint.
@@ -56,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trainings(folder: Path) -> dict[str, Training]:
-    return train_variants(folder, {"samples": STUDENT}, WAYS)
+    return train_variants(folder, {"samples": EVERY_TURN}, WAYS)
 
 
 def test_steps_take_what_was_drawn_for_them(trainings: dict[str, Training]):
@@ -89,7 +92,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Training]
     """Of preference distillation, whose every row is written beside its answer from the data."""
     where = make_pair(tmp_path_factory.mktemp("preference"))
     block = {
-        "samples": {**STUDENT, "share": 1.0, "replay": 0},
+        "samples": {**EVERY_TURN, "share": 1.0, "replay": 0},
         "objective": {"name": "preference"},
     }
     return train_variants(where, block, PREFERENCE_WAYS)
@@ -176,6 +179,19 @@ def test_every_objective_learns_from_what_the_student_writes(learned: dict[str, 
         assert abs(log["loss"]) < 100
 
 
+def test_answers_are_in_the_tracker_that_is_open(folder: Path):
+    samples = {**STUDENT, "share": 1.0, "replay": 0, "show_every": 2, "show_count": 3}
+    overrides = {"max_steps": 3, "use_tensorboard": True}
+    config = training_config(folder, {"samples": samples}, "tracked", overrides)
+    run(1, {"do": "train", "config": config})
+    (path,) = (folder / "tracked").rglob("events.out.tfevents*")
+    found = EventAccumulator(str(path))
+    found.Reload()
+    (tag,) = (tag for tag in found.Tags()["tensors"] if tag.startswith("dskd/answers"))
+    texts = {e.step: e.tensor_proto.string_val[0].decode() for e in found.Tensors(tag)}
+    assert {step: len(text.splitlines()) - 2 for step, text in texts.items()} == {1: 3, 3: 3}
+
+
 def test_several_answers_to_a_prompt_stand_in_the_places_of_as_many_rows(folder: Path):
     samples = {**STUDENT, "share": 1.0, "replay": 0, "per_prompt": 4}
     jobs = [
@@ -195,7 +211,7 @@ def test_several_answers_to_a_prompt_stand_in_the_places_of_as_many_rows(folder:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_contrast_has_the_datas_answer_beside_each_written_one(folder: Path, packed: bool):
-    samples = {**STUDENT, "share": 1.0, "replay": 0}
+    samples = {**EVERY_TURN, "share": 1.0, "replay": 0}
     block = {"samples": samples, "objective": {"name": "uld"}}
     overrides = {"max_steps": 1, **(PACKED if packed else {})}
     config = training_config(folder, block, f"contrast {packed}", overrides)
@@ -205,7 +221,8 @@ def test_a_contrast_has_the_datas_answer_beside_each_written_one(folder: Path, p
     assert sorted(k for pair in batch["pairs"] for k in pair) == list(range(ROWS))
     for preferred, written in batch["pairs"]:
         assert (batch["written"][preferred], batch["written"][written]) == (False, True)
-        assert batch["prompts"][written][:8] == batch["prompts"][preferred][:8]
+        asked = batch["prompts"][written]
+        assert batch["prompts"][preferred][: len(asked)] == asked
 
 
 def test_what_leaves_no_room_or_is_no_text_leaves_the_rows_of_the_data(tmp_path: Path):
@@ -257,7 +274,7 @@ def test_an_adaptive_share_without_evaluations_is_refused_in_words(folder: Path)
 
 def test_a_cache_keeps_no_written_answer(folder: Path, trainings: dict[str, Training]):
     cache = {"path": str(folder / "cache"), "dtype": "float32"}
-    block = {"samples": STUDENT, "teacher": {"cache": cache}}
+    block = {"samples": EVERY_TURN, "teacher": {"cache": cache}}
     config = training_config(folder, block, "cached student")
     (result,) = run(1, {"do": "train", "config": config})
     assert_same_training(trainings[BASE], Training.of(result))
@@ -319,7 +336,7 @@ def test_the_teacher_answers_once_and_its_answers_are_references(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def with_lora(folder: Path) -> Training:
-    config = training_config(folder, {"samples": STUDENT}, "lora", LORA)
+    config = training_config(folder, {"samples": EVERY_TURN}, "lora", LORA)
     return Training.of(run(1, {"do": "train", "config": config})[0])
 
 
@@ -334,6 +351,6 @@ def test_a_sharded_student_writes_what_a_whole_one_does(
 ):
     overrides = {**(SHARDED if name == "fsdp2" else zero(3)), "micro_batch_size": ROWS // 2}
     where = f"sharded {name} {len(adapter)}"
-    config = training_config(folder, {"samples": STUDENT}, where, {**overrides, **adapter})
+    config = training_config(folder, {"samples": EVERY_TURN}, where, {**overrides, **adapter})
     (result,) = run(2, {"do": "train", "config": config})
     assert_same_training(with_lora if adapter else trainings[BASE], Training.of(result))
