@@ -57,7 +57,7 @@ class MetricSums:
         means = {}
         for k, (name, per) in enumerate(self.per.items()):
             total, count, seen = rest[3 * k : 3 * k + 3]
-            by = {"value": max(count, 1.0), "student_token": tokens, "reference_token": references}
+            by = {"value": count, "student_token": tokens, "reference_token": references}
             if seen and by[per]:
                 means[f"{self.prefix}{name}"] = total / by[per]
                 if name == "ce" and text_bytes:
