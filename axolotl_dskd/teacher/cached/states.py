@@ -110,7 +110,7 @@ class CachedStates:
         packed = packed[:, : self.codec.bytes_per_token]
         if bool(found.all()):
             return packed
-        sides = _unpadded(batch)
+        sides = unpadded(batch)
         counts = torch.bincount(sample_ids_M, minlength=len(sides)).tolist()
         todo: list[int] = []
         for row, (ids, labels) in enumerate(sides):
@@ -133,7 +133,9 @@ class CachedStates:
             return
         lacking = []
         for batch in batches:
-            keys = [sample_key(ids, labels) for ids, labels in _unpadded(batch)]
+            keys = [sample_key(ids, labels) for ids, labels in unpadded(batch)]
+            if not keys:
+                continue
             flat = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
             rows = np.flatnonzero(self.store.missing(flat)).tolist()
             if rows:
@@ -154,7 +156,7 @@ class CachedStates:
         finite = torch.isfinite(hidden).all(1)
         if not bool(finite.all()):
             first = int(tokens.sample_ids[~finite][0])
-            ids = _unpadded(missing)[first][0]
+            ids = unpadded(missing)[first][0]
             raise ValueError(
                 "the teacher's hidden states are not finite for the sample whose teacher ids "
                 f"begin with {ids[:12].tolist()}. Its weights are damaged, or its dtype is too "
@@ -166,7 +168,7 @@ class CachedStates:
         passing = [False] * len(rows)
         if batch.written is not None:
             passing = batch.written.samples[rows].tolist()
-        for (ids, labels), sample, passes in zip(_unpadded(missing), states, passing, strict=True):
+        for (ids, labels), sample, passes in zip(unpadded(missing), states, passing, strict=True):
             if not passes:
                 self.store.add(sample_key(ids, labels), sample.numpy())
         return states
@@ -182,7 +184,7 @@ def _teacher_rows(batch: DualBatch, rows: list[int]) -> DualBatch:
     )
 
 
-def _unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:
+def unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids and labels of each sample, as they were before they were padded."""
     lengths = batch.teacher_attention_mask.sum(1).tolist()
     ids, labels = batch.teacher_input_ids.cpu().numpy(), batch.teacher_labels.cpu().numpy()
