@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -44,3 +45,8 @@ class Sizes:
     student: tuple[int, ...]
     teacher: tuple[int, ...]
     lengths: tuple[int, ...]
+
+    def with_teachers(self, samples: Sequence[int]) -> Sizes:
+        """Of the batch with some of its samples on the teacher's side."""
+        teacher, lengths = (tuple(of[k] for k in samples) for of in (self.teacher, self.lengths))
+        return Sizes(self.student, teacher, lengths)

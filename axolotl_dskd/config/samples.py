@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Discriminator,
     Field,
@@ -104,6 +105,11 @@ class StudentSamplesConfig(WritingConfig):
         ge=0,
         description="Written rows that are kept, over all ranks, oldest out first; once it is "
         "full, a part of the written steps takes rows from there. 0: none.",
+    )
+    replay_memory: Annotated[ByteSize, Field(ge=0)] = Field(
+        ByteSize(4 << 30),
+        description="Host memory of this process in which what teachers say of kept rows stays, "
+        "such as 4GiB, so that they need not read these again; beyond it they are asked again.",
     )
     replay_schedule: Literal["decreasing", "increasing", "constant"] = Field(
         "decreasing",

@@ -234,6 +234,21 @@ def _micro_step(
     }
 
 
+def _kept_answers(teacher: Any, run: PlannedRun) -> int:
+    """Bytes of what the teacher says of kept answers: states, or log-probabilities of labels and
+    likeliest tokens."""
+    if run.kept is None:
+        return 0
+    tokens, limit = run.kept
+    if run.teacher.server is not None and run.teacher.gives == "logprobs":
+        of_likeliest = run.teacher.server.top_k if run.objective.needs.of_teacher == "top" else 0
+        width = 4 + (4 + 8) * of_likeliest
+    else:
+        head = output_head(teacher)
+        width = head.hidden_size * head.weight.element_size()
+    return min(limit, tokens * width)
+
+
 def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
     """The plan for one process with nothing sharded.
 
@@ -263,6 +278,9 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         "teacher layers": body if run.teacher.layers_are_loaded else 0,
         "teacher embedding and head": ends if run.teacher.gives == "states" else 0,
     }
+    kept = _kept_answers(teacher, run)
+    if kept and not run.on_gpu:
+        held["kept answers"] = kept
     notes = [note] if note else []
     _checkpointing(student, run)
     phases = _simulated(student, teacher, run)
@@ -284,4 +302,4 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         held["CUDA context"] = CUDA_CONTEXT
         step = max(sum(parts.values()) for parts in phases.values())
         held["fragmentation"] = math.ceil(FRAGMENTATION * step)
-    return Plan(held, phases, notes)
+    return Plan(held, phases, notes, kept if run.on_gpu else 0)

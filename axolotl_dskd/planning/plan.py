@@ -49,6 +49,8 @@ class PlannedRun:
         objective: as the trainer builds it, not begun.
         on_gpu: whether it is a GPU that is planned for.
         attention: makes virtual attention for a student's head, or None.
+        kept: most teacher tokens of kept answers, and bytes of the host's memory in which what the
+            teacher says of them stays; None: nothing does.
         writing: [rows, tokens] of prompts and answers that the student writes at once; None: it
             does not write in this process.
         comparison: of student and teacher, where evaluations alone ask the teacher.
@@ -62,6 +64,7 @@ class PlannedRun:
     attention: Callable[[OutputHead], VirtualAttention] | None = None
     writing: tuple[int, int] | None = None
     comparison: TeacherAgreement | None = None
+    kept: tuple[int, int] | None = None
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -82,11 +85,13 @@ class Plan:
         held: what stays during all of training, by name.
         phases: what each phase of a step (and the start) has on top at its own fullest moment.
         notes: what is assumed, in words.
+        on_host: of a GPU's process, what stays in the host's memory beside it.
     """
 
     held: dict[str, int]
     phases: dict[str, dict[str, int]]
     notes: list[str] = field(default_factory=list)
+    on_host: int = 0
 
     @property
     def peak_phase(self) -> str:
@@ -131,4 +136,5 @@ def of_all_teachers(plans: Sequence[Plan]) -> Plan:
         )
         for name in names
     }
-    return Plan(held, phases, list(dict.fromkeys(note for plan in plans for note in plan.notes)))
+    notes = list(dict.fromkeys(note for plan in plans for note in plan.notes))
+    return Plan(held, phases, notes, max(plan.on_host for plan in plans))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,7 @@ class SamplesRun:
         table: shows rows of plain values in open trackers: name, step from 1, rows.
         device: of collectives.
         rank: this process' number.
+        memory: told of rows that are kept, or None.
         by_teacher: the same run with each of several teachers and its rows; none: there is one.
     """
 
@@ -54,7 +55,20 @@ class SamplesRun:
     table: Callable[[str, int, list[dict[str, Any]]], None]
     device: torch.device
     rank: int = 0
+    memory: Memory | None = None
     by_teacher: Sequence[SamplesRun] = ()
+
+
+class Memory(Protocol):
+    """What is told of rows that are kept for later steps; on every rank alike."""
+
+    def turn(self, kept: Iterable[dict[str, Any]], gone: Iterable[dict[str, Any]]) -> None:
+        """Rows that are kept from now on, and those that are kept no more."""
+        ...
+
+    def fetch(self, rows: Sequence[dict[str, Any]]) -> None:
+        """This rank will see these kept rows now."""
+        ...
 
 
 class Samples(Protocol):

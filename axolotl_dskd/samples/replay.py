@@ -35,9 +35,11 @@ class Replay:
         """Whether rows are to be taken from it."""
         return self.capacity > 0 and len(self.rows) == self.capacity
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Keep rows, in the order that all ranks agree on."""
-        self.rows.extend(rows)
+    def add(self, rows: Iterable[Row]) -> list[Row]:
+        """Keep rows, in the order that all ranks agree on; those that are kept no more."""
+        everything = [*self.rows, *rows]
+        self.rows = deque(everything, maxlen=self.capacity)
+        return everything[: len(everything) - len(self.rows)]
 
     def drawn(self, count: int, *seed: int) -> list[Row]:
         """Rows without repetition, as far as there are so many; then from the front again.

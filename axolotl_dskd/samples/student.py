@@ -138,9 +138,10 @@ class StudentSamples(Samples):
         order however many ranks there are."""
         ranks = gather_objects(written)
         for number in range(max(map(len, ranks))):
-            self.replay.add(
-                row for rank in ranks for row in (rank[number] if number < len(rank) else [])
-            )
+            kept = [row for rank in ranks for row in (rank[number] if number < len(rank) else [])]
+            gone = self.replay.add(kept)
+            if self.run.memory is not None:
+                self.run.memory.turn(kept, gone)
 
     def _put_kept(self, micro: list[list[list[Row]]], step: int, columns: list[str]) -> None:
         """Put kept rows in the places of a step's, as far as they fit there."""
@@ -150,12 +151,15 @@ class StudentSamples(Samples):
         ]
         total = sum(map(sum, counts))
         drawn = self.replay.drawn(total, self.config.seed, step)
-        at = 0
+        at, mine = 0, []
         for number, rank in order:
             count = counts[rank][number] if number < len(counts[rank]) else 0
             rows, at = drawn[at : at + count], at + count
             if rank == self.run.rank and count:
                 self.placing.kept(micro[number], rows, columns)
+                mine += rows
+        if self.run.memory is not None:
+            self.run.memory.fetch(mine)
 
     # ---- what is told and said -----------------------------------------------------------------
 
@@ -215,7 +219,10 @@ class StudentSamples(Samples):
                 "dskd.samples.from: student, or is damaged: resume from another one."
             ) from error
         if self.replay.capacity:
+            gone = list(self.replay.rows)
             self.replay.load(folder / _REPLAY)
+            if self.run.memory is not None:  # what is known of them is not in the checkpoint
+                self.run.memory.turn(self.replay.rows, gone)
 
 
 def _columns(micro: list[list[list[Row]]]) -> list[str]:

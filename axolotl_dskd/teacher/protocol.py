@@ -46,6 +46,11 @@ class Teacher(Protocol):
         states = self.head.weight.new_empty((0, self.head.hidden_size))
         return View(tokens, self.head, states, (states, states))
 
+    def embedded(self, tokens: Side) -> tuple[Tensor, Tensor]:
+        """[n, D] its input embeddings of the tokens' inputs and of their labels, where it has
+        any."""
+        raise AssertionError("a teacher that gives no states embeds nothing")
+
     def expect(self, batches: Sequence[DualBatch]) -> None:
         """These batches will be asked about soon: begin with them, where that is of use.
 
@@ -85,6 +90,9 @@ class Teacher(Protocol):
             ValueError: on every rank, if one of them cannot begin.
         """
         return
+
+    def start_again(self) -> None:
+        """An attempt at training has failed and another one begins: nothing is kept for it."""
 
     def end_epoch(self, *, more: bool) -> None:
         """An epoch has ended; `more` of them are to come, or none.

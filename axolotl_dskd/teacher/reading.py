@@ -47,14 +47,16 @@ class ReadingTeacher(Teacher):
     def __call__(self, batch: DualBatch, needs: Needs) -> View:
         """The supervised teacher tokens with their final hidden states [M, D]."""
         hidden, side = self.states(batch)
-        embedded = None
-        if needs.embeddings:
-            inputs, labels = (
-                self._embed(ids.to(self.embedding.device)).to(hidden.device)
-                for ids in (side.input_ids, side.labels)
-            )
-            embedded = inputs, labels
-        return View(side, self.head, hidden, embedded)
+        return View(side, self.head, hidden, self.embedded(side) if needs.embeddings else None)
+
+    @torch.no_grad()
+    def embedded(self, tokens: Side) -> tuple[Tensor, Tensor]:
+        """See `Teacher`."""
+        home, device = tokens.input_ids.device, self.embedding.device
+        inputs, labels = (
+            self._embed(ids.to(device)).to(home) for ids in (tokens.input_ids, tokens.labels)
+        )
+        return inputs, labels
 
     @abstractmethod
     def states(self, batch: DualBatch) -> tuple[Tensor, Side]:

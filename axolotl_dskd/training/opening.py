@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from axolotl_dskd.config import DSKDConfig, WritingConfig, about_teacher
+from axolotl_dskd.config import (
+    DSKDConfig,
+    SamplesConfig,
+    StudentSamplesConfig,
+    WritingConfig,
+    about_teacher,
+)
 from axolotl_dskd.data.routing import rows_of_teacher
 from axolotl_dskd.data.tokenizers import (
     exact_share,
@@ -24,6 +30,7 @@ from axolotl_dskd.data.tokenizers import (
 from axolotl_dskd.objectives import Facts
 from axolotl_dskd.ranks import raise_together
 from axolotl_dskd.teacher import Teacher, TeacherSpec, TrainingRun, open_teacher
+from axolotl_dskd.teacher.kept import KeepingTeacher
 from axolotl_dskd.types import Needs
 
 
@@ -64,7 +71,17 @@ def open_teachers(
             spec = TeacherSpec(one.one_teacher, size, trainer.accelerator.device)
             run = training_run(trainer, number, one, needs.get(name, Needs()), evaluated)
             teachers[name] = open_teacher(spec, run)
+            if samples_are_kept(config.samples):
+                limit = config.samples.replay_memory // len(config.each())
+                teachers[name] = KeepingTeacher(teachers[name], limit)
     return teachers
+
+
+def samples_are_kept(samples: SamplesConfig) -> TypeGuard[StudentSamplesConfig]:
+    """Whether what teachers say of kept rows is to stay in memory."""
+    if not isinstance(samples, StudentSamplesConfig):
+        return False
+    return samples.replay > 0 and samples.replay_memory > 0
 
 
 def training_run(

@@ -19,7 +19,9 @@ from axolotl_dskd.models.student import Student
 from axolotl_dskd.samples import Samples, SamplesRun, open_samples
 from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
+from axolotl_dskd.teacher.kept import KeepingTeacher
 from axolotl_dskd.training.opening import open_teachers
+from axolotl_dskd.training.remembering import TeachersMemory
 from axolotl_dskd.training.step import Distillation
 from axolotl_dskd.training.tables import Tables
 from axolotl_dskd.training.vllm import vllm_writer
@@ -38,9 +40,12 @@ def samples_run(
         student: the model that may write.
         teachers: those that may, by name.
     """
+    keeping = [teacher for teacher in teachers.values() if isinstance(teacher, KeepingTeacher)]
+    memory = TeachersMemory(keeping) if keeping else None
     if not config.teachers:
         (teacher,) = teachers.values()
-        return _of_one(trainer, config, student, teacher, trainer.teacher_tokenizers[""], None)
+        only = _of_one(trainer, config, student, teacher, trainer.teacher_tokenizers[""], None)
+        return replace(only, memory=memory)
     runs = [
         _of_one(trainer, one, student, teachers[name], trainer.teacher_tokenizers[name], number)
         for number, (name, one) in enumerate(config.each().items())
@@ -49,7 +54,7 @@ def samples_run(
     def answered() -> RoutedAnswers:
         return RoutedAnswers([cast(AnsweredRows, run.answered()) for run in runs])
 
-    return replace(runs[0], answered=answered, by_teacher=runs)
+    return replace(runs[0], answered=answered, memory=memory, by_teacher=runs)
 
 
 def _of_one(

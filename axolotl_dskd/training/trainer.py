@@ -215,6 +215,7 @@ class DSKDTrainer(AxolotlTrainer):
         if self.distillation is not None:
             for lesson in self.distillation.lessons.values():
                 lesson.objective.forget_step()
+                lesson.teacher.start_again()
             self.samples = samples_of_lessons(self, self.distillation)
 
     def _begin(self) -> None:

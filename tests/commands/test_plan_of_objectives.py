@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,32 @@ def test_writing_is_planned_where_this_process_writes(tmp_path: Path):
     assert less.phases["writing"] < more.phases["writing"]
     served = {**samples, "engine": {"vllm": {"url": "http://127.0.0.1:1"}}}
     assert "writing" not in plan(tmp_path, samples=served).phases
+
+
+def test_what_the_teacher_says_of_kept_answers_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """In the card's memory only where that is the host's."""
+    tiny.save_pair(tmp_path, hidden_sizes=(32, 48))
+    samples = {"from": "student", "max_new_tokens": 100}
+    on_gpu = CARD
+    monkeypatch.setattr(f"{__name__}.CARD", replace(CARD, gpu=False))
+
+    def planned(**keys: Any) -> MemoryReport:
+        return plan(tmp_path, samples={**samples, **keys})
+
+    one, two = (planned(replay=n).at_peak["kept answers"] for n in (500, 1000))
+    # The teacher's tokens are fewer or more than the student's, but not by much.
+    assert two == pytest.approx(2 * one, rel=1e-3)
+    assert one / (500 * 100 * 48 * 4) == pytest.approx(1, rel=0.6)
+    assert planned(replay=500, replay_memory=1000).at_peak["kept answers"] == 1000
+    for keys in ({"replay": 0}, {"replay": 500, "replay_memory": 0}):
+        assert "kept answers" not in planned(**keys).at_peak
+    monkeypatch.setattr(f"{__name__}.CARD", on_gpu)
+    report = planned(replay=500, replay_memory=1000)
+    assert "kept answers" not in report.at_peak
+    (note,) = (note for note in report.notes if "dskd.samples.replay_memory" in note)
+    assert "up to 1.0 kB of the host's memory" in note
 
 
 def test_the_cache_of_writing_is_keys_and_values_of_all_tokens():

@@ -128,6 +128,59 @@ def test_a_checkpoint_without_them_is_refused_in_words(
     assert "samples.json cannot be read" in result["error"]
 
 
+@pytest.fixture(scope="module")
+def read(folder: Path, trainings: dict[str, Training]) -> dict[str, list[Result]]:
+    """The training again, ways of keeping by name, each rank counting what its teacher reads."""
+    block = {"samples": EVERY_TURN}
+    forgets = {"samples": {**EVERY_TURN, "replay_memory": 0}}
+    cache = {"path": str(folder / "read cache"), "dtype": "float32"}
+    half = {"micro_batch_size": ROWS // 2}
+    on = {"resume_from_checkpoint": str(folder / BASE / f"checkpoint-{SAVED}")}
+    one = {
+        "kept": training_config(folder, block, "kept"),
+        "not kept": training_config(folder, forgets, "not kept"),
+        "resumed": training_config(folder, block, "resumed again", on),
+        "cached": training_config(folder, {**block, "teacher": {"cache": cache}}, "cached again"),
+    }
+    two = {
+        "two ranks": training_config(folder, block, "kept on two", half),
+        "sharded": training_config(folder, block, "kept sharded", {**SHARDED, **half}),
+    }
+    found: dict[str, list[Result]] = {}
+    for ranks, configs in ((1, one), (2, two)):
+        jobs = [{"do": "train_counting_teacher_rows", "config": c} for c in configs.values()]
+        results = launch(ranks, jobs, timeout=600)
+        found |= zip(configs, results, strict=True)
+    return found
+
+
+#: By step: written, data, kept, written.
+READ = {
+    "kept": [ROWS, ROWS, 0],
+    "not kept": [ROWS] * 4,
+    # What is known is not in the checkpoint: it is asked for again.
+    "resumed": [ROWS],
+    # Its own teacher is not called where nothing is asked.
+    "cached": [ROWS, ROWS],
+    # Half of the kept rows are drawn where they were not written.
+    "two ranks": [ROWS // 2, ROWS // 2, 0],
+    "sharded": [ROWS // 2, ROWS // 2, 0],
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_the_teacher_reads_a_kept_row_once_and_the_training_is_the_same(
+    read: dict[str, list[Result]], trainings: dict[str, Training], name: str
+):
+    for result in read[name]:
+        assert "error" not in result, result
+        # Of what the last step writes, some was written before, word for word.
+        assert result["read"][: len(READ[name])] == READ[name]
+        assert len(result["read"]) == len(READ[name]) + (name != "not kept")
+        assert 0 < result["read"][-1] <= ROWS
+    assert_same_training(trainings[BASE], Training.of(read[name][0]))
+
+
 #: What is learned, and whether from one vocabulary. Short: does it work at all, and learn.
 OBJECTIVES: dict[str, tuple[dict[str, Any], bool]] = {
     "token_kd": ({"name": "token_kd", "divergence": "skewed_reverse_kl"}, True),

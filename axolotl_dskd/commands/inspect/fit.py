@@ -5,6 +5,7 @@ Knows configurations, sampled rows and skeletons; the counting itself is `memory
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,7 @@ class Setup:
             self._attention(),
             writing_shape(self.cfg, self.config),
             comparison,
+            kept_answers(self.config, self.samples),
         )
         plan = make_plan(student, teacher, run)
         return of_all_teachers([plan, *(s.plan(student, other) for s, other in self.others)])
@@ -162,6 +164,20 @@ def writing_shape(cfg: Any, config: DSKDConfig) -> tuple[int, int] | None:
     return rows, min(samples.batch_tokens // rows, cfg.sequence_len)
 
 
+def kept_answers(config: DSKDConfig, samples: Sequence[Sample]) -> tuple[int, int] | None:
+    """See `PlannedRun.kept`: all answers as long as they may be, and in the teacher's tokens as
+    many times that as in the rows; with several teachers as if all were one's."""
+    keys = config.samples
+    if not isinstance(keys, StudentSamplesConfig) or not (keys.replay and keys.replay_memory):
+        return None
+    rows = [row for sample in samples for row in sample.rows]
+    ours, theirs = (
+        sum(len(supervised(row[side])) for row in rows) for side in ("labels", "teacher_labels")
+    )
+    tokens = math.ceil(keys.replay * keys.max_new_tokens * theirs / max(ours, 1))
+    return tokens, int(keys.replay_memory)
+
+
 def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
     """The plan against the card, with what to change where it does not fit.
 
@@ -176,6 +192,12 @@ def memory_report(setup: Setup, student: Any, teacher: Any) -> MemoryReport:
         notes.append("dskd.teacher.device_map is not followed: all of the teacher is counted here")
     if setup.others:
         notes.append("all teachers are counted; a batch is planned as if one of them had all of it")
+    if plan.on_host:
+        size = quantity(plan.on_host, "bytes")
+        notes.append(
+            f"beside the card, up to {size} of the host's memory hold what the teacher says of "
+            "kept answers (dskd.samples.replay_memory bounds it)"
+        )
     if card.gpu:
         notes.append("CUDA context and fragmentation (5% of a step) are allowances, not counts")
     fits = plan.total <= card.memory

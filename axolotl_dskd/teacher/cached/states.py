@@ -13,7 +13,6 @@ from torch import Tensor
 
 from axolotl_dskd.cache import Codec, RowStore, sample_key
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.supervision import Sizes
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
 from axolotl_dskd.teacher.reading import ReadingTeacher
 from axolotl_dskd.types import DualBatch
@@ -111,7 +110,7 @@ class CachedStates:
         packed = packed[:, : self.codec.bytes_per_token]
         if bool(found.all()):
             return packed
-        sides = _unpadded(batch)
+        sides = unpadded(batch)
         counts = torch.bincount(sample_ids_M, minlength=len(sides)).tolist()
         todo: list[int] = []
         for row, (ids, labels) in enumerate(sides):
@@ -134,7 +133,9 @@ class CachedStates:
             return
         lacking = []
         for batch in batches:
-            keys = [sample_key(ids, labels) for ids, labels in _unpadded(batch)]
+            keys = [sample_key(ids, labels) for ids, labels in unpadded(batch)]
+            if not keys:
+                continue
             flat = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
             rows = np.flatnonzero(self.store.missing(flat)).tolist()
             if rows:
@@ -155,7 +156,7 @@ class CachedStates:
         finite = torch.isfinite(hidden).all(1)
         if not bool(finite.all()):
             first = int(tokens.sample_ids[~finite][0])
-            ids = _unpadded(missing)[first][0]
+            ids = unpadded(missing)[first][0]
             raise ValueError(
                 "the teacher's hidden states are not finite for the sample whose teacher ids "
                 f"begin with {ids[:12].tolist()}. Its weights are damaged, or its dtype is too "
@@ -167,7 +168,7 @@ class CachedStates:
         passing = [False] * len(rows)
         if batch.written is not None:
             passing = batch.written.samples[rows].tolist()
-        for (ids, labels), sample, passes in zip(_unpadded(missing), states, passing, strict=True):
+        for (ids, labels), sample, passes in zip(unpadded(missing), states, passing, strict=True):
             if not passes:
                 self.store.add(sample_key(ids, labels), sample.numpy())
         return states
@@ -175,18 +176,16 @@ class CachedStates:
 
 def _teacher_rows(batch: DualBatch, rows: list[int]) -> DualBatch:
     """The batch with these rows on the teacher's side."""
-    sizes = batch.sizes
-    teacher, lengths = (tuple(of[row] for row in rows) for of in (sizes.teacher, sizes.lengths))
     return replace(
         batch,
         teacher_input_ids=batch.teacher_input_ids[rows],
         teacher_labels=batch.teacher_labels[rows],
         teacher_attention_mask=batch.teacher_attention_mask[rows],
-        known=Sizes(sizes.student, teacher, lengths),
+        known=batch.sizes.with_teachers(rows),
     )
 
 
-def _unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:
+def unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Ids and labels of each sample, as they were before they were padded."""
     lengths = batch.sizes.lengths
     ids, labels = batch.teacher_input_ids.cpu().numpy(), batch.teacher_labels.cpu().numpy()

@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from axolotl_dskd.cache import RowReader
 from axolotl_dskd.teacher.cached.session import CacheSession
 from axolotl_dskd.teacher.cached.states import CachedStates
 from axolotl_dskd.teacher.protocol import CacheReader, Teacher
 from axolotl_dskd.teacher.spec import TrainingRun
-from axolotl_dskd.types import DualBatch, Needs, View
+from axolotl_dskd.types import DualBatch, Needs, Side, View
 
 
 class CachedTeacher(Teacher):
@@ -40,11 +41,12 @@ class CachedTeacher(Teacher):
         side = batch.teacher_side()
         packed = self.states.packed(batch, side.sample_ids)
         hidden = self.states.codec.decode(packed, self.head.weight.dtype)
-        embedded = None
-        if needs.embeddings:
-            table = self.states.embedding
-            embedded = table(side.input_ids), table(side.labels)
-        return View(side, self.head, hidden, embedded)
+        return View(side, self.head, hidden, self.embedded(side) if needs.embeddings else None)
+
+    def embedded(self, tokens: Side) -> tuple[Tensor, Tensor]:
+        """See `Teacher`."""
+        table = self.states.embedding
+        return table(tokens.input_ids), table(tokens.labels)
 
     def expect(self, batches: Sequence[DualBatch]) -> None:
         """Tell the teacher of the samples that are not cached."""

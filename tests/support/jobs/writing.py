@@ -10,6 +10,7 @@ from axolotl_dskd.generation import TransformersWriter
 from axolotl_dskd.objectives.uld import ULD
 from axolotl_dskd.samples import teacher
 from axolotl_dskd.samples.student import StudentSamples
+from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.training.trainer import DSKDTrainer
 from axolotl_dskd.types import DualBatch, Needs
 from tests.support.jobs.common import this_rank, wrapped
@@ -61,6 +62,19 @@ def train_in_contrast(config: dict[str, Any]) -> dict[str, Any]:
         wrapped(DSKDTrainer, "compute_loss", compute_loss),
     ):
         return train(config) | {"batches": batches}
+
+
+@job
+def train_counting_teacher_rows(config: dict[str, Any]) -> dict[str, Any]:
+    """`train`; how many samples the teacher itself read in each call."""
+    read: list[int] = []
+
+    def states(original: Any, teacher: Any, batch: Any) -> Any:
+        read.append(len(batch.teacher_labels))
+        return original(teacher, batch)
+
+    with wrapped(LiveTeacher, "states", states):
+        return train(config) | {"read": read}
 
 
 @job
