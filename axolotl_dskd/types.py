@@ -258,17 +258,15 @@ class DualBatch:
         """`known`, or counted: then the host waits for the GPU."""
         if self.known is not None:
             return self.known
-        samples = len(self.teacher_labels)
-        counts = [
-            segments[mask].bincount(minlength=samples)
-            for segments, mask in (
-                (self.segment_ids, self.student_mask()),
-                (self.teacher_segment_ids(), self.teacher_mask()),
-            )
-        ]
-        lengths = self.teacher_attention_mask.sum(1)
-        student, teacher, lengths = torch.stack([*counts, lengths]).tolist()
-        return Sizes(tuple(student), tuple(teacher), tuple(lengths))
+
+        def counted(segments: Tensor, mask: Tensor) -> tuple[int, ...]:
+            return tuple(segments[mask].bincount(minlength=len(self.teacher_labels)).tolist())
+
+        return Sizes(
+            counted(self.segment_ids, self.student_mask()),
+            counted(self.teacher_segment_ids(), self.teacher_mask()),
+            tuple(self.teacher_attention_mask.sum(1).tolist()),
+        )
 
     @cached_property
     def student_places(self) -> tuple[Tensor, Tensor]:

@@ -93,6 +93,7 @@ class Teacher(Protocol):
 
     def start_again(self) -> None:
         """An attempt at training has failed and another one begins: nothing is kept for it."""
+        return
 
     def end_epoch(self, *, more: bool) -> None:
         """An epoch has ended; `more` of them are to come, or none.
