@@ -68,6 +68,13 @@ def test_logprobs_are_those_of_a_plain_forward_over_the_whole_vocabulary(
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def assert_same(ours: list[Answer], theirs: list[Answer]) -> None:
+    """The same texts, and log-probabilities but for rounding: that depends on where tensors lie."""
+    assert [(a.ids, a.ended) for a in ours] == [(a.ids, a.ended) for a in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
 def test_a_text_depends_on_its_prompt_and_seed_alone():
     student, sampling = model(), Sampling(16)
     together = written(student, sampling)
@@ -168,7 +175,7 @@ def test_habits_that_come_with_a_model_change_nothing_and_stay_with_it():
     student.generation_config.repetition_penalty = 9.0
     student.generation_config.top_k = 1
     habits = copy.deepcopy(student.generation_config)
-    assert written(student, Sampling(12)) == plain
+    assert_same(written(student, Sampling(12)), plain)
     assert student.generation_config == habits
 
 
@@ -187,7 +194,7 @@ def test_dropout_and_checkpointing_are_off_for_writing_and_on_again_after():
     student.train()
     student.model.layers[0].eval()  # what a user froze stays frozen
     with same_modes(student):
-        assert written(student, Sampling(12)) == plain
+        assert_same(written(student, Sampling(12)), plain)
     assert student.is_gradient_checkpointing
 
 
@@ -199,7 +206,7 @@ def test_an_adapter_writes_along():
         student,
         LoraConfig(target_modules=["q_proj", "lm_head"], r=4, lora_dropout=0.5),
     )
-    assert written(tuned.train(), Sampling(12)) == plain  # it begins as nothing
+    assert_same(written(tuned.train(), Sampling(12)), plain)  # it begins as nothing
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
