@@ -89,7 +89,7 @@ def make_student() -> None:
     config["dataset_prepared_path"] = "outputs/demo/sft-prepared"
     path = Path("outputs/demo/sft.yaml")
     path.write_text(yaml.safe_dump(config))
-    do_cli(config=path)
+    do_cli(config=str(path))
 
 
 def main() -> None:
