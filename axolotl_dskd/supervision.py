@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,6 +32,15 @@ def places_of(mask: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Rows and columns where a mask is set, without asking the GPU how many they are."""
     rows, columns = mask.nonzero_static(size=sum(counts)).unbind(1)
     return rows, columns
+
+
+def indices_of(*masks: Tensor) -> list[Tensor]:
+    """[k] int64 each, ascending: where some masks [n] are set. For all of them together the host
+    waits for the GPU once."""
+    counts = torch.stack([mask.sum() for mask in masks])
+    # What a plan of memory is made with has no numbers: there a mask may be set everywhere.
+    sizes = [len(mask) for mask in masks] if counts.is_meta else counts.tolist()
+    return [m.nonzero_static(size=n).flatten() for m, n in zip(masks, sizes, strict=True)]
 
 
 @dataclass(frozen=True)

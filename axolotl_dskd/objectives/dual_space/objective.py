@@ -37,9 +37,10 @@ from axolotl_dskd.objectives.dual_space.share import TokenShare
 from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
 from axolotl_dskd.objectives.dual_space.start import SharedIds, start_projectors
 from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
-from axolotl_dskd.objectives.dual_space.watch import RecitalWatch, label_losses
+from axolotl_dskd.objectives.dual_space.watch import RecitalWatch, label_losses, watched_pairs
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import LossOutput, Matches, Needs, Per, View
+from axolotl_dskd.supervision import indices_of
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Needs, Per, View
 
 LOG = get_logger(__name__)
 
@@ -193,6 +194,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
     ) -> LossOutput:
         """Sums over a batch, given what `exchange` returned."""
         terms, budget = self.weights, self.setting.budget
+        picked = self._picked(student, matches, exchanged, targets)
         stream = student_stream(student)
         out = student_space(
             stream,
@@ -203,16 +205,21 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             terms,
             budget,
             student.references,
+            picked.get("taught"),
         )
         if terms.teacher_space_weight:
-            s2t, rows, share = self._drawn(exchanged, matches)
+            s2t, rows, share = exchanged.s2t, exchanged.teacher_rows, 1.0
+            if (drawn := picked.get("drawn")) is not None:
+                s2t, share = s2t[drawn], self._share.share
+                rows = drawn if rows is None else rows[drawn]
             loss, values = teacher_space(
                 teacher_stream(teacher), teacher.tokens, s2t, rows, terms, budget, share
             )
             out.loss = out.loss + loss
             out.terms |= values
         if terms.student_space_weight:
-            out.terms |= label_losses(matches, exchanged, student, teacher)
+            watched = matches.exact[picked["watched"]]
+            out.terms |= label_losses(watched, exchanged, student, teacher)
         out.terms["aligned"] = participation(exchanged.student_rows, student.tokens)
         if self._report is not None and torch.is_grad_enabled():
             assert student.hidden is not None and teacher.hidden is not None
@@ -228,15 +235,26 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
                 self._report = None
         return out
 
-    def _drawn(self, exchanged: Exchanged, matches: Matches) -> tuple[Tensor, Tensor | None, float]:
-        """The student's states that the step's teacher space is taken over, the teacher token of
-        each as in `Exchanged`, and their share of all."""
-        s2t, rows, share = exchanged.s2t, exchanged.teacher_rows, self._share.share
-        if share == 1.0 or not torch.is_grad_enabled():
-            return s2t, rows, 1.0
-        begins = matches.teacher_spans[:, 0]
-        taken = self._share.taken(begins if rows is None else begins[rows]).nonzero().flatten()
-        return s2t[taken], taken if rows is None else rows[taken], share
+    def _picked(
+        self, student: View, matches: Matches, exchanged: Exchanged, targets: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Indices of what numbers decide, found together.
+
+        Returns:
+            Of those that there are: `watched`, pairs by which recital is seen; `taught`, projected
+            states with a target; `drawn`, those that the step's teacher space is taken over, where
+            these are not all.
+        """
+        masks = {}
+        if self.weights.student_space_weight:
+            masks["watched"] = watched_pairs(matches, exchanged, student)
+            if targets is not None:
+                masks["taught"] = targets != IGNORE_INDEX
+        drawing = self._share.share < 1.0 and torch.is_grad_enabled()
+        if self.weights.teacher_space_weight and drawing:
+            begins, rows = matches.teacher_spans[:, 0], exchanged.teacher_rows
+            masks["drawn"] = self._share.taken(begins if rows is None else begins[rows])
+        return dict(zip(masks, indices_of(*masks.values()), strict=True)) if masks else {}
 
     def exchange(
         self, student: View, teacher: View, matches: Matches

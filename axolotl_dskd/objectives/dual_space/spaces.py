@@ -33,6 +33,7 @@ from axolotl_dskd.losses import (
     over,
     paired_parts,
 )
+from axolotl_dskd.supervision import indices_of
 from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Side, Term
 
 
@@ -70,6 +71,7 @@ def student_space(
     terms: Terms,
     budget: Budget,
     references: Tensor | None = None,
+    taught: Tensor | None = None,
 ) -> LossOutput:
     """Terms over the student's vocabulary.
 
@@ -84,6 +86,8 @@ def student_space(
         budget: of a chunk.
         references: [N] what both cross-entropies take for right, -100 where nothing does: there
             the divergence counts whatever the projected teacher says. None: the labels.
+        taught: [k] which targets are not -100, where that is known already; else the host waits
+            for a GPU to say it.
     """
     weights = Weights(
         ce=1.0 - terms.kd_ratio,
@@ -101,7 +105,8 @@ def student_space(
     if targets is None:
         targets = labels
     elif len(targets):
-        taught = (targets != IGNORE_INDEX).nonzero().flatten()
+        if taught is None:
+            (taught,) = indices_of(targets != IGNORE_INDEX)
         rows = taught if rows is None else rows[taught]
         source = source[taught]
         targets = torch.where(labels[taught] == IGNORE_INDEX, IGNORE_INDEX, targets[taught])

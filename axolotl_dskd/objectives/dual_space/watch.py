@@ -32,22 +32,32 @@ _LOGS = 10
 _ROWS_AT_ONCE = 16
 
 
+def watched_pairs(matches: Matches, exchanged: Exchanged, student: View) -> Tensor:
+    """[P] bool, the exact pairs that are looked at."""
+    ours = matches.exact[:, 0]
+    met = rows_of(ours, exchanged.student_rows, len(student)) >= 0
+    known = student.references[ours] != IGNORE_INDEX
+    return (matches.spans[ours, 0] % ONE_IN == 0) & met & known
+
+
 @torch.no_grad()
 def label_losses(
-    matches: Matches, exchanged: Exchanged, student: View, teacher: View
+    pairs: Tensor, exchanged: Exchanged, student: View, teacher: View
 ) -> dict[str, Term]:
-    """The terms `teacher_nll` and `projected_nll`: -log p(label) in nats on some exact pairs."""
+    """The terms `teacher_nll` and `projected_nll`: -log p(label) in nats.
+
+    Args:
+        pairs: [W, 2] exact pairs, each student token with a projected state.
+        exchanged: these states.
+        student, teacher: both sides' tokens.
+    """
     assert student.head is not None and teacher.head is not None and teacher.hidden is not None
-    pairs = matches.exact
-    t2s = rows_of(pairs[:, 0], exchanged.student_rows, len(student))
-    known = student.references[pairs[:, 0]] != IGNORE_INDEX
-    chosen = (matches.spans[pairs[:, 0], 0] % ONE_IN == 0) & (t2s >= 0) & known
-    few = chosen.nonzero().flatten()  # once: a GPU is waited for
-    ours, theirs = pairs[few].unbind(1)
+    ours, theirs = pairs.unbind(1)
+    t2s = rows_of(ours, exchanged.student_rows, len(student))
     ids = student.tokens.sample_ids[ours]
     losses = {
         "teacher_nll": (teacher.head, teacher.hidden[theirs], teacher.tokens.labels[theirs]),
-        "projected_nll": (student.head, exchanged.t2s[t2s[few]], student.tokens.labels[ours]),
+        "projected_nll": (student.head, exchanged.t2s[t2s], student.tokens.labels[ours]),
     }
     return {name: Term(_nll(*of), ids) for name, of in losses.items()}
 
