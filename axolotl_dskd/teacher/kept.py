@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from axolotl_dskd.cache import sample_key
 from axolotl_dskd.ranks import gather_objects, rank
-from axolotl_dskd.teacher.cached.states import unpadded
+from axolotl_dskd.teacher.part import unpadded, with_samples
 from axolotl_dskd.teacher.protocol import CacheReader, Teacher
 from axolotl_dskd.types import DualBatch, Logprobs, Needs, Side, View
 
@@ -95,7 +94,7 @@ class KeepingTeacher(Teacher):
             return self.teacher(batch, needs)
         side, keys = batch.teacher_side(), _keys(batch)
         counts, asked = batch.sizes.teacher, self._lacking(keys)
-        view = self.teacher(_with_samples(batch, asked), needs)
+        view = self.teacher(with_samples(batch, asked), needs)
         said = _said(view)
         sizes = [counts[sample] for sample in asked]
         self._hold([keys[sample] for sample in asked], said, sizes)
@@ -163,9 +162,7 @@ class KeepingTeacher(Teacher):
         """Name the teacher what it will be asked about: nothing that is held."""
         self.teacher.expect(
             [
-                batch
-                if batch.written is None
-                else _with_samples(batch, self._lacking(_keys(batch)))
+                batch if batch.written is None else with_samples(batch, self._lacking(_keys(batch)))
                 for batch in batches
             ]
         )
@@ -221,23 +218,3 @@ def _said(view: View) -> Said:
     assert view.logprobs is not None
     found = {name: getattr(view.logprobs, name) for name in ("labels", "ids", "top")}
     return {name: values for name, values in found.items() if values is not None}
-
-
-def _with_samples(batch: DualBatch, samples: list[int]) -> DualBatch:
-    """The batch with some of its samples, maybe none, on the teacher's side."""
-    if len(samples) == len(batch.teacher_labels):
-        return batch
-    states, cached, written = batch.cached_states, batch.cached, batch.written
-    at = torch.tensor(samples, dtype=torch.long, device=batch.teacher_labels.device)
-    if states is not None:
-        states = states[torch.isin(batch.teacher_side().sample_ids, at)]
-    return replace(
-        batch,
-        teacher_input_ids=batch.teacher_input_ids[at],
-        teacher_labels=batch.teacher_labels[at],
-        teacher_attention_mask=batch.teacher_attention_mask[at],
-        cached_states=states,
-        cached=None if cached is None else cached[at],
-        written=None if written is None else replace(written, samples=written.samples[at]),
-        known=batch.sizes.with_teachers(samples),
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from axolotl_dskd.cache import Codec, RowStore, sample_key
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher.cached.tables import EmbeddingTable
+from axolotl_dskd.teacher.part import unpadded, with_samples
 from axolotl_dskd.teacher.reading import ReadingTeacher
 from axolotl_dskd.types import DualBatch
 
@@ -139,7 +139,7 @@ class CachedStates:
             flat = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
             rows = np.flatnonzero(self.store.missing(flat)).tolist()
             if rows:
-                lacking.append(_teacher_rows(batch, rows))
+                lacking.append(with_samples(batch, rows))
         if lacking:
             self.body.get().expect(lacking)
 
@@ -151,7 +151,7 @@ class CachedStates:
         Raises:
             ValueError: the teacher cannot be loaded, or its states are not finite.
         """
-        missing = _teacher_rows(batch, rows)
+        missing = with_samples(batch, rows)
         hidden, tokens = self.body.get().states(missing)
         finite = torch.isfinite(hidden).all(1)
         if not bool(finite.all()):
@@ -172,21 +172,3 @@ class CachedStates:
             if not passes:
                 self.store.add(sample_key(ids, labels), sample.numpy())
         return states
-
-
-def _teacher_rows(batch: DualBatch, rows: list[int]) -> DualBatch:
-    """The batch with these rows on the teacher's side."""
-    return replace(
-        batch,
-        teacher_input_ids=batch.teacher_input_ids[rows],
-        teacher_labels=batch.teacher_labels[rows],
-        teacher_attention_mask=batch.teacher_attention_mask[rows],
-        known=batch.sizes.with_teachers(rows),
-    )
-
-
-def unpadded(batch: DualBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids and labels of each sample, as they were before they were padded."""
-    lengths = batch.sizes.lengths
-    ids, labels = batch.teacher_input_ids.cpu().numpy(), batch.teacher_labels.cpu().numpy()
-    return [(i[:n], y[:n]) for i, y, n in zip(ids, labels, lengths, strict=True)]
