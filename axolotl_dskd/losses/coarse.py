@@ -49,6 +49,6 @@ def coarse_divergence(
     named = torch.where(known, logits.gather(-1, at), whole + _NOBODY)
     # softmax of these is q': they are logits of it, through which the gradient goes on to q's.
     q = Distribution.of(torch.cat([named, rest], -1))
-    value, slope = divergence(Distribution(log_p, log_p.exp()), q)
+    value, slope = divergence(Distribution(log_p), q)
     gradient = left.sub_(rest).exp_().mul_(slope[:, -1:])
     return value, gradient.scatter_add_(-1, at, torch.where(known, slope[:, :-1], 0.0))

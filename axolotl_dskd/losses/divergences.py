@@ -15,26 +15,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-class Distribution(NamedTuple):
-    """A distribution over the vocabulary, [..., V], with its logarithm taken from the logits.
+@dataclass(frozen=True)
+class Distribution:
+    """A distribution over the vocabulary, with its logarithm taken from the logits.
 
-    Both are kept because a softmax costs less than the exponential of a log-softmax.
+    Both forms are made when they are first asked for, since not every divergence needs them, and
+    apart, because a softmax costs less than the exponential of a log-softmax.
+
+    Attributes:
+        logits: [..., V], float32 or wider, at temperature 1; they must not change.
     """
 
-    log: Tensor
-    prob: Tensor
+    logits: Tensor
 
     @classmethod
     def of(cls, logits: Tensor, temperature: float = 1.0) -> Distribution:
         """softmax(logits / temperature)."""
-        cooled = logits / temperature if temperature != 1.0 else logits
-        return cls(torch.log_softmax(cooled, -1), torch.softmax(cooled, -1))
+        return cls(logits / temperature if temperature != 1.0 else logits)
+
+    @cached_property
+    def log(self) -> Tensor:
+        """[..., V] natural logarithms."""
+        return torch.log_softmax(self.logits, -1)
+
+    @cached_property
+    def prob(self) -> Tensor:
+        """[..., V] probabilities."""
+        return torch.softmax(self.logits, -1)
 
 
 Function = Callable[..., tuple[Tensor, Tensor]]
@@ -64,14 +77,13 @@ def _mixture(weight: float, p: Tensor, q: Tensor) -> Tensor:
 
 def forward_kl(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor]:
     """KL(p ‖ q) = Σ p (log p − log q); gradient q − p. Hinton et al. 2015, arXiv 1503.02531."""
-    return torch.linalg.vecdot(p.prob, p.log - q.log), q.prob - p.prob
+    return (p.log - q.log).mul_(p.prob).sum(-1), q.prob - p.prob
 
 
 def reverse_kl(p: Distribution, q: Distribution) -> tuple[Tensor, Tensor]:
     """KL(q ‖ p) = Σ q (log q − log p). Gu et al. 2023, MiniLLM, arXiv 2306.08543."""
-    ratio = q.log - p.log
-    value = torch.linalg.vecdot(q.prob, ratio)
-    return value, ratio.sub_(value.unsqueeze(-1)).mul_(q.prob)
+    grad_log_q = (q.log - p.log).mul_(q.prob)
+    return grad_log_q.sum(-1), _through_softmax(grad_log_q, q.prob)
 
 
 def js_divergence(p: Distribution, q: Distribution, beta: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -81,7 +93,7 @@ def js_divergence(p: Distribution, q: Distribution, beta: float = 0.5) -> tuple[
     is the symmetric one.
     """
     log_m = _mixture(beta, p.prob, q.prob).log_()
-    forward = torch.linalg.vecdot(p.prob, p.log - log_m)
+    forward = (p.log - log_m).mul_(p.prob).sum(-1)
     grad_log_q = torch.sub(q.log, log_m, out=log_m).mul_(q.prob).mul_(1 - beta)
     value = beta * forward + grad_log_q.sum(-1)
     return value, _through_softmax(grad_log_q, q.prob)
@@ -91,7 +103,7 @@ def skewed_forward_kl(p: Distribution, q: Distribution, lam: float = 0.1) -> tup
     """KL(p ‖ λ p + (1−λ) q). Ko et al. 2024, DistiLLM, arXiv 2402.03898."""
     m = _mixture(lam, p.prob, q.prob)
     share = q.prob / m
-    value = torch.linalg.vecdot(p.prob, p.log - m.log_())
+    value = (p.log - m.log_()).mul_(p.prob).sum(-1)
     return value, _through_softmax(share.mul_(p.prob).mul_(lam - 1), q.prob)
 
 
@@ -99,10 +111,10 @@ def skewed_reverse_kl(p: Distribution, q: Distribution, lam: float = 0.1) -> tup
     """KL(q ‖ (1−λ) p + λ q). Ko et al. 2024, DistiLLM, arXiv 2402.03898."""
     m = _mixture(1 - lam, p.prob, q.prob)
     share = q.prob / m
-    ratio = q.log - m.log_()
-    value = torch.linalg.vecdot(q.prob, ratio)
+    summands = torch.sub(q.log, m.log_(), out=m).mul_(q.prob)
+    value = summands.sum(-1)
     # d/d log q of q (log q − log m); the constant 1 of the product rule drops out in the softmax.
-    return value, _through_softmax(ratio.sub_(share, alpha=lam).mul_(q.prob), q.prob)
+    return value, _through_softmax(summands.addcmul_(share, q.prob, value=-lam), q.prob)
 
 
 def tail_border(p: Distribution, alpha: float) -> Tensor:
@@ -119,7 +131,7 @@ def tail_border(p: Distribution, alpha: float) -> Tensor:
     for _ in range(30 if narrow else 60):
         middle = (below + above) / 2
         torch.lt(p.log, middle, out=below_it)
-        in_tail = torch.linalg.vecdot(p.prob, below_it).unsqueeze(-1) <= alpha
+        in_tail = below_it.mul_(p.prob).sum(-1, keepdim=True) <= alpha
         below = torch.where(in_tail, middle, below)
         above = torch.where(in_tail, above, middle)
     return below
@@ -136,7 +148,7 @@ def adaptive_kl(p: Distribution, q: Distribution, alpha: float = 0.5) -> tuple[T
     gap = grad.abs()
     total = gap.sum(-1, keepdim=True)
     in_head = torch.ge(p.log, tail_border(p, alpha), out=torch.empty_like(gap))
-    head = torch.linalg.vecdot(gap, in_head).unsqueeze(-1)
+    head = in_head.mul_(gap).sum(-1, keepdim=True)
     weight = torch.where(total > 0, head / total.clamp_min(1e-30), 0.5)
     reverse, grad_reverse = reverse_kl(p, q)
     value = weight.squeeze(-1) * forward + (1 - weight.squeeze(-1)) * reverse

@@ -41,8 +41,8 @@ class Weights:
         source_ce: of the source's cross-entropy; 0: the source learns nothing.
         divergence: of the divergence at `temperature`.
         temperature: of the divergence.
-        mask_wrong: the divergence counts only where the source's argmax is its label, or it
-            has no label.
+        mask_wrong: the divergence counts only where no token is more likely for the source than
+            its label, or it has no label.
     """
 
     ce: float
@@ -78,7 +78,7 @@ def pair_terms(
     """Terms of logits z that learn from logits u; both become their gradients.
 
     `ce` = CE(z, labels), `source_ce` = CE(u, source_labels), `divergence` = D(softmax(u / T) ‖
-    softmax(z / T)) and `correct` = [argmax u == source_labels]. The gradient of the divergence
+    softmax(z / T)) and `correct` = [u is largest at source_labels]. The gradient of the divergence
     goes to z alone.
 
     Args:
@@ -100,15 +100,14 @@ def pair_terms(
         if source is not None:
             u = heads[1].activation(source[rows].to(terms.ce.dtype))
             targets = source_labels[rows]
-            correct = (u.argmax(-1) == targets).to(u.dtype)
+            correct = first_choice(u, targets)
             value, grad = divergence(Distribution.of(u, T), Distribution.of(z, T))
+            counted = torch.ones_like(value)
             if weights.mask_wrong:
-                agreeing = torch.where(targets == IGNORE_INDEX, 1.0, correct)
-                value *= agreeing
-                grad *= agreeing.unsqueeze(-1)
-            terms.divergence[rows], terms.correct[rows] = value, correct
-            grad.mul_(weights.divergence / T)
-            grad_z = grad if grad_z is None else grad_z.add_(grad)
+                counted = torch.where(targets == IGNORE_INDEX, 1.0, correct)
+            terms.divergence[rows], terms.correct[rows] = value * counted, correct
+            factor = (counted * (weights.divergence / T)).unsqueeze(-1)
+            grad_z = grad.mul_(factor) if grad_z is None else grad_z.addcmul_(grad, factor)
             if weights.source_ce:
                 found, grad_u = cross_entropy(u, targets, weights.source_ce)
                 terms.source_ce[rows] = found
@@ -124,6 +123,18 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
     rows = max(1, _BLOCK.get(matrix.device.type, 1 << 24) // matrix.shape[1])
     for start in range(0, len(matrix), rows):
         yield slice(start, start + rows)
+
+
+def first_choice(logits: Tensor, labels: Tensor) -> Tensor:
+    """[n] 1 where no token is more likely than the label, else 0, also where that is -100.
+
+    Args:
+        logits: [n, V] float32 or wider.
+        labels: [n] int64.
+    """
+    own = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    # argmax, which says which token it is, takes as long as two softmaxes.
+    return ((own >= logits.amax(-1)) & (labels != IGNORE_INDEX)).to(logits.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:

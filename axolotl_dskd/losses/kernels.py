@@ -127,10 +127,9 @@ def _rows(
     target = tl.load(target_pointer + row)
     infinity = float("inf")
 
-    # Maxima, sums of exponentials at temperature 1 and T, the label's logits, argmax of u.
+    # Maxima, sums of exponentials at temperature 1 and T, the labels' logits.
     z_max, z_sum, z_sum_T, z_label = -infinity, 0.0, 0.0, 0.0
     u_max, u_sum, u_sum_T, u_label = -infinity, 0.0, 0.0, 0.0
-    u_argmax = tl.full((), 0, tl.int32)
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < V
@@ -143,13 +142,11 @@ def _rows(
         z_max = new
         if PAIRED:
             u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
-            top, place = tl.max(u, 0, return_indices=True)
-            u_argmax = tl.where(top > u_max, start + place, u_argmax)
-            new = tl.maximum(u_max, top)
+            u_label += tl.sum(tl.where(at == target, u, 0.0), 0)
+            new = tl.maximum(u_max, tl.max(u, 0))
             u_sum_T = u_sum_T * tl.exp((u_max - new) / T) + tl.sum(tl.exp((u - new) / T), 0)
             if SOURCE_CE:
                 u_sum = u_sum * tl.exp(u_max - new) + tl.sum(tl.exp(u - new), 0)
-                u_label += tl.sum(tl.where(at == target, u, 0.0), 0)
             u_max = new
     if CE:
         counted = tl.where(label == -100, 0.0, 1.0)
@@ -162,7 +159,7 @@ def _rows(
     if PAIRED:
         z_log = tl.log(z_sum_T)
         u_log = tl.log(u_sum_T)
-        correct = tl.where(u_argmax == target, 1.0, 0.0)
+        correct = tl.where((u_label >= u_max) & (target != -100), 1.0, 0.0)
         share = divergence_weight / T
         agreeing = tl.where(target == -100, 1.0, correct)
         if MASK_WRONG:

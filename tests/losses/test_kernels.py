@@ -99,6 +99,27 @@ def test_the_kernel_writes_bfloat16_gradients(kernels):
     compare(kernels, weights, make_divergence("js_divergence"), head, torch.bfloat16, 2.0, 2**-8)
 
 
+def says_its_labels(module) -> torch.Tensor:
+    """`correct` where the largest logit is the label's, another one's, both; and without label."""
+    u = torch.zeros(4, V, device=DEVICE)
+    u[0, 5], u[1, 6] = 2.0, 2.0
+    u[2, [3, 5]] = 2.0
+    labels = torch.tensor([5, 5, 5, -100], device=DEVICE)
+    head = OutputHead(torch.zeros(V, 4))
+    weights = elementwise.Weights(0.0, 0.0, 1.0, 1.0)
+    z, divergence = u.clone(), make_divergence("forward_kl")
+    return module.pair_terms(z, u, None, labels, (head, head), divergence, weights).correct
+
+
+def test_a_label_that_no_token_is_more_likely_than_is_right():
+    assert says_its_labels(elementwise).tolist() == [1, 0, 1, 0]
+
+
+@runs_kernels
+def test_the_kernel_takes_a_label_among_equals_for_right(kernels):
+    assert says_its_labels(kernels).tolist() == [1, 0, 1, 0]
+
+
 @runs_kernels
 def test_the_kernel_equals_the_reference_over_the_teachers_vocabulary(kernels):
     head = OutputHead(torch.zeros(V, 4), softcap=7.0)

@@ -5,7 +5,7 @@ With `sg` = stop-gradient, T = temperature and D the divergence (teacher side fi
     z, u = student_head(h_s), sg(student_head)(t2s)
     ce             = cross_entropy(z, labels)
     projector_ce   = cross_entropy(u, targets)
-    student_space  = D(softmax(sg(u) / T), softmax(z / T))   [· (argmax u == target) if masked]
+    student_space  = D(softmax(sg(u) / T), softmax(z / T))   [· (u is largest at target) if masked]
     teacher_space  = KL(softmax(teacher_head(h_t) / T) ‖ softmax(teacher_head(s2t) / T))
 
 each summed over its tokens (arXiv 2406.17328, §3). These are seven matrix products (student's
