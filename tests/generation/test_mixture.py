@@ -88,6 +88,18 @@ def both(ours: Any, theirs: Any, row: int, ids: list[int], sampling: Sampling) -
     return [distribution(logits(model, asked, ids), sampling) for model, asked in sides]
 
 
+def plainly(ours: Any, theirs: Any, row: int, sampling: Sampling, room: int = 12) -> list[int]:
+    """The answer of a row by a loop that runs both models on all of it for each token."""
+    generator = torch.Generator().manual_seed(seeds(PROMPTS)[row])
+    numbers = torch.rand(sampling.max_new_tokens, generator=generator, dtype=torch.float64)
+    ids: list[int] = []
+    while len(ids) < room and ids[-1:] != [END]:
+        q, p = both(ours, theirs, row, ids, sampling)
+        total = ((1 - SHARE) * q[-1] + SHARE * p[-1]).cumsum(0)
+        ids.append(int((total <= numbers[len(ids)] * total[-1]).sum()))
+    return ids
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 40, 16384])
 @pytest.mark.parametrize("keys", SAMPLINGS, ids=str)
 def test_texts_are_those_of_a_plain_loop_that_runs_both_models_on_each_row(
@@ -95,15 +107,9 @@ def test_texts_are_those_of_a_plain_loop_that_runs_both_models_on_each_row(
 ):
     ours, theirs, sampling = student(), teacher(), Sampling(12, **keys)
     answers = written(mixed(ours, theirs, batch_tokens=batch_tokens), sampling)
-    for row, (answer, seed) in enumerate(zip(answers, seeds(PROMPTS), strict=True)):
-        numbers = torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        ids: list[int] = []
-        while len(ids) < 12 and ids[-1:] != [END]:
-            q, p = both(ours, theirs, row, ids, sampling)
-            total = ((1 - SHARE) * q[-1] + SHARE * p[-1]).cumsum(0)
-            ids.append(int((total <= numbers[len(ids)] * total[-1]).sum()))
-        assert answer.ids == ids
-        assert answer.ended == (ids[-1] == END)
+    for row, answer in enumerate(answers):
+        assert answer.ids == plainly(ours, theirs, row, sampling)
+        assert answer.ended == (answer.ids[-1] == END)
 
 
 @pytest.mark.parametrize("keys", SAMPLINGS, ids=str)
@@ -197,15 +203,20 @@ def test_no_answer_is_longer_than_either_side_has_room_for():
     assert max(len(answer.ids) for answer in answers) > 0
 
 
-def test_a_row_that_has_ended_reads_no_position_that_the_teacher_has_not():
-    """Rows with more room go on; a table of learned positions has no more."""
+def test_padding_and_rows_that_have_ended_move_no_position():
+    """Of a teacher with a table of them, which has no more: rows with more room go on."""
     config = GPT2Config(vocab_size=64, n_positions=9, n_embd=32, n_layer=1, n_head=2)
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(config).eval()
-    answers = written(mixed(student(), theirs, max_length=9), Sampling(12))
-    assert [len(a.ids) for a in answers if not a.ended]
-    for theirs_asked, answer in zip(BESIDE, answers, strict=True):
-        assert answer.ended or len(answer.ids) == 9 - len(theirs_asked)
+    with torch.no_grad():  # so that they decide something
+        theirs.transformer.wpe.weight.normal_()
+        theirs.transformer.wte.weight.mul_(20)
+    ours, sampling = student(), Sampling(12)
+    answers = written(mixed(ours, theirs, max_length=9), sampling)
+    for row, answer in enumerate(answers):
+        room = 9 - len(BESIDE[row])
+        assert answer.ids == plainly(ours, theirs, row, sampling, room)
+        assert answer.ended or len(answer.ids) == room
 
 
 def test_a_partner_runs_as_often_as_the_student_also_for_other_ranks():
