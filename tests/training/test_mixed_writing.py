@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from tests.support import tiny
+from tests.support import tiny, two_teachers
 from tests.support.equivalence import (
     BASE,
     ROWS,
@@ -61,6 +61,10 @@ WEIGHT, LIGHT = "dskd/mixed_weight", "dskd/mixed_below_half"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_pair(tmp_path_factory.mktemp("mixed"), one_vocabulary=True)
     teach(folder / "student", tiny.chat_rows(ROWS))
+    tokenizer = tiny.byte_level_tokenizer()
+    tiny.tiny_llama(len(tokenizer), 40, seed=2).save_pretrained(folder / "second")
+    tokenizer.save_pretrained(folder / "second")
+    tiny.write_rows(folder / "rows.jsonl", two_teachers.rows(ROWS))
     return folder
 
 
@@ -194,6 +198,37 @@ def test_a_student_alone_is_cut_over_the_ranks(folder: Path, trainings: dict[str
     results = launch(2, [{"do": "train", "config": config}], timeout=600)[0]
     assert not any(result["teacher_is_sharded"] for result in results)
     assert_same_training(trainings[BASE], Training.of(results[0]))
+
+
+def test_of_several_teachers_each_rows_own_takes_part(folder: Path):
+    """A row is written as if there were its teacher alone."""
+    block: dict[str, Any] = {**BLOCK, "samples": {**SAMPLES, "share": 1.0, "replay": 0}}
+    each = {
+        name: {**TEACHER, "base_model": str(folder / path)}
+        for name, path in two_teachers.FOLDERS.items()
+    }
+    several = {key: value for key, value in block.items() if key != "teacher"}
+    several |= {"teachers": each, "route": {"field": two_teachers.FIELD}}
+    blocks = [several, *({**block, "teacher": teacher} for teacher in each.values())]
+    jobs = [
+        {
+            "do": "train_noting_weights",
+            "config": training_config(folder, one, f"several {k}", {"max_steps": 1}),
+        }
+        for k, one in enumerate(blocks)
+    ]
+    both, *alone = (
+        {tuple(sample["ids"]): sample["weights"] for sample in result["samples"]}
+        for result in run(1, *jobs)
+    )
+    assert not alone[0].keys() & alone[1].keys()
+    assert both
+    of_each = [both.keys() & one.keys() for one in alone]
+    assert all(of_each)
+    assert both.keys() == of_each[0] | of_each[1]
+    for one, mine in zip(alone, of_each, strict=True):
+        for ids in mine:
+            assert both[ids] == pytest.approx(one[ids], rel=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["token_kd", "dual_space"])
