@@ -171,6 +171,10 @@ WRONG = {
         {"samples": {"from": "student", "teacher_mix": 1.0}},
         "less than 1",
     ),
+    "a divergence of what nobody writes": (
+        {"objective": {"divergence_written": "reverse_kl"}},
+        "but all rows are references",
+    ),
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (
         {"samples": "student", "kd_ratio": 0.0},
