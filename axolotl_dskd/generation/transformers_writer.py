@@ -96,7 +96,9 @@ class TransformersWriter:
             for rows in batches:
                 asked = [prompts[row] for row in rows] or [[self.pad_id]]
                 room = max((rooms[row] for row in rows), default=1)
-                found = self._generate(model, device, asked, draw(rows), room)
+                end = max((len(prompts[row]) + rooms[row] for row in rows), default=2)
+                with _positions_before(model, end):
+                    found = self._generate(model, device, asked, draw(rows), room)
                 for row, (ids, logprobs, weights) in zip(rows, found, strict=False):
                     answers[row] = self._answer(ids[: rooms[row]], logprobs, weights)
         return answers
@@ -104,18 +106,17 @@ class TransformersWriter:
     def _batches(self, lengths: Sequence[int], rooms: Sequence[int]) -> list[list[int]]:
         """Rows of similar length together, each batch at most `batch_tokens` or one row."""
         batches: list[list[int]] = []
-        width = 0
+        longest = room = 0
         for row in sorted(range(len(lengths)), key=lambda r: (-lengths[r], r)):
             if rooms[row] <= 0:
                 continue
             # The longest comes first, but a shorter prompt may have more room.
-            wider = max(width, lengths[row] + rooms[row]) if batches else 0
-            if batches and (len(batches[-1]) + 1) * wider <= self.batch_tokens:
+            room = max(room, rooms[row])
+            if batches and (len(batches[-1]) + 1) * (longest + room) <= self.batch_tokens:
                 batches[-1].append(row)
-                width = wider
             else:
                 batches.append([row])
-                width = lengths[row] + rooms[row]
+                longest, room = lengths[row], rooms[row]
         return batches
 
     def _generate(
@@ -168,10 +169,29 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
 
 
 @contextmanager
+def _positions_before(model: Any, end: int) -> Iterator[None]:
+    """Rows that have no more room are fed on for as long as others of the batch, or other ranks,
+    write: where a model has learned a table of positions, not beyond its end."""
+
+    def clamp(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if (positions := kwargs.get("position_ids")) is not None:
+            kwargs = {**kwargs, "position_ids": positions.clamp_max(end - 1)}
+        return args, kwargs
+
+    with _bare(model).register_forward_pre_hook(clamp, with_kwargs=True):
+        yield
+
+
+def _bare(model: Any) -> Any:
+    """The model below any adapter's wrapper; LoRA stays active in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
 def _no_habits(model: Any) -> Iterator[Any]:
-    """The model below any adapter's wrapper (LoRA stays active in it), without the settings that
-    were published with it: a repetition penalty or a top_k there would change what is drawn."""
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model below any adapter's wrapper, without the settings that were published with it: a
+    repetition penalty or a top_k there would change what is drawn."""
+    bare = _bare(model)
     habits = bare.generation_config
     bare.generation_config = GenerationConfig()
     try:
