@@ -22,6 +22,7 @@ from axolotl_dskd.config.objectives import (
     SpanSupportConfig,
     TokenKDConfig,
     ULDConfig,
+    WrittenDivergenceKeys,
 )
 from axolotl_dskd.config.route import RouteConfig, about_teacher
 from axolotl_dskd.config.samples import (
@@ -75,5 +76,6 @@ __all__ = [
     "VirtualAttentionConfig",
     "WriterConfig",
     "WritingConfig",
+    "WrittenDivergenceKeys",
     "about_teacher",
 ]

@@ -13,7 +13,7 @@ from axolotl_dskd.config.evaluation import EvaluationConfig
 from axolotl_dskd.config.objectives import DualSpaceConfig, ObjectiveConfig, objective_config
 from axolotl_dskd.config.refusals import refusals, refuse_moved_keys
 from axolotl_dskd.config.route import RouteConfig, TeacherName
-from axolotl_dskd.config.samples import AnySamples, DatasetSamplesConfig
+from axolotl_dskd.config.samples import AnySamples, DatasetSamplesConfig, StudentSamplesConfig
 from axolotl_dskd.config.teacher import TeacherConfig
 from axolotl_dskd.config.virtual_attention import VirtualAttentionConfig
 
@@ -111,6 +111,20 @@ class DSKDConfig(Block):
         return self
 
     @model_validator(mode="after")
+    def _teachers_that_write_along(self) -> DSKDConfig:
+        if not self.mixes:
+            return self
+        for name, one in self.each().items():
+            if one.one_teacher.server is not None:
+                where = f"dskd.teachers.{name}" if name else "dskd.teacher"
+                raise ValueError(
+                    "dskd.samples.teacher_mix runs student and teacher side by side, token by "
+                    f"token, but the layers of {where} are a server's. Remove its server:, or set "
+                    "teacher_mix: 0."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _states_to_compare(self) -> DSKDConfig:
         if self.evaluation.teacher is True:
             for name, one in self.each().items():
@@ -122,6 +136,11 @@ class DSKDConfig(Block):
                         "gives: states, or evaluation.teacher: auto."
                     )
         return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether teachers take part in drawing what the student writes."""
+        return isinstance(self.samples, StudentSamplesConfig) and self.samples.teacher_mix > 0
 
     @property
     def opens_teacher(self) -> bool:

@@ -13,6 +13,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     model_serializer,
+    model_validator,
 )
 
 from axolotl_dskd.config.base import Block
@@ -124,6 +125,14 @@ class StudentSamplesConfig(WritingConfig):
     per_prompt: int = Field(
         1, ge=1, description="Answers to each prompt; of as many rows the first one's is taken."
     )
+    teacher_mix: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability at which a token is drawn from the teacher's distribution instead "
+        "of the student's, one token at a time (MiniLLM: 0.2); for one vocabulary. 0: the student "
+        "draws alone.",
+    )
     show_every: int = Field(
         100,
         ge=0,
@@ -131,6 +140,16 @@ class StudentSamplesConfig(WritingConfig):
         "trackers that are open; 0: none.",
     )
     show_count: int = Field(2, ge=1, description="Answers that are shown each time.")
+
+    @model_validator(mode="after")
+    def _who_draws(self) -> StudentSamplesConfig:
+        if self.teacher_mix and self.engine != "transformers":
+            raise ValueError(
+                "dskd.samples.teacher_mix draws each token from both models in the training's own "
+                "process, but engine is a vLLM, which has one. Set engine: transformers, or "
+                "teacher_mix: 0."
+            )
+        return self
 
 
 class TeacherSamplesConfig(WritingConfig):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from axolotl_dskd.data.collator import LOGPROBS
+from axolotl_dskd.data.collator import LOGPROBS, WEIGHTS
 from axolotl_dskd.data.outcomes import CUT, KEPT
 from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.runs import supervised_runs
@@ -130,6 +130,21 @@ class AnsweredRows:
             first = {turn[side].end[0][0] for found in turns for turn in found if turn[side].end[0]}
             self.end_ids[side] = sorted({i for i in first if not self._tables[side][i]} | {*own})
 
+    @property
+    def teachers_own_ends(self) -> dict[int, int]:
+        """Over one vocabulary: ids that end an answer in the teacher's template and not in the
+        student's, and the one there that stands for each."""
+        ours, theirs = (self.end_ids[side] for side in _SIDES)
+        if not ours:
+            return {}
+        usual = self._usual["student"][0][:1]
+        end = usual[0] if {*usual} & {*ours} else ours[0]
+        return {index: end for index in theirs if index not in ours}
+
+    def teachers_room(self, prompt: Prompt) -> int:
+        """How many tokens the teacher can read behind its own side of a prompt."""
+        return self.reconcile.teacher_limit - len(prompt["teacher"].ids)
+
     def prompt(self, row: Row) -> Prompt | None:
         """The row without its last supervised answer; None where it has none, or nothing before."""
         return self._last(self._halves(row))
@@ -195,6 +210,7 @@ class AnsweredRows:
         ended: bool,
         by: Who = "student",
         logprobs: Sequence[float] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Row | str:
         """The columns of a row with an answer in place of its own, as `DualCollator` takes them;
         or why there is none: nothing was written, or the statuses of `Reconcile`.
@@ -208,6 +224,7 @@ class AnsweredRows:
             ended: the last of them is an end token.
             by: whose ids they are.
             logprobs: of each of the ids, where the student wrote them.
+            weights: likewise, where the teacher took part in drawing (`Written.weights`).
         """
         other: Who = "teacher" if by == "student" else "student"
         count, text = _readable(ids[: len(ids) - ended], self._tables[by])
@@ -228,10 +245,11 @@ class AnsweredRows:
         row |= changed
         if self.number is not None:
             row[TEACHER] = self.number
-        if logprobs is not None:
-            start = len(prompt["student"].ids)
-            kept = [x for x, y in zip(logprobs, row["labels"][start:], strict=False) if y >= 0]
-            row[LOGPROBS] = np.array(kept, "<f4").tobytes()
+        said_of_it = row["labels"][len(prompt["student"].ids) :]
+        for column, values in ((LOGPROBS, logprobs), (WEIGHTS, weights)):
+            if values is not None:
+                kept = [x for x, y in zip(values, said_of_it, strict=False) if y >= 0]
+                row[column] = np.array(kept, "<f4").tobytes()
         return row
 
     def _translated(
@@ -279,6 +297,10 @@ class RoutedAnswers:
     def turns(self, row: Row) -> list[Prompt]:
         """See `AnsweredRows`."""
         return self.each[row[TEACHER]].turns(row)
+
+    def teachers_room(self, prompt: Prompt) -> int:
+        """See `AnsweredRows`."""
+        return self.each[prompt.number or 0].teachers_room(prompt)
 
     def alone(self, row: Row, prompt: Prompt) -> Row:
         """See `AnsweredRows`."""

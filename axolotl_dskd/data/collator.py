@@ -31,6 +31,9 @@ _TEACHER_COLUMNS = ("teacher_input_ids", "teacher_labels")
 #: Column of a row whose answer the student has just written: [n] float32 as bytes, the
 #: log-probability of each of its supervised tokens.
 LOGPROBS = "dskd_logprobs"
+#: Column of such a row where the teacher took part in drawing: [n] float32 as bytes, what
+#: `Written.weights` says of each of its supervised tokens.
+WEIGHTS = "dskd_weights"
 #: Column of rows with the same prompt: a number of their own in the batch.
 GROUP = "dskd_group"
 #: Columns of a prepared row that are ours.
@@ -82,7 +85,7 @@ class DualCollator:
                 f"a row has no teacher side; it has {sorted(samples[0])}. The dataset was "
                 "prepared without dskd: delete dataset_prepared_path and prepare it again."
             )
-        ours = {*PREPARED_COLUMNS, TEACHER, LOGPROBS, GROUP}
+        ours = {*PREPARED_COLUMNS, TEACHER, LOGPROBS, WEIGHTS, GROUP}
         plain = [[{k: v for k, v in s.items() if k not in ours} for s in row] for row in rows]
         lengths = [[len(s["input_ids"]) for s in row] for row in rows]
         batch = dict(self.inner(plain if packed else [row[0] for row in plain], **kwargs))
@@ -164,16 +167,24 @@ def _written(samples: Sequence[dict[str, Any]]) -> Written | None:
     """What is known of answers that the student wrote, where there are any."""
     if not any(LOGPROBS in sample for sample in samples):
         return None
-    nothing = [np.zeros(len(s[SPANS]) // BYTES_PER_TOKEN, "<f4") for s in samples]
-    logprobs = [
-        np.frombuffer(sample[LOGPROBS], "<f4") if LOGPROBS in sample else none
-        for sample, none in zip(samples, nothing, strict=True)
-    ]
+    weighted = any(WEIGHTS in sample for sample in samples)
     return Written(
         samples=torch.tensor([LOGPROBS in sample for sample in samples]),
-        logprobs=torch.from_numpy(np.concatenate(logprobs).astype(np.float32)),
+        logprobs=_of_tokens(samples, LOGPROBS, 0.0),
+        weights=_of_tokens(samples, WEIGHTS, 1.0) if weighted else None,
         pairs=_pairs(samples),
     )
+
+
+def _of_tokens(samples: Sequence[dict[str, Any]], column: str, otherwise: float) -> Tensor:
+    """[N] float32 of each supervised token, in samples without the column a number."""
+    values = [
+        np.frombuffer(sample[column], "<f4")
+        if column in sample
+        else np.full(len(sample[SPANS]) // BYTES_PER_TOKEN, otherwise, "<f4")
+        for sample in samples
+    ]
+    return torch.from_numpy(np.concatenate(values).astype(np.float32))
 
 
 def _pairs(samples: Sequence[dict[str, Any]]) -> Tensor | None:

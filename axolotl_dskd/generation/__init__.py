@@ -3,6 +3,7 @@
 Knows prompts and answers as token ids; nothing of rows, batches, teachers or what is learned.
 """
 
+from axolotl_dskd.generation.mixture import MixedWriter, Partner
 from axolotl_dskd.generation.transformers_writer import TransformersWriter
 from axolotl_dskd.generation.vllm_launch import WritingServer
 from axolotl_dskd.generation.vllm_models import FixedModel, Served, StudentAdapter, StudentWeights
@@ -12,6 +13,8 @@ from axolotl_dskd.generation.writer import Answer, Sampling, Writer, prompt_seed
 __all__ = [
     "Answer",
     "FixedModel",
+    "MixedWriter",
+    "Partner",
     "Sampling",
     "Served",
     "StudentAdapter",

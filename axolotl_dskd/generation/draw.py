@@ -8,6 +8,8 @@ rows. Here a row's numbers come from its own seed, so that its text depends on i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ class Draw(LogitsProcessor):
         self.sampling = sampling
         self.vocab_size = vocab_size
         self.logprobs: list[Tensor] = []
-        self._numbers = None if sampling.temperature == 0 else _uniform(seeds, sampling)
+        self._numbers = None if sampling.temperature == 0 else uniform(seeds, sampling)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, V] 0 at the drawn token, -inf elsewhere.
@@ -44,44 +46,75 @@ class Draw(LogitsProcessor):
             input_ids: [B, L] what there is so far.
             scores: [B, V] logits.
         """
-        temperature = self.sampling.temperature or 1.0
         logits = scores[:, : self.vocab_size].float()
-        logprobs = plain = logits.log_softmax(-1)
-        if temperature != 1.0:
-            logprobs = (logits / temperature).log_softmax(-1)
-        if self._numbers is None:
-            drawn = logprobs.argmax(-1, keepdim=True)
-        else:
-            number = self._numbers[:, len(self.logprobs)].to(logprobs.device)
-            drawn = self._draw(logprobs, number.unsqueeze(1))
+        plain = logits.log_softmax(-1)
+        number = None
+        if self._numbers is not None:
+            number = self._numbers[:, len(self.logprobs)].to(plain.device).unsqueeze(1)
+        drawn = self.drawn(logits, plain, number)
         self.logprobs.append(plain.gather(1, drawn).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def _draw(self, logprobs: Tensor, number: Tensor) -> Tensor:
-        """[B, 1] the tokens at which the running sum of probabilities passes the numbers.
+    def drawn(self, logits: Tensor, plain: Tensor, number: Tensor | None) -> Tensor:
+        """[B, 1] the tokens.
 
         Args:
-            logprobs: [B, V] float32.
-            number: [B, 1] float64 in [0, 1).
+            logits, plain: [B, V] float32, and their log-softmax.
+            number: [B, 1] float64 in [0, 1), of each row; None at temperature 0.
         """
-        order = None
-        if self.sampling.top_k or self.sampling.top_p < 1.0:
-            kept = min(self.sampling.top_k or self.vocab_size, logprobs.shape[1])
-            logprobs, order = logprobs.topk(kept, dim=-1)  # most likely first
-        probability = logprobs.double().exp()
-        if self.sampling.top_p < 1.0:
-            probability /= probability.sum(-1, keepdim=True)
-            before = probability.cumsum(-1) - probability
-            probability *= before < self.sampling.top_p  # the first one always is
-        total = probability.cumsum(-1)
-        # Below the end, so that nothing without probability is found.
-        place = (number * total[:, -1:]).minimum(torch.nextafter(total[:, -1:], number * 0))
-        # NaN finds no place: any token will do, the loss of this step says what is wrong.
-        found = torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
+        if number is None:
+            return plain.argmax(-1, keepdim=True)
+        probability, order = likely(logits, plain, self.sampling)
+        found = at_number(probability, number)
         return found if order is None else order.gather(1, found)
 
+    def beside(self, model: Any) -> AbstractContextManager[Any]:
+        """Open while `generate` runs the model, for what goes along with its forwards."""
+        return nullcontext()
 
-def _uniform(seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    def answers(self) -> list[tuple[list[float], list[float] | None]]:
+        """Of each row the log-probabilities of what was drawn, and `Answer.weights`; what follows
+        an end token means nothing."""
+        return [(row, None) for row in torch.stack(self.logprobs, 1).tolist()]
+
+
+def likely(logits: Tensor, plain: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """[B, k] float64 how likely what may be drawn is, not summed up to 1, and its ids, the most
+    likely first; None: the tokens in their own order.
+
+    Args:
+        logits, plain: [B, V] float32, and their log-softmax.
+        sampling: not of temperature 0.
+    """
+    logprobs, order = plain, None
+    if sampling.temperature != 1.0:
+        logprobs = (logits / sampling.temperature).log_softmax(-1)
+    if sampling.top_k or sampling.top_p < 1.0:
+        kept = min(sampling.top_k or logprobs.shape[1], logprobs.shape[1])
+        logprobs, order = logprobs.topk(kept, dim=-1)
+    probability = logprobs.double().exp()
+    if sampling.top_p < 1.0:
+        probability /= probability.sum(-1, keepdim=True)
+        before = probability.cumsum(-1) - probability
+        probability *= before < sampling.top_p  # the first one always is
+    return probability, order
+
+
+def at_number(probability: Tensor, number: Tensor) -> Tensor:
+    """[B, 1] where the running sum of probabilities passes a number.
+
+    Args:
+        probability: [B, k] float64; their sum may be another than 1.
+        number: [B, 1] float64 in [0, 1), as a part of that.
+    """
+    total = probability.cumsum(-1)
+    # Below the end, so that nothing without probability is found.
+    place = (number * total[:, -1:]).minimum(torch.nextafter(total[:, -1:], number * 0))
+    # NaN finds no place: any token will do, the loss of this step says what is wrong.
+    return torch.searchsorted(total, place, right=True).clamp_max(total.shape[1] - 1)
+
+
+def uniform(seeds: Sequence[int], sampling: Sampling) -> Tensor:
     """[B, max_new_tokens] float64 in [0, 1), row by row from its seed."""
     generator = torch.Generator()
     rows = []

@@ -45,11 +45,14 @@ class Answer:
         logprobs: of each token when it was written, float32 accuracy: the model's own, over the
             whole vocabulary at temperature 1, whatever it was drawn with.
         ended: the last token is one that ends an answer; else it was cut.
+        weights: of each token, the model's probability over that at which it was drawn, where
+            another model took part in drawing; None: it drew alone.
     """
 
     ids: list[int]
     logprobs: list[float]
     ended: bool
+    weights: list[float] | None = None
 
 
 class Writer(Protocol):

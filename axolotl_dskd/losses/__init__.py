@@ -13,7 +13,7 @@ from axolotl_dskd.losses.divergences import (
 )
 from axolotl_dskd.losses.elementwise import Weights
 from axolotl_dskd.losses.functions import by_autograd, by_rows, plain_with_ce, with_ce
-from axolotl_dskd.losses.learn import Learn
+from axolotl_dskd.losses.learn import Learn, runs_of
 from axolotl_dskd.losses.logprobs import over_logprobs, set_logprobs, token_logprobs
 from axolotl_dskd.losses.parts import even_parts, grouped_parts, paired_parts
 
@@ -40,6 +40,7 @@ __all__ = [
     "over_logprobs",
     "paired_parts",
     "plain_with_ce",
+    "runs_of",
     "set_logprobs",
     "token_logprobs",
     "with_ce",

@@ -44,7 +44,29 @@ def build_objective(config: DSKDConfig, facts: Facts, *, memory: int, seed: int)
         gives=config.one_teacher.gives,
         references=not (isinstance(samples, StudentSamplesConfig) and samples.share == 1),
     )
-    return objective_class(config.objective)(config.objective, facts, setting)
+    objective = objective_class(config.objective)(config.objective, facts, setting)
+    if config.mixes:
+        _check_mixing(objective)
+    return objective
+
+
+def _check_mixing(objective: Objective[Any]) -> None:
+    """Refuse a teacher that takes part in drawing where it cannot, or must not.
+
+    Raises:
+        ValueError: in words.
+    """
+    if not objective.facts.one_vocabulary:
+        raise ValueError(
+            "dskd.samples.teacher_mix draws tokens from both models' distributions over one "
+            "vocabulary, but student and teacher have different ones. Set teacher_mix: 0."
+        )
+    if objective.needs.contrast:
+        raise ValueError(
+            f"dskd.objective: {objective.config.name} holds the student's own answer against a "
+            "better one, and what the teacher has helped to write is not its own. Set "
+            "dskd.samples.teacher_mix: 0."
+        )
 
 
 def fine_tuning(config: DSKDConfig, facts: Facts, *, memory: int) -> FineTuning:

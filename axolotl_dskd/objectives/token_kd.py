@@ -10,6 +10,9 @@ Of a teacher that gives no states its likeliest tokens will do, at temperature 1
 these and all others as one outcome, which for every divergence but adaptive_kl is at most the D
 above (`losses.coarse`). `kept_mass` is the probability that these tokens have together. Two
 products, three where the head trains.
+
+In answers that the student writes D may be another one (`divergence_written`; DistiLLM-2, Ko et al.
+2025, arXiv 2503.07067: skewed forward KL on references, skewed reverse KL on the student's own).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from axolotl_dskd.config import TokenKDConfig
 from axolotl_dskd.losses import (
+    Divergence,
     Learn,
     Part,
     Sums,
@@ -30,8 +34,8 @@ from axolotl_dskd.losses import (
     by_rows,
     coarse_divergence,
     even_parts,
-    make_divergence,
     over,
+    runs_of,
 )
 from axolotl_dskd.losses.elementwise import cross_entropy
 from axolotl_dskd.objectives.base import (
@@ -44,7 +48,8 @@ from axolotl_dskd.objectives.base import (
     student_stream,
     teacher_stream,
 )
-from axolotl_dskd.types import LossOutput, Matches, Needs, Per, Term, View
+from axolotl_dskd.objectives.written import both_divergences, named_divergences
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Needs, Per, Term, View
 
 
 class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
@@ -62,12 +67,7 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
     def __init__(self, config: TokenKDConfig, facts: Facts, setting: Setting) -> None:
         self.needs = Needs("top" if config.temperature == 1 else "states", one_vocabulary=True)
         super().__init__(config, facts, setting)
-        self.divergence = make_divergence(
-            config.divergence,
-            skew_lambda=config.skew_lambda,
-            adaptive_alpha=config.adaptive_alpha,
-            js_beta=config.js_beta,
-        )
+        self.divergence, self.of_written = both_divergences(config)
         self.weights = Weights(
             ce=1.0 - setting.kd_ratio,
             source_ce=0.0,
@@ -80,7 +80,8 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
         over = "the teacher's likeliest tokens and the rest as one"
         if self.setting.gives == "states":
             over = "one vocabulary"
-        return f"token_kd: {self.config.divergence}, token by token over {over}"
+        names = named_divergences(self.config)
+        return f"token_kd: {names}, token by token over {over}"
 
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """Sums over a batch; the tokens of an exact pair meet."""
@@ -106,6 +107,10 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
             "teacher_accuracy": TermSpec("student"),
         }
 
+    def _divergence_without(self, student: View) -> Divergence | None:
+        """That of tokens without reference, where it is another one and there may be some."""
+        return None if student.written is None else self.of_written
+
     def _from_states(self, student: View, teacher: View, pairs: Tensor) -> Sums:
         streams = {"student": student_stream(student), "teacher": teacher_stream(teacher)}
         learn = Learn(
@@ -116,6 +121,7 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
             student.references,
             teacher.tokens.labels,
             {"ce": "ce", "divergence": "kd", "correct": "teacher_accuracy"},
+            self._divergence_without(student),
         )
         return over(streams, pair_chunks(pairs, streams, self.setting.budget), learn, self._specs)
 
@@ -125,12 +131,25 @@ class TokenKD(Objective[TokenKDConfig], config=TokenKDConfig):
         ids, top, references = said.ids, said.top, student.references
         partner = torch.full_like(references, -1).index_copy(0, pairs[:, 0], pairs[:, 1])
         correct = (ids[:, 0] == teacher.tokens.labels).to(top)
+        without = self._divergence_without(student)
+
+        def compare(theirs: Tensor, z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            """The divergence of tokens [k] from the teacher's, and its gradient."""
+            if without is None or not len(labels):
+                return coarse_divergence(self.divergence, ids[theirs], top[theirs], z)
+            found = []
+            for rows, has_label in runs_of(labels != IGNORE_INDEX):
+                divergence = self.divergence if has_label else without
+                at = theirs[rows]
+                found.append(coarse_divergence(divergence, ids[at], top[at], z[rows]))
+            value, gradient = map(torch.cat, zip(*found, strict=True))
+            return value, gradient
 
         def function(rows: Part, logits: dict[str, Tensor]) -> tuple[Values, dict[str, Tensor]]:
             index, z = rows["student"], logits["student"]
             met = (partner[index] >= 0).nonzero().flatten()
             theirs = partner[index][met]
-            value, towards = coarse_divergence(self.divergence, ids[theirs], top[theirs], z[met])
+            value, towards = compare(theirs, z[met], references[index][met])
             ce, gradient = cross_entropy(z, references[index], self.weights.ce)
             values = {
                 "ce": ce,

@@ -156,7 +156,7 @@ def _evaluation(student: Any, teacher: Any, run: PlannedRun) -> int:
 
     def compare() -> None:
         hidden = _student_step(student, run).flatten(0, 1)[:N]
-        if run.teacher.layers_are_loaded:
+        if run.layers_are_loaded:
             _teacher_step(teacher, run)
         ours = View(Side(nothing, nothing, nothing), heads[0], hidden)
         theirs = _teachers(_tokens(batch.teacher_supervised, batch.samples), heads, run)
@@ -211,7 +211,7 @@ def _micro_step(
         hidden, forward_peak = memory.peak_of(lambda: _student_step(student, run))
         kept = memory.live - gradients
         _, teacher_peak = memory.peak_of(
-            lambda: _teacher_step(teacher, run) if run.teacher.layers_are_loaded else None
+            lambda: _teacher_step(teacher, run) if run.layers_are_loaded else None
         )
         states = [hidden]
         del hidden
@@ -275,7 +275,7 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         "adapters": weights if adapted else 0,
         "optimizer states": states,
         "projectors with their optimizer": 3 * mapped,
-        "teacher layers": body if run.teacher.layers_are_loaded else 0,
+        "teacher layers": body if run.layers_are_loaded else 0,
         "teacher embedding and head": ends if run.teacher.gives == "states" else 0,
     }
     kept = _kept_answers(teacher, run)
@@ -288,9 +288,11 @@ def make_plan(student: Any, teacher: Any, run: PlannedRun) -> Plan:
         run.optimizer, [*trained, *trained_beside], on_gpu=run.on_gpu
     )
     if run.writing is not None:
-        static = [*student.parameters(), *student.buffers()]
+        partner = teacher if run.mixes else None
+        models = (student, teacher) if run.mixes else (student,)
+        static = [t for m in models for t in (*m.parameters(), *m.buffers())]
         with attention(run.cfg.attn_implementation, padded=True):
-            phases["writing"] = writing(student, static, run.writing, run.autocast)
+            phases["writing"] = writing(student, static, run.writing, run.autocast, partner)
     if run.comparison is not None:
         del phases["teacher forward"]  # training asks nothing
         phases["evaluation"] = {"evaluation's own": _evaluation(student, teacher, run)}

@@ -54,6 +54,8 @@ class PlannedRun:
         writing: [rows, tokens] of prompts and answers that the student writes at once; None: it
             does not write in this process.
         comparison: of student and teacher, where evaluations alone ask the teacher.
+        writes: the student writes what the teacher then reads.
+        mixes: the teacher takes part in drawing what the student writes.
     """
 
     cfg: Any
@@ -65,6 +67,14 @@ class PlannedRun:
     writing: tuple[int, int] | None = None
     comparison: TeacherAgreement | None = None
     kept: tuple[int, int] | None = None
+    writes: bool = False
+    mixes: bool = False
+
+    @property
+    def layers_are_loaded(self) -> bool:
+        """Whether the teacher's layers are in memory: also a cached one's, where steps have text
+        that no cache has seen."""
+        return self.teacher.server is None and (self.teacher.layers_are_loaded or self.writes)
 
     @property
     def autocast(self) -> torch.dtype | None:

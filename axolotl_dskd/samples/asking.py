@@ -119,4 +119,6 @@ class Asking:
         return turns[prompt_seed(row["input_ids"], self.config.seed, step) % len(turns)]
 
     def _room(self, prompt: Prompt) -> int:
-        return self.sampling.room(prompt["student"].ids)
+        """How many tokens can be written; where the teacher draws along, it has to read them."""
+        room = self.sampling.room(prompt["student"].ids)
+        return min(room, self.answered.teachers_room(prompt)) if self.config.teacher_mix else room

@@ -12,7 +12,7 @@ import torch
 
 from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
 from axolotl_dskd.data.collator import DualCollator
-from axolotl_dskd.generation import Writer
+from axolotl_dskd.generation import MixedWriter, Writer
 
 Batch = dict[str, Any]
 
@@ -26,6 +26,8 @@ class SamplesRun:
         collator: of the training's batches.
         writer: by who writes ("student", "teacher"), ids that end an answer, and how many tokens
             at once.
+        mixed_writer: the student beside the teacher, by the teacher's share of each draw, the rows
+            of the pair, ids that end an answer, and how many tokens at once.
         max_length: of a row, in the student's tokens, and of a packed row.
         batch: rows of a micro-batch; None where they are packed.
         contrast: the data's own answer must stand beside each written one.
@@ -44,6 +46,7 @@ class SamplesRun:
     answered: Callable[[], AnsweredRows | RoutedAnswers]
     collator: DualCollator
     writer: Callable[[str, list[int], int], Writer]
+    mixed_writer: Callable[[float, AnsweredRows, list[int], int], MixedWriter]
     max_length: int
     batch: int | None
     contrast: bool

@@ -45,7 +45,7 @@ class Placing:
             columns: that the rows of the step have beside the answer's.
         """
         for answer in answers:
-            self.tally.answer(answer.ids, ended=answer.ended)
+            self.tally.answer(answer)
         bins: dict[int, list[tuple[Place, Answer]]] = {}
         for place, answer in zip(places, answers, strict=True):
             bins.setdefault(id(place.bin), []).append((place, answer))
@@ -113,7 +113,9 @@ class Placing:
         if len(ids) > longest:
             ids, ended = ids[:longest], False
             self.tally.count("cut")
-        row = self.answered.row(prompt, ids, ended=ended, logprobs=answer.logprobs)
+        row = self.answered.row(
+            prompt, ids, ended=ended, logprobs=answer.logprobs, weights=answer.weights
+        )
         if isinstance(row, str):
             self._refuse(row)
             return None

@@ -54,15 +54,16 @@ class Replay:
 
     def save(self, path: Path) -> None:
         """Write all rows to a safetensors file: each column's values one behind the other, with
-        their lengths where they have any."""
+        their lengths where they have any. Of bytes that a row has not, there are none."""
         tensors: dict[str, torch.Tensor] = {}
-        for name in self.rows[0] if self.rows else ():
-            if isinstance(self.rows[0][name], int):
+        first = {name: value for row in reversed(self.rows) for name, value in row.items()}
+        for name, kind in first.items():
+            if isinstance(kind, int):
                 tensors[name] = torch.tensor([row[name] for row in self.rows])
                 continue
             values = [
-                np.frombuffer(row[name], np.uint8)
-                if isinstance(row[name], bytes)
+                np.frombuffer(row.get(name, b""), np.uint8)
+                if isinstance(kind, bytes)
                 else np.array(row[name], np.int32)
                 for row in self.rows
             ]
@@ -95,6 +96,6 @@ class Replay:
                 v.numpy().tobytes() if v.dtype == torch.uint8 else v.tolist() for v in values
             ]
         self.rows.clear()
-        self.rows.extend(
-            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)
-        )
+        for values in zip(*columns.values(), strict=True):
+            row = zip(columns, values, strict=True)
+            self.rows.append({name: value for name, value in row if value != b""})

@@ -25,6 +25,7 @@ from axolotl_dskd.samples.replay import Replay
 from axolotl_dskd.samples.schedule import Schedule, Take
 from axolotl_dskd.samples.showing import Showing
 from axolotl_dskd.samples.tally import Tally
+from axolotl_dskd.samples.writing import Writing
 
 LOG = get_logger(__name__)
 
@@ -74,7 +75,6 @@ class StudentSamples(Samples):
         sampling = Sampling(
             config.max_new_tokens, config.temperature, config.top_p, config.top_k, run.max_length
         )
-        self.sampling = sampling
         self.asking = Asking(config, self.answered, sampling, run.contrast, self.tally)
         self.show = Showing(config, run)
         self.placing = Placing(self.answered, run.max_length, self.tally)
@@ -87,11 +87,14 @@ class StudentSamples(Samples):
                 f"multiple of {group}, or use sample_packing: true."
             )
         self.end_ids = self.answered.end_ids["student"]
-        self.writer = run.writer("student", self.end_ids, config.batch_tokens)
+        self.writing = Writing(config, run, self.answered, sampling)
         self._said_of_refused = False
+        beside = ""
+        if config.teacher_mix:
+            beside = f", {config.teacher_mix:.0%} of each draw from the teacher's distribution"
         LOG.info(
             f"The student answers the prompts of {config.share} of the steps, up to "
-            f"{config.max_new_tokens} tokens; an answer ends with "
+            f"{config.max_new_tokens} tokens{beside}; an answer ends with "
             f"{[run.decode([i]) for i in self.end_ids]}"
         )
 
@@ -117,11 +120,7 @@ class StudentSamples(Samples):
         places = [self.asking(bins, step) for bins in micro]
         flat = [place for found in places for place in found]
         begin = time.monotonic()
-        answers = self.writer.write(
-            [place.prompt["student"].ids for place in flat],
-            self.sampling,
-            [place.seed for place in flat],
-        )
+        answers = self.writing(flat)
         self.tally.count("seconds", time.monotonic() - begin)
         self.show(step, flat, answers)
         written: list[list[Row]] = []

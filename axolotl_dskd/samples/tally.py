@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import torch
 
+from axolotl_dskd.generation import Answer
 from axolotl_dskd.ranks import sum_over_ranks
 
 #: Tokens of the sequences whose repetition is counted.
 _N = 4
+#: A token with less weight was drawn at twice the student's own probability, or more.
+_LIGHT = 0.5
 
 
 class Tally:
@@ -25,11 +27,16 @@ class Tally:
         """Add to one of the numbers."""
         self._counts[name] += number  # type: ignore[assignment]
 
-    def answer(self, ids: Sequence[int], *, ended: bool) -> None:
+    def answer(self, answer: Answer) -> None:
         """Count an answer in."""
+        ids = answer.ids
         self.count("answers")
         self.count("tokens", len(ids))
-        self.count("ended", float(ended))
+        self.count("ended", float(answer.ended))
+        if answer.weights is not None:
+            self.count("mixed", len(ids))
+            self.count("weight", sum(answer.weights))
+            self.count("light", sum(weight < _LIGHT for weight in answer.weights))
         grams = [tuple(ids[k : k + _N]) for k in range(len(ids) - _N + 1)]
         self.count("grams", len(grams))
         self.count("repeated", len(grams) - len(set(grams)))
@@ -37,7 +44,7 @@ class Tally:
     def metrics(self, device: torch.device) -> dict[str, float]:
         """Means over all ranks; nothing where nothing was written or taken. Starts anew."""
         names = ("answers", "tokens", "ended", "grams", "repeated", "refused", "seconds", "rows",
-                 "written", "kept", "cut")  # fmt: skip
+                 "written", "kept", "cut", "mixed", "weight", "light")  # fmt: skip
         numbers = torch.tensor([float(self._counts[n]) for n in names], dtype=torch.float64)
         self._counts.clear()
         found = dict(zip(names, sum_over_ranks(numbers.to(device)).tolist(), strict=True))
@@ -51,6 +58,9 @@ class Tally:
             means["dskd/answers_refused"] = found["refused"] / found["answers"]
             means["dskd/answers_cut_to_fit"] = found["cut"] / found["answers"]
             means["dskd/repeated_4grams"] = found["repeated"] / max(found["grams"], 1.0)
+        if found["mixed"]:
+            means["dskd/mixed_weight"] = found["weight"] / found["mixed"]
+            means["dskd/mixed_below_half"] = found["light"] / found["mixed"]
         if found["seconds"]:
             means["dskd/written_tokens_per_second"] = found["tokens"] / found["seconds"]
         return means

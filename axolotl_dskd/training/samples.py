@@ -14,7 +14,7 @@ from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.routing import rows_of_teacher
 from axolotl_dskd.data.tokenizers import vocabulary_size
-from axolotl_dskd.generation import TransformersWriter, Writer
+from axolotl_dskd.generation import MixedWriter, Partner, TransformersWriter, Writer
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.samples import Samples, SamplesRun, open_samples
 from axolotl_dskd.teacher import Teacher, TeacherSpec
@@ -79,20 +79,38 @@ def _of_one(
         rows = rows_of_teacher(trainer.train_dataset, number or 0)
         return AnsweredRows(reconcile, *tokenizers, islice(rows, _ROWS), number)
 
-    def writer(who: str, end_ids: list[int], batch_tokens: int) -> Writer:
-        model = student if who == "student" else teacher
-        tokenizer = tokenizers[0 if who == "student" else 1]
-        if isinstance(config.samples, WritingConfig) and config.samples.engine != "transformers":
-            server = config.samples.engine.vllm
-            return vllm_writer(trainer, config, server, student, tokenizer, end_ids)
+    def of_process(
+        model: Student | Teacher,
+        tokenizer: Any,
+        end_ids: list[int],
+        batch_tokens: int,
+        together: bool,
+    ) -> TransformersWriter:
         return TransformersWriter(
             model.running,
             end_ids=end_ids,
             pad_id=tokenizer.pad_token_id or 0,
             vocab_size=vocabulary_size(tokenizer),
             batch_tokens=batch_tokens,
-            together=model.runs_together,
+            together=together,
         )
+
+    def writer(who: str, end_ids: list[int], batch_tokens: int) -> Writer:
+        model = student if who == "student" else teacher
+        tokenizer = tokenizers[0 if who == "student" else 1]
+        if isinstance(config.samples, WritingConfig) and config.samples.engine != "transformers":
+            server = config.samples.engine.vllm
+            return vllm_writer(trainer, config, server, student, tokenizer, end_ids)
+        return of_process(model, tokenizer, end_ids, batch_tokens, model.runs_together)
+
+    def mixed_writer(
+        share: float, rows: AnsweredRows, end_ids: list[int], batch_tokens: int
+    ) -> MixedWriter:
+        limit = rows.reconcile.teacher_limit
+        partner = Partner(teacher.running, share, rows.teachers_own_ends, limit)
+        together = student.runs_together or teacher.runs_together
+        ours = of_process(student, tokenizers[0], end_ids, batch_tokens, together)
+        return MixedWriter(ours, partner)
 
     def identity() -> str:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +121,7 @@ def _of_one(
         answered=answered,
         collator=trainer.data_collator,
         writer=writer,
+        mixed_writer=mixed_writer,
         max_length=int(cfg.sequence_len),
         batch=None if cfg.sample_packing else int(trainer._train_batch_size),
         contrast=trainer.distillation is not None and trainer.distillation.needs.contrast,

@@ -173,10 +173,36 @@ def test_what_the_teacher_says_of_kept_answers_is_planned(
     assert "up to 1.0 kB of the host's memory" in note
 
 
+def test_a_teacher_that_draws_along_is_planned_with_a_cache_of_its_own(tmp_path: Path):
+    """Where it is larger than the student; else the student's own forward is the fullest moment."""
+    tiny.save_pair(tmp_path, same_vocabulary=True, hidden_sizes=(32, 192))
+    samples = {"from": "student", "max_new_tokens": 100, "batch_tokens": 1600}
+    block = {"objective": {"name": "token_kd"}, "samples": samples}
+    alone = plan(tmp_path, **block).phases["writing"]
+    mixed = plan(tmp_path, **{**block, "samples": {**samples, "teacher_mix": 0.2}})
+    # Layers, keys and values, two heads of 48 numbers in float32, of all tokens.
+    assert mixed.phases["writing"] - alone > 2 * 2 * 2 * 48 * 4 * 1600
+
+
+def test_the_layers_of_a_cached_teacher_stay_where_the_student_writes(tmp_path: Path):
+    """What is written in a step is in no cache."""
+    tiny.save_pair(tmp_path)
+    cached = {"base_model": str(tmp_path / "teacher"), "cache": {"path": "c"}}
+    samples = {"from": "student", "max_new_tokens": 100}
+    live, kept = (plan(tmp_path, samples=samples, **keys) for keys in ({}, {"teacher": cached}))
+    assert kept.at_peak["teacher layers"] == live.at_peak["teacher layers"] > 0
+    assert "teacher layers" not in plan(tmp_path, teacher=cached).at_peak
+
+
 def test_the_cache_of_writing_is_keys_and_values_of_all_tokens():
     with torch.device("meta"):
         student = tiny.tiny_llama(400, 32, 0)
-    found = writing(student, [*student.parameters(), *student.buffers()], (4, 256), None)
-    assert found["KV cache"] == 2 * 2 * 2 * 8 * 4 * (
-        4 * 256
-    )  # layers, k and v, heads of 8, float32
+        teacher = tiny.tiny_llama(400, 64, 0)
+    static = [t for m in (student, teacher) for t in (*m.parameters(), *m.buffers())]
+    found = writing(student, static, (4, 256), None)
+    # Layers, k and v, two heads of 8 (of 16 in the teacher), float32.
+    assert found["KV cache"] == 2 * 2 * 2 * 8 * 4 * (4 * 256)
+    assert "teacher's KV cache" not in found
+    both = writing(student, static, (4, 256), None, teacher)
+    assert both["KV cache"] == found["KV cache"]
+    assert both["teacher's KV cache"] == 2 * found["KV cache"]

@@ -150,6 +150,31 @@ WRONG = {
         },
         "sync",
     ),
+    "a teacher that shall draw where a server writes": (
+        {
+            "samples": {
+                "from": "student",
+                "teacher_mix": 0.2,
+                "engine": {"vllm": {"url": "http://x"}},
+            }
+        },
+        "engine is a vLLM",
+    ),
+    "a teacher that shall draw and is elsewhere": (
+        {
+            "teacher": {"base_model": "x", "server": {"url": "http://a"}},
+            "samples": {"from": "student", "teacher_mix": 0.2},
+        },
+        r"layers of dskd\.teacher are a server's",
+    ),
+    "a teacher that draws alone": (
+        {"samples": {"from": "student", "teacher_mix": 1.0}},
+        "less than 1",
+    ),
+    "a divergence of what nobody writes": (
+        {"objective": {"divergence_written": "reverse_kl"}},
+        "but all rows are references",
+    ),
     "no share": ({"samples": {"from": "student", "share": 0.0}}, "greater than 0"),
     "answers without a teacher": (
         {"samples": "student", "kd_ratio": 0.0},

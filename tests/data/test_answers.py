@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from axolotl_dskd.data.answers import LOGPROBS, NOTHING_WRITTEN, AnsweredRows
+from axolotl_dskd.data.answers import LOGPROBS, NOTHING_WRITTEN, WEIGHTS, AnsweredRows
 from axolotl_dskd.data.outcomes import TOO_LONG
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from tests.support.conversations import answered, prepared, reconcile
@@ -145,6 +145,42 @@ def test_logprobs_stand_at_their_tokens():
     said = found["labels"][len(prompt["student"].ids) :]
     assert stored == pytest.approx([x for x, y in zip(numbers, said, strict=True) if y != -100])
     assert len(stored) == sum(y != -100 for y in found["labels"][1:])
+
+
+def test_weights_stand_at_their_tokens_also_of_an_answer_that_was_cut():
+    pair = PAIRS[0]
+    rows, made = answered(pair), prepared(PAIRS[0], [("Add.", TEXTS[0])])
+    prompt = rows.prompt(made)
+    ids = own_answer(prompt, made, "student")
+    numbers = [0.1 * (k + 1) for k in range(len(ids))]
+    for count, ended in ((len(ids), True), (len(ids) - 2, False)):
+        found = rows.row(prompt, ids[:count], ended=ended, logprobs=[-1.0] * count, weights=numbers)
+        stored = np.frombuffer(found[WEIGHTS], "<f4").tolist()
+        said = found["labels"][len(prompt["student"].ids) :]
+        here = zip(numbers, said, strict=False)
+        assert stored == pytest.approx([x for x, y in here if y != -100])
+        assert len(stored) == len(found[LOGPROBS]) // 4
+    assert WEIGHTS not in rows.row(prompt, ids, ended=True, logprobs=numbers)
+
+
+def test_an_end_that_the_teacher_alone_has_stands_for_the_students():
+    """By id, and none where both end with the same."""
+    same = answered(PAIRS[2])
+    assert same.teachers_own_ends == {}
+    rows = AnsweredRows(
+        reconcile(PAIRS[2]),
+        *[TOKENIZERS[name]() for name in PAIRS[2]],
+        [prepared(PAIRS[2], TURNS[:1])],
+    )
+    (end,) = rows.end_ids["student"]
+    rows.end_ids["teacher"] = [2, end, 4]
+    assert rows.teachers_own_ends == {2: end, 4: end}
+
+
+def test_the_teacher_has_room_behind_its_own_side_of_a_prompt():
+    rows = answered(PAIRS[0], limit=50)
+    prompt = rows.prompt(prepared(PAIRS[0], TURNS[:1]))
+    assert rows.teachers_room(prompt) == 50 - len(prompt["teacher"].ids)
 
 
 def test_a_row_without_prompt_or_answer_has_none():

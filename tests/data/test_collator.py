@@ -18,7 +18,13 @@ from axolotl.utils.collators import (
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_dskd.data.byte_spans import Spans, exact_pairs, group_numbers, start_pairs, tile
-from axolotl_dskd.data.collator import LOGPROBS, PREPARED_COLUMNS, DualCollator, samples_of
+from axolotl_dskd.data.collator import (
+    LOGPROBS,
+    PREPARED_COLUMNS,
+    WEIGHTS,
+    DualCollator,
+    samples_of,
+)
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.supervision import supervised_mask
 from axolotl_dskd.types import DualBatch, Matches, Written
@@ -310,3 +316,23 @@ def test_written_answers_bring_their_logprobs() -> None:
     tokens = batch.student_side()
     assert torch.equal(batch.written.logprobs[tokens.sample_ids == 1], torch.from_numpy(numbers))
     assert float(batch.written.logprobs[tokens.sample_ids != 1].abs().sum()) == 0
+    assert batch.written.weights is None
+
+
+def test_answers_that_were_drawn_together_bring_their_weights() -> None:
+    """All others weigh 1: rows of the data, and answers that the student drew alone."""
+    rows = _rows()
+    for k in (1, 2):
+        count = len(rows[k]["dskd_byte_spans"]) // 8
+        numbers = np.linspace(0.1, 1.2, count, dtype="<f4")
+        rows[k] = rows[k] | {LOGPROBS: (-numbers).tobytes()}
+    weights = numbers
+    rows[2][WEIGHTS] = weights.tobytes()
+    batch = DualBatch.pop_from(_collator(DataCollatorForSeq2Seq)(rows))
+    assert batch.written is not None
+    assert batch.written.weights is not None
+    mine = batch.student_side().sample_ids == 2
+    assert torch.equal(batch.written.weights[mine], torch.from_numpy(weights))
+    assert {*batch.written.weights[~mine].tolist()} == {1.0}
+    with_data = samples_of(_collator(DataCollatorForSeq2Seq)(rows))
+    assert not any(WEIGHTS in sample for row in with_data for sample in row)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from axolotl_dskd.generation import Answer, Sampling, TransformersWriter, prompt_seed
 from axolotl_dskd.models.student import Student
@@ -161,6 +162,33 @@ def test_no_row_is_longer_than_its_limit():
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer.ids) <= max(0, 8 - len(prompt))
     assert answers[1] == Answer([], [], ended=False)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_row_without_more_room_stays_within_a_table_of_positions(adapter: bool):
+    """While others of its batch go on; what it says does not depend on them."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_positions=9, n_embd=32, n_layer=1, n_head=2)
+    student: Any = GPT2LMHeadModel(config).eval()
+    if adapter:
+        student = get_peft_model(student, LoraConfig(target_modules=["c_attn"], r=4))
+    sampling = Sampling(12, max_length=9)
+    together = written(student, sampling)
+    assert [len(a.ids) for a in together if not a.ended] == [
+        9 - len(p) for p, a in zip(PROMPTS, together, strict=True) if not a.ended
+    ]
+    assert_same(written(student, sampling, batch_tokens=1), together)
+
+
+def test_rows_of_a_batch_take_no_more_than_it_may_have():
+    """A short prompt beside a long one may have more room."""
+    made = writer(model(), batch_tokens=30)
+    for lengths, rooms in (([8, 1], [1, 12]), ([3] * 9, [2] * 9), ([40, 1, 1], [5, 5, 5])):
+        batches = made._batches(lengths, rooms)
+        assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
+        for rows in batches:
+            width = max(lengths[k] for k in rows) + max(rooms[k] for k in rows)
+            assert len(rows) == 1 or len(rows) * width <= 30
 
 
 def test_nothing_to_write_is_nothing_written_and_an_empty_prompt_is_refused():

@@ -162,6 +162,30 @@ def test_written_answers_do_not_touch_what_the_data_say(case: Case):
     )
 
 
+@pytest.mark.parametrize("chunk_tokens", [2, 16])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.config["name"] in ("token_kd", "dual_space")],
+    ids=lambda c: c.name,
+)
+def test_written_answers_may_have_a_divergence_of_their_own(case: Case, chunk_tokens: int):
+    """In one batch with others: all is as if each kind had been alone with its own."""
+    inputs = case.inputs()
+
+    def found(rows: Sequence[int], written: Sequence[int], **keys: Any) -> dict[str, Tensor]:
+        kind = replace(case, config={**case.config, **keys})
+        objective = kind.objective(inputs, chunk_tokens=chunk_tokens)
+        out = objective(*with_written(inputs.batch(rows), written))
+        return {"loss": out.loss.detach()} | gradients(out.loss, inputs, objective)
+
+    ours, theirs = "skewed_forward_kl", "reverse_kl"
+    parts = [found([0, 1, 2], [], divergence=ours), found([5, 6, 7], [0, 1, 2], divergence=theirs)]
+    both = found([5, 0, 6, 1, 7, 2], [0, 2, 4], divergence=ours, divergence_written=theirs)
+    assert_equal(both, {n: parts[0][n] + parts[1][n] for n in parts[0]})
+    with pytest.raises(AssertionError):
+        assert_equal(both, found([5, 0, 6, 1, 7, 2], [0, 2, 4], divergence=ours))
+
+
 @cases
 def test_no_supervised_token_gives_a_loss_of_zero_with_a_gradient_for_all_that_trains(case: Case):
     inputs = case.inputs()

@@ -53,6 +53,30 @@ def test_a_number_of_the_projectors_is_taken_as_it_is(key: str, value: float):
     assert getattr(resolved(projector={key: value}).beside, key) == value
 
 
+MIXED = {"from": "student", "teacher_mix": 0.2}
+
+
+def of_one_vocabulary(objective: dict[str, Any], samples: dict[str, Any]) -> Any:
+    block = {"teacher": {"base_model": "x"}, "objective": objective, "samples": samples}
+    tokenizer = tiny.byte_level_tokenizer()
+    facts = Facts(tokenizer, tokenizer, (len(tokenizer),) * 2)
+    return build_objective(DSKDConfig.model_validate(block), facts, memory=MEMORY, seed=0)
+
+
+def test_a_teacher_draws_along_over_one_vocabulary_only():
+    with pytest.raises(ValueError, match=r"teacher_mix.*have different ones.*teacher_mix: 0"):
+        resolved({"samples": MIXED})
+    assert of_one_vocabulary({"name": "dual_space"}, MIXED).facts.one_vocabulary
+
+
+def test_what_a_teacher_has_helped_to_write_is_nobodys_own_answer():
+    with pytest.raises(ValueError, match="preference holds the student's own answer against"):
+        of_one_vocabulary({"name": "preference"}, MIXED)
+    for objective in ({"name": "policy"}, {"name": "preference", "form": "token"}):
+        assert of_one_vocabulary(objective, MIXED).config.name == objective["name"]
+    assert of_one_vocabulary({"name": "preference"}, {"from": "student"})
+
+
 def test_the_projectors_rate_goes_by_how_they_start():
     """A start in least squares is worth keeping; it is known for good once they have started."""
     from tests.support.inputs import Inputs

@@ -70,6 +70,25 @@ def test_a_turn_without_room_is_not_asked_for(row: dict[str, Any]):
     assert ask.tally.refused == {NO_ROOM: 1}
 
 
+def test_a_turn_that_the_teacher_cannot_read_is_not_asked_for_where_it_takes_part(
+    row: dict[str, Any],
+):
+    pair = (PAIR[0], PAIR[0])
+    row = prepared(pair, TURNS)
+    lengths = [len(turn["teacher"].ids) for turn in answered(pair).turns(row)]
+
+    def of_limit(limit: int, mix: float) -> Asking:
+        config = {"from": "student", "turns": "all", "teacher_mix": mix}
+        keys = StudentSamplesConfig.model_validate(config)
+        return Asking(keys, answered(pair, limit), Sampling(16), False, Tally())
+
+    assert {*asked(of_limit(lengths[1] + 1, 0.2), row)} == {0, 1}
+    assert {*asked(of_limit(lengths[1] + 1, 0.0), row)} == {0, 1, 2}
+    ask = of_limit(lengths[0], 0.2)
+    assert ask([[row]], 0) == []
+    assert ask.tally.refused == {NO_ROOM: 1}
+
+
 def test_beside_a_written_turn_stands_the_datas_answer_to_it_alone(row: dict[str, Any]):
     ask = asking("all", contrast=True)
     seen = set()

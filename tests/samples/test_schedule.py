@@ -132,6 +132,12 @@ def test_a_buffer_comes_back_from_its_file(tmp_path: Path):
     buffer.save(tmp_path / "replay.safetensors")
     other.load(tmp_path / "replay.safetensors")
     assert other.rows == buffer.rows
+    some = rows(6)
+    some[1]["dskd_weights"] = bytes([7] * 4)
+    buffer.add(some)
+    buffer.save(tmp_path / "some.safetensors")
+    other.load(tmp_path / "some.safetensors")
+    assert list(other.rows)[3:] == some
     empty = Replay(3)
     empty.save(tmp_path / "empty.safetensors")
     other.load(tmp_path / "empty.safetensors")

@@ -298,7 +298,7 @@ class Case:
         self, inputs: Inputs, kd_ratio: float = 0.4, chunk_tokens: int = 16
     ) -> Objective[Any]:
         """As a run builds it, begun with the heads of the inputs."""
-        block = {"teacher": {"base_model": "x"}, "objective": self.config}
+        block = {"teacher": {"base_model": "x"}, "objective": self.config, "samples": "student"}
         config = DSKDConfig.model_validate(block).objective
         gives = "states" if self.top is None else "logprobs"
         setting = Setting(kd_ratio, Budget(chunk_tokens), 5, self.written, gives)

@@ -10,7 +10,7 @@ import torch
 from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.collator import GROUP, LOGPROBS, DualCollator, samples_of
+from axolotl_dskd.data.collator import GROUP, LOGPROBS, WEIGHTS, DualCollator, samples_of
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.reconcile import STATUS, TEACHER
 from axolotl_dskd.output_head import OutputHead
@@ -50,6 +50,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     preferred[GROUP] = written[GROUP] = 3
     count = sum(label >= 0 for label in written["labels"][1:])
     written[LOGPROBS] = torch.arange(count).float().neg().numpy().tobytes()
+    written[WEIGHTS] = torch.arange(count).float().numpy().tobytes()
     return made
 
 
@@ -81,7 +82,7 @@ def test_a_part_is_the_batch_of_its_samples_alone(
     if teacher == 1:
         assert part.written is not None
         assert alone.written is not None
-        for name in ("samples", "logprobs", "pairs"):
+        for name in ("samples", "logprobs", "weights", "pairs"):
             assert torch.equal(getattr(part.written, name), getattr(alone.written, name)), name
         assert part.written.pairs is not None
         assert len(part.written.pairs) == 1

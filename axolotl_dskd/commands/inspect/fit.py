@@ -89,6 +89,8 @@ class Setup:
             writing_shape(self.cfg, self.config),
             comparison,
             kept_answers(self.config, self.samples),
+            writes=self.config.samples.source == "student" and self.config.uses_teacher,
+            mixes=self.config.mixes,
         )
         plan = make_plan(student, teacher, run)
         return of_all_teachers([plan, *(s.plan(student, other) for s, other in self.others)])

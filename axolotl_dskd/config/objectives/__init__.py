@@ -22,6 +22,7 @@ from axolotl_dskd.config.objectives.tokens import (
     SinkhornConfig,
     TokenKDConfig,
     ULDConfig,
+    WrittenDivergenceKeys,
 )
 from axolotl_dskd.config.objectives.written import PolicyConfig, PreferenceConfig
 
@@ -40,5 +41,6 @@ __all__ = [
     "SpanSupportConfig",
     "TokenKDConfig",
     "ULDConfig",
+    "WrittenDivergenceKeys",
     "objective_config",
 ]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from axolotl_dskd.config.base import Block
 from axolotl_dskd.config.objectives.base import ObjectiveConfig
+from axolotl_dskd.config.samples import SamplesConfig
 
 DivergenceName = Literal[
     "forward_kl",
@@ -38,6 +39,25 @@ class DivergenceKeys(Block):
     js_beta: float = Field(0.5, gt=0, lt=1, description="Teacher's share in js_divergence.")
 
 
+class WrittenDivergenceKeys(DivergenceKeys, ObjectiveConfig):
+    """Keys of those that may compare them otherwise in answers that the student writes."""
+
+    divergence_written: DivergenceName | Literal["same"] = Field(
+        "same",
+        description="In answers that the student writes, where it shall be another one. "
+        "DistiLLM-2 (arXiv 2503.07067): skewed_reverse_kl there, skewed_forward_kl elsewhere.",
+    )
+
+    def refuses(self, samples: SamplesConfig) -> str | None:
+        """A divergence for text that there is none of."""
+        if self.divergence_written == "same" or samples.source == "student":
+            return None
+        return (
+            "divergence_written is for answers that the student writes, but all rows are "
+            "references. Set dskd.samples: {from: student}, or remove it"
+        )
+
+
 class ProjectorConfig(Block):
     """The linear maps between the two hidden spaces and their optimizer."""
 
@@ -60,7 +80,7 @@ class ProjectorConfig(Block):
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on the projectors.")
 
 
-class DualSpaceConfig(DivergenceKeys, ObjectiveConfig):
+class DualSpaceConfig(WrittenDivergenceKeys):
     """Dual-space knowledge distillation (arXiv 2406.17328, 2504.11426)."""
 
     name: Literal["dual_space"] = "dual_space"
@@ -119,7 +139,7 @@ class DualSpaceConfig(DivergenceKeys, ObjectiveConfig):
         return self
 
 
-class TokenKDConfig(DivergenceKeys, ObjectiveConfig):
+class TokenKDConfig(WrittenDivergenceKeys):
     """Token-level distillation over one vocabulary (arXiv 1503.02531)."""
 
     name: Literal["token_kd"] = "token_kd"

@@ -46,7 +46,8 @@ class PolicyConfig(ObjectiveConfig):
     )
 
     def refuses(self, samples: SamplesConfig) -> str | None:
-        """Its gradient is that of the distribution that was drawn from."""
+        """Its gradient is that of the distribution that was drawn from, but for the teacher's part
+        in drawing, which it weighs."""
         if not isinstance(samples, WritingConfig):
             return None
         if (samples.temperature, samples.top_p, samples.top_k) == (1.0, 1.0, 0):

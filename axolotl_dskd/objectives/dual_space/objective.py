@@ -12,7 +12,6 @@ from torch import Tensor
 
 from axolotl_dskd.config import DualSpaceConfig
 from axolotl_dskd.data.token_bytes import shared_tokens, translation
-from axolotl_dskd.losses import make_divergence
 from axolotl_dskd.objectives.base import (
     Beside,
     Facts,
@@ -38,6 +37,7 @@ from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teac
 from axolotl_dskd.objectives.dual_space.start import SharedIds, start_projectors
 from axolotl_dskd.objectives.dual_space.targets import greedy_tokens, teacher_targets
 from axolotl_dskd.objectives.dual_space.watch import RecitalWatch, label_losses, watched_pairs
+from axolotl_dskd.objectives.written import both_divergences
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.supervision import indices_of
 from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Matches, Needs, Per, View
@@ -97,13 +97,10 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
         self._kind = _KINDS[self.alignment]
         self.needs = Needs(embeddings=self._kind.attention)
         mask = config.agreement_mask
+        divergence, of_written = both_divergences(config)
         self.weights = Terms(
-            divergence=make_divergence(
-                config.divergence,
-                skew_lambda=config.skew_lambda,
-                adaptive_alpha=config.adaptive_alpha,
-                js_beta=config.js_beta,
-            ),
+            divergence=divergence,
+            divergence_written=of_written,
             temperature=config.temperature,
             kd_ratio=setting.kd_ratio,
             student_space_weight=config.student_space_weight,
@@ -204,7 +201,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             targets if terms.student_space_weight else None,
             terms,
             budget,
-            student.references,
+            None if student.written is None else student.references,
             picked.get("taught"),
         )
         if terms.teacher_space_weight:

@@ -46,6 +46,7 @@ class Terms:
 
     Attributes:
         divergence: student-space divergence D(projected teacher ‖ student).
+        divergence_written: another one for answers that were written during training, or None.
         temperature: of both spaces' divergences.
         mask_wrong: count the student-space divergence only where the projected teacher's most
             likely token is its target (arXiv 2406.17328, cross-model attention), or there is
@@ -60,6 +61,7 @@ class Terms:
     teacher_space_weight: float = 1.0
     mask_wrong: bool = False
     divergence_weight: float = 1.0
+    divergence_written: Divergence | None = None
 
 
 def student_space(
@@ -100,6 +102,8 @@ def student_space(
     specs = {"ce": TermSpec("student", weights.ce)}
     source = student.hidden[:0].detach() if projected is None else projected
     streams = {"student": student, "projected": Stream(source, student.head)}
+    # Without references of their own, all tokens have one.
+    divergence_written = None if references is None else terms.divergence_written
     references = tokens.labels if references is None else references
     labels = references if rows is None else references[rows]
     if targets is None:
@@ -138,6 +142,7 @@ def student_space(
             "source_ce": "projector_ce",
             "correct": "projector_accuracy",
         },
+        divergence_written,
     )
     sums = over(streams, parts, learn, specs)
     ids = {

@@ -163,7 +163,9 @@ def _outcome(model: Any, trainer: Any) -> dict[str, Any]:
         logits = model.eval()(input_ids=ids).logits
     distillation = getattr(trainer, "distillation", None)
     lessons = [] if distillation is None else distillation.lessons.values()
-    models = [model for lesson in lessons if (model := getattr(lesson.teacher, "model", None))]
+    # Behind what keeps what it said, where rows are kept.
+    teachers = [getattr(lesson.teacher, "teacher", lesson.teacher) for lesson in lessons]
+    models = [model for teacher in teachers if (model := getattr(teacher, "model", None))]
     return {
         "teacher_is_sharded": any(
             isinstance(parameter, DTensor) for model in models for parameter in model.parameters()

@@ -65,6 +65,39 @@ def train_in_contrast(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @job
+def train_noting_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """`train`; of every sample whose answer was written both sides' ids, the student's labels, and
+    what is known of each supervised token: `logprobs`, `weights` (None: there are none); and the
+    `step`, from 0."""
+    samples: list[dict[str, Any]] = []
+
+    def compute_loss(
+        original: Any, trainer: Any, model: Any, inputs: Any, *more: Any, **keys: Any
+    ) -> Any:
+        batch = DualBatch.pop_from(dict(inputs))
+        written, side = batch.written, batch.student_side()
+        for k in [] if written is None else written.samples.nonzero().flatten().tolist():
+            assert written is not None
+            mine, here = side.sample_ids == k, batch.segment_ids == k
+            theirs = batch.teacher_input_ids[k][batch.teacher_attention_mask[k].bool()]
+            weights = None if written.weights is None else written.weights[mine].tolist()
+            samples.append(
+                {
+                    "step": trainer.state.global_step,
+                    "ids": batch.input_ids[here].tolist(),
+                    "labels": batch.labels[here].tolist(),
+                    "teacher_ids": theirs.tolist(),
+                    "logprobs": written.logprobs[mine].tolist(),
+                    "weights": weights,
+                }
+            )
+        return original(trainer, model, inputs, *more, **keys)
+
+    with wrapped(DSKDTrainer, "compute_loss", compute_loss):
+        return train(config) | {"samples": samples}
+
+
+@job
 def train_counting_teacher_rows(config: dict[str, Any]) -> dict[str, Any]:
     """`train`; how many samples the teacher itself read in each call."""
     read: list[int] = []
