@@ -28,7 +28,8 @@ class SamplesRun:
             at once.
         mixed_writer: the student beside the teacher, by the teacher's share of each draw, the rows
             of the pair, ids that end an answer, and how many tokens at once.
-        max_length: of a row, in the student's tokens, and of a packed row.
+        max_length: of a sample, in the student's tokens.
+        pack_length: of a padded or packed row, which may hold a whole micro-batch.
         batch: rows of a micro-batch; None where they are packed.
         contrast: the data's own answer must stand beside each written one.
         evaluates: whether there are evaluations during training.
@@ -48,6 +49,7 @@ class SamplesRun:
     writer: Callable[[str, list[int], int], Writer]
     mixed_writer: Callable[[float, AnsweredRows, list[int], int], MixedWriter]
     max_length: int
+    pack_length: int
     batch: int | None
     contrast: bool
     evaluates: bool

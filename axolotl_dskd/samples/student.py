@@ -77,7 +77,7 @@ class StudentSamples(Samples):
         )
         self.asking = Asking(config, self.answered, sampling, run.contrast, self.tally)
         self.show = Showing(config, run)
-        self.placing = Placing(self.answered, run.max_length, self.tally)
+        self.placing = Placing(self.answered, run.pack_length, self.tally)
         group = self.asking.group
         if run.batch is not None and run.batch % group:
             beside = ", and the data's answer beside each" if run.contrast else ""

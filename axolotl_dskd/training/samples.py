@@ -123,6 +123,7 @@ def _of_one(
         writer=writer,
         mixed_writer=mixed_writer,
         max_length=int(cfg.sequence_len),
+        pack_length=_pack_length(trainer),
         batch=None if cfg.sample_packing else int(trainer._train_batch_size),
         contrast=trainer.distillation is not None and trainer.distillation.needs.contrast,
         evaluates=trainer.eval_dataset is not None and trainer.args.eval_strategy != "no",
@@ -134,6 +135,14 @@ def _of_one(
         device=device,
         rank=trainer.args.process_index,
     )
+
+
+def _pack_length(trainer: Any) -> int:
+    """Tokens of a row that the collator makes. Where attention can tell samples apart, Axolotl
+    packs all rows of a micro-batch into one, which is as long as they together."""
+    cfg, args = trainer.axolotl_cfg, trainer.args
+    in_one = cfg.sample_packing and not args.multipack_real_batches
+    return int(cfg.sequence_len) * (int(trainer._train_batch_size) if in_one else 1)
 
 
 def samples_of_lessons(trainer: Any, distillation: Distillation) -> Samples:

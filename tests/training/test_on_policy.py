@@ -232,6 +232,20 @@ def test_every_objective_learns_from_what_the_student_writes(learned: dict[str, 
         assert abs(log["loss"]) < 100
 
 
+def test_a_row_that_packs_a_whole_micro_batch_has_room_for_what_is_written(folder: Path):
+    """As Axolotl packs where attention tells samples apart: one row, as long as all together."""
+    samples = {**STUDENT, "share": 1.0, "replay": 0}
+    config = training_config(
+        folder,
+        {"samples": samples},
+        "packed in one",
+        {"max_steps": 1, **PACKED, "sequence_len": 128, "micro_batch_size": 4}
+        | {"multipack_real_batches": False},
+    )
+    (result,) = run(1, {"do": "train", "config": config})
+    assert result["logs"][0][WRITTEN] == 1
+
+
 def test_answers_are_in_the_tracker_that_is_open(folder: Path):
     samples = {**STUDENT, "share": 1.0, "replay": 0, "show_every": 2, "show_count": 3}
     overrides = {"max_steps": 3, "use_tensorboard": True}
