@@ -61,9 +61,10 @@ class StepSidecar(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first micro-batch: DeepSpeed moves the schedule on within the backward."""
         group = kwargs["optimizer"].param_groups[0]
-        # A scheduler that notes no initial rate (reduce_lr_on_plateau) starts from the configured.
-        initial = group.get("initial_lr") or args.learning_rate
-        self.schedule_factor = float(group["lr"] / initial) if initial else 1.0
+        # one_cycle begins at a part of its highest rate, which is the configured one; a scheduler
+        # that notes no initial rate (reduce_lr_on_plateau) starts from that.
+        full = group.get("max_lr") or group.get("initial_lr") or args.learning_rate
+        self.schedule_factor = float(group["lr"] / full) if full else 1.0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After backward of the last micro-batch, before the student's optimizer steps."""
@@ -87,7 +88,8 @@ class TeacherEpochs(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """After the last step of an epoch, before the next one's data workers start."""
-        self.teacher.end_epoch(more=state.global_step < state.max_steps)
+        goes_on = state.global_step < state.max_steps and not control.should_training_stop
+        self.teacher.end_epoch(more=goes_on)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Also where training stops within an epoch."""

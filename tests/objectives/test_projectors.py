@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from axolotl_dskd.objectives.dual_space.projectors import (
     SharedTokens,
     start_from_shared_tokens,
 )
+from axolotl_dskd.training.callbacks import StepSidecar
 from axolotl_dskd.training.sidecar import Sidecar
 from tests.support.dual_space import least_squares
 
@@ -161,6 +164,24 @@ def test_the_schedule_factor_scales_the_step():
     step(half, 0, 0.5)
     for name, value in weights(half).items():
         torch.testing.assert_close(2 * (value - start[name]), weights(whole)[name] - start[name])
+
+
+@pytest.mark.parametrize("warms_up", [False, True])
+def test_a_schedule_never_exceeds_the_configured_rate(warms_up: bool):
+    student = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.01)
+    if warms_up:  # one_cycle begins at a twenty-fifth of it
+        schedule: Any = torch.optim.lr_scheduler.OneCycleLR(student, max_lr=0.01, total_steps=9)
+    else:
+        schedule = torch.optim.lr_scheduler.LinearLR(student, 1.0, 0.0, total_iters=9)
+    follows = StepSidecar(optimizer(), scaler=lambda: None, loss_scale=lambda: 1.0)
+    factors = []
+    for _ in range(8):
+        follows.on_step_begin(SimpleNamespace(learning_rate=0.01), None, None, optimizer=student)
+        factors.append(follows.schedule_factor)
+        assert student.param_groups[0]["lr"] == pytest.approx(0.01 * factors[-1])
+        student.step()
+        schedule.step()
+    assert 0.9 < max(factors) <= 1.0
 
 
 def scaled_step(which: Sidecar, scaler: torch.amp.GradScaler, factor: float) -> None:

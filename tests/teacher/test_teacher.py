@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from axolotl_dskd.teacher import live
 from axolotl_dskd.teacher.live import LiveTeacher
+from axolotl_dskd.training.callbacks import TeacherEpochs
 from axolotl_dskd.types import Needs
 from tests.support import tiny
 from tests.support.batches import batch
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("step", "stopped", "more"), [(5, False, True), (9, False, False), (5, True, False)]
+)
+def test_a_training_that_stops_early_has_no_more_epochs(step: int, stopped: bool, more: bool):
+    """A cache would complete itself, for epochs that never come."""
+    asked: list[bool] = []
+    epochs = TeacherEpochs(SimpleNamespace(end_epoch=lambda *, more: asked.append(more)))
+    state = SimpleNamespace(global_step=step, max_steps=9)
+    epochs.on_epoch_end(None, state, SimpleNamespace(should_training_stop=stopped))
+    assert asked == [more]
 
 
 def teacher(max_tokens: int | None = None) -> LiveTeacher:
