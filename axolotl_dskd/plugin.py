@@ -47,6 +47,13 @@ class DSKDPlugin(BasePlugin):
 
         return DSKDTrainer.for_config(config)
 
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Let `metric_for_best_model` pick what is better."""
+        if DSKDConfig.of(cfg) is not None:
+            from axolotl_dskd.training.recorder import best_by_name
+
+            best_by_name(trainer.args, cfg.greater_is_better)
+
     def post_train(self, cfg: Any, model: Any) -> None:
         """Let Axolotl's lm_eval plugin, which runs after training, find an adapter: it names the
         folder of the training for whole weights, which are not there."""

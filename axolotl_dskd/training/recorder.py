@@ -13,18 +13,28 @@ from axolotl_dskd.evaluation.rows import Row
 from axolotl_dskd.ranks import sum_over_ranks
 from axolotl_dskd.training.attending import Attending
 
+#: Of our metrics those of which more is better, by how their names end; of the others less is.
+_MORE_IS_BETTER = (
+    *("accuracy", "agreement", "rouge_l", "rouge_l_sampled", "aligned", "won", "same_choice"),
+    *("kept_mass", "logprob_preferred", "margin_preferred"),
+)
 
-def lower_is_better(args: Any) -> None:
-    """Let `metric_for_best_model: eval_dskd/bits_per_byte` pick the fewest.
+
+def best_by_name(args: Any, greater_is_better: bool | None) -> None:
+    """Let `metric_for_best_model: eval_dskd/...` pick what is better.
 
     transformers takes every metric whose name does not end in "loss" for one where more is better,
     and Axolotl does not hand `greater_is_better: false` on.
 
     Args:
         args: the training arguments; changed in place.
+        greater_is_better: as configured; None: by the metric's name.
     """
-    if str(args.metric_for_best_model).endswith("dskd/bits_per_byte"):
-        args.greater_is_better = False
+    name = str(args.metric_for_best_model)
+    if greater_is_better is not None:
+        args.greater_is_better = greater_is_better
+    elif name.removeprefix("eval_").startswith("dskd/"):
+        args.greater_is_better = name.endswith(_MORE_IS_BETTER)
 
 
 class Recorder:

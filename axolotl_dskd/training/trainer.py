@@ -32,7 +32,6 @@ from axolotl_dskd.training.attending import Attending, attend
 from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, TeacherEpochs
 from axolotl_dskd.training.comparing import open_for_evaluations
 from axolotl_dskd.training.opening import facts, open_teachers
-from axolotl_dskd.training.recorder import lower_is_better
 from axolotl_dskd.training.reports import Reports
 from axolotl_dskd.training.samples import answered_by_teachers, samples_of_lessons
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
@@ -76,7 +75,6 @@ class DSKDTrainer(AxolotlTrainer):
                     teacher_pad_id=pad_id,
                 )
                 self._collators.append(kwargs[key])
-        lower_is_better(kwargs["args"])
         super().__init__(*args, **kwargs)
         memory = total_memory(self.accelerator.device)
         #: By the teacher's name, in their order; one alone has an empty name.

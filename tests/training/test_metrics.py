@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from axolotl_dskd.training.metrics import MetricSums
+from axolotl_dskd.training.recorder import best_by_name
 from axolotl_dskd.types import LossOutput, Term
 
 CPU = torch.device("cpu")
@@ -29,6 +32,28 @@ def test_a_term_is_divided_by_what_it_counts():
     assert means["dskd/watched"] == 5.0
     assert means["dskd/bits_per_byte"] == pytest.approx(1 / torch.tensor(2.0).log().item())
     assert means["dskd/supervised_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "configured", "more"),
+    [
+        ("eval_dskd/bits_per_byte", None, False),
+        ("dskd/ce", None, False),
+        ("eval_dskd/teacher_kl", None, False),
+        ("eval_dskd/math/bits_per_byte", None, False),
+        ("eval_dskd/accuracy", None, True),
+        ("eval_dskd/math/teacher_agreement", None, True),
+        ("eval_dskd/rouge_l", None, True),
+        ("eval_dskd/rouge_l_sampled", None, True),
+        ("eval_dskd/accuracy", False, False),
+        ("eval_loss", None, "as it was"),
+        ("eval_loss", False, False),
+    ],
+)
+def test_the_best_of_a_metric_is_what_its_name_says(name: str, configured: bool | None, more: bool):
+    args = SimpleNamespace(metric_for_best_model=name, greater_is_better="as it was")
+    best_by_name(args, configured)
+    assert args.greater_is_better == more
 
 
 def test_of_what_no_token_has_nothing_is_said():
