@@ -8,6 +8,7 @@ logits: a family that does something else is refused instead of distilled wrongl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -190,6 +191,8 @@ def gated(model: Any, gate: Gate | None) -> Iterator[None]:
 def _other_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     # On the instance, so the class stays as it is; accelerate's hooks live there too.
     before = module.__dict__.get("forward")
+    if "torch._dynamo" in sys.modules:  # a compiled model calls it as it is
+        forward = torch.compiler.disable(forward)
     module.forward = forward
     try:
         yield

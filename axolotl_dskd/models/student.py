@@ -224,6 +224,28 @@ class Student:
         prepared = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
         return float(getattr(prepared.engine.optimizer, "loss_scale", 1.0)) if prepared else 1.0
 
+    def router_loss(self, outputs: Any) -> Tensor | None:
+        """What a mixture of experts adds to its loss so that all experts are used, in its own
+        weight; None for other models, and where its config does not ask for it.
+
+        Args:
+            outputs: of its forward, which adds nothing itself where it is given no labels.
+
+        Raises:
+            ValueError: the weight cannot be found.
+        """
+        found = outputs.get("aux_loss")
+        if found is None:
+            return None
+        model = self._model()
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if (weight := getattr(model, name, None)) is not None:
+                return weight * found
+        raise ValueError(
+            f"{type(model).__name__} gives a loss for its router, but no weight of it under a name "
+            "that is known here. Set output_router_logits: false in its config, or report it."
+        )
+
     def check(self, *, training_has_begun: bool) -> None:
         """Refuse a student that cannot be distilled into; once, as early as it is whole.
 

@@ -298,6 +298,9 @@ class DSKDTrainer(AxolotlTrainer):
         self._loss_scale = self.student.loss_scale
         count = max(out.tokens, 1) if num_items_in_batch is None else num_items_in_batch
         loss = out.loss / torch.as_tensor(count, device=out.loss.device).to(out.loss.dtype)
+        router = self.student.router_loss(outputs)
+        if router is not None:  # a mean over tokens, so each micro-batch weighs by its own
+            loss = loss + router.to(loss) * (out.tokens / count)
         # Through the outputs, which reach every parameter and where sharded backwards begin.
         return loss + (0.0 * outputs["logits"].float()).sum()
 

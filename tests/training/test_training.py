@@ -46,6 +46,28 @@ def test_every_metric_is_logged_with_every_step_and_adds_up_to_the_loss(
         assert entry["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_compiled_student_learns_as_any_other(pair_folder: Path, train: Train):
+    block = dskd(pair_folder)
+    plain = train(tiny.base_config(pair_folder, dskd=block, max_steps=2))[1]
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    other = train(tiny.base_config(pair_folder, dskd=block, max_steps=2, **compiled))[1]
+    assert losses(other) == pytest.approx(losses(plain), rel=1e-5)
+
+
+def test_a_mixture_of_experts_keeps_the_loss_of_its_router(tmp_path: Path, train: Train):
+    """Without a teacher the loss is that of plain fine-tuning, the router's part with it."""
+    tiny.save_pair(tmp_path)
+    tiny.save_mixture_of_experts(tmp_path / "student", router_weight=1.0)
+    experts = {"max_steps": 2, "experts_implementation": "eager"}
+    plain = train(tiny.base_config(tmp_path, dskd=None, plugins=None, **experts))[1]
+    without = train(tiny.base_config(tmp_path, dskd={**dskd(tmp_path), "kd_ratio": 0}, **experts))
+    assert losses(without[1]) == pytest.approx(losses(plain), rel=1e-5)
+    divided = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}
+    parts = tiny.base_config(tmp_path, dskd={**dskd(tmp_path), "kd_ratio": 0}, **experts, **divided)
+    # Which experts a part uses is not what the whole does: near, where an undivided sum is not.
+    assert losses(train(parts)[1]) == pytest.approx(losses(plain), rel=0.05)
+
+
 @pytest.mark.parametrize("same_vocabulary", [False, True], ids=["cma", "positions"])
 def test_training_lowers_the_distillation_terms(
     tmp_path: Path, train: Train, same_vocabulary: bool
