@@ -7,6 +7,7 @@ from axolotl_dskd.config.block import PLUGIN_NAME, DSKDArgs, DSKDConfig
 from axolotl_dskd.config.cache import CacheConfig
 from axolotl_dskd.config.compare import CompareConfig
 from axolotl_dskd.config.evaluation import EvaluationConfig
+from axolotl_dskd.config.loading import loading
 from axolotl_dskd.config.objectives import (
     ChunkLikelihoodConfig,
     DivergenceKeys,
@@ -76,4 +77,5 @@ __all__ = [
     "WriterConfig",
     "WritingConfig",
     "about_teacher",
+    "loading",
 ]
