@@ -41,8 +41,9 @@ def make_plan(student: Any, run: Run) -> Plan:
         run: configuration, rows and teacher.
     """
     step, keys, on_gpu = TrainingStep(student, run), run.config.one_teacher, run.card.gpu
+    pair = step.pair
     with step.watched() as memory:
-        _, start = memory.peak_of(step.begin)
+        _, start = memory.peak_of(lambda: step.objective.begin(pair))
         start -= memory.live  # what stays is held
     beside = step.objective.module
     trained_beside = [] if beside is None else list(beside.parameters())
@@ -64,7 +65,7 @@ def make_plan(student: Any, run: Run) -> Plan:
         "teacher layers": body if keys.layers_are_loaded else 0,
         "teacher embedding and head": ends_bytes if keys.gives == "states" else 0,
     }
-    kept, notes = _kept_answers(run), [note] if note else []
+    kept, notes = _kept_answers(step), [note] if note else []
     if kept and not on_gpu:
         held["kept answers"] = kept
     phases = _micro_steps(step)
@@ -93,21 +94,22 @@ def make_plan(student: Any, run: Run) -> Plan:
     return Plan(run.card.memory, run.card.name, run.batch.words, held, phases, on_host, notes)
 
 
-def _kept_answers(run: Run) -> int:
+def _kept_answers(step: TrainingStep) -> int:
     """Bytes of what the teacher says of kept answers: states, or log-probabilities of labels and
     likeliest tokens.
 
     All answers are as long as they may be, and in the teacher's tokens as many times that as in the
     rows; with several teachers as if all were one's.
     """
+    run = step.run
     keys, teacher = run.config.samples, run.config.one_teacher
     if not isinstance(keys, StudentSamplesConfig):
         return 0
     ratio = run.sums.teacher_supervised / max(run.sums.supervised, 1)
     tokens = math.ceil(keys.replay * keys.max_new_tokens * ratio)
     if teacher.server is not None and teacher.gives == "logprobs":
-        asks = run.objective().needs.of_teacher
-        width = 4 + (4 + 8) * (teacher.server.top_k if asks == "top" else 0)
+        likeliest = teacher.server.top_k if step.objective.needs.of_teacher == "top" else 0
+        width = 4 + (4 + 8) * likeliest
     else:
         head = output_head(run.teacher)
         width = head.hidden_size * head.weight.element_size()

@@ -25,11 +25,6 @@ class Card:
         """The device that it stands for, which need not be here."""
         return torch.device("cuda" if self.gpu else "cpu")
 
-    @property
-    def here(self) -> torch.device:
-        """What can be computed on now."""
-        return self.device if torch.cuda.is_available() else torch.device("cpu")
-
 
 class RowSize(NamedTuple):
     """Tokens of a row with two sides, and those of them that are trained on."""

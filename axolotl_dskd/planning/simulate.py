@@ -203,15 +203,6 @@ class _Autocast(TorchFunctionMode):
             kwargs = tree_map_only(Tensor, cast, kwargs)
         return func(*args, **kwargs)
 
-    @contextmanager
-    def switched(self, enabled: bool) -> Iterator[None]:
-        """Autocast on or off."""
-        before, self.enabled = self.enabled, enabled
-        try:
-            yield
-        finally:
-            self.enabled = before
-
 
 def backward(loss: Tensor) -> None:
     """`loss.backward()` in which checkpointed layers run again under the same autocast.
@@ -243,7 +234,7 @@ def simulation(static: Iterable[Tensor], autocast_dtype: torch.dtype | None) -> 
     mode = _Autocast(autocast_dtype or torch.float32)
 
     def autocast(device: str, *_: Any, enabled: bool = True, **__: Any) -> Any:
-        return mode.switched(enabled and autocast_dtype is not None)
+        return mock.patch.object(mode, "enabled", enabled and autocast_dtype is not None)
 
     with ExitStack() as stack:
         for target, name, value in (

@@ -69,11 +69,9 @@ class TrainingStep:
         with blocks, simulation(weights, self.run.autocast) as memory:
             yield memory
 
-    def begin(self) -> None:
-        """Let the objective make what it needs."""
-        self.objective.begin(self._pair())
-
-    def _pair(self) -> Pair:
+    @property
+    def pair(self) -> Pair:
+        """Both models as an objective begins with them."""
         V, U = self.run.facts.vocab_sizes
         head, keys = output_head(self.student, V), self.run.config.virtual_attention
         if keys is not None:
@@ -105,21 +103,32 @@ class TrainingStep:
 
     def loss(self, hidden: Tensor) -> Tensor:
         """From the student's states [B, L, d] to the loss, as the trainer computes it."""
-        batch, objective, heads = self.run.batch, self.objective, self._pair().heads
+        self.objective.follow(1, self.pair.heads[0])
+        return self.objective(*self._views(hidden, asks=self.run.config.uses_teacher)).loss
+
+    @torch.no_grad()
+    def compare(self) -> None:
+        """A batch of an evaluation that asks the teacher."""
+        hidden = self.read()
+        self.ask()
+        student, teacher, matches = self._views(hidden, asks=True)
+        shared, budget = self.run.facts.shared_ids, self.objective.setting.budget
+        TeacherAgreement(shared, budget)(student, teacher, matches.starts)
+
+    def _views(self, hidden: Tensor, *, asks: bool) -> tuple[View, View, Matches]:
+        """What is compared, given the student's states; `asks`: with what the teacher says."""
+        batch, needs, heads = self.run.batch, self.objective.needs, self.pair.heads
         N, M = batch.supervised, batch.teacher_supervised
         # Two answers that are compared are in one batch, however small it is.
-        samples = max(batch.samples, 2) if objective.needs.contrast else batch.samples
+        samples = max(batch.samples, 2) if needs.contrast else batch.samples
         ours, theirs = _tokens(N, samples), _tokens(M, samples)
-        objective.follow(1, heads[0])
         embedded = None
-        if objective.needs.embeddings:
+        if needs.embeddings:
             weight = self.student.get_input_embeddings().weight.detach()
             embedded = weight[ours.input_ids], weight[ours.labels]
         states = hidden.flatten(0, 1)[torch.arange(N)]
         student = View(ours, heads[0], states, embedded, self._written(N, samples))
-        asks = self.run.config.uses_teacher
-        teacher = self._said(theirs, heads) if asks else View(theirs)
-        return objective(student, teacher, _matches(N, M)).loss
+        return student, self._said(theirs, heads) if asks else View(theirs), _matches(N, M)
 
     def _written(self, count: int, samples: int) -> Written | None:
         """As if the student had written every answer; where two are compared, every other one."""
@@ -141,19 +150,6 @@ class TrainingStep:
         hidden, *embedded = (head.weight.new_empty((M, head.hidden_size)) for _ in range(3))
         embeddings = self.objective.needs.embeddings
         return View(tokens, head, hidden, (embedded[0], embedded[1]) if embeddings else None)
-
-    @torch.no_grad()
-    def compare(self) -> None:
-        """A batch of an evaluation that asks the teacher."""
-        batch, facts, heads = self.run.batch, self.run.facts, self._pair().heads
-        N, both = batch.supervised, min(batch.supervised, batch.teacher_supervised)
-        ids = torch.zeros(N, dtype=torch.long, device=META)
-        starts = torch.zeros((both, 2), dtype=torch.long, device=META)
-        hidden = self.read().flatten(0, 1)[:N]
-        self.ask()
-        ours = View(Side(ids, ids, ids), heads[0], hidden)
-        theirs = self._said(_tokens(batch.teacher_supervised, batch.samples), heads)
-        TeacherAgreement(facts.shared_ids, self.objective.setting.budget)(ours, theirs, starts)
 
 
 def _tokens(count: int, samples: int) -> Side:

@@ -5,15 +5,16 @@ Loads tokenizers, model configs and a sample of rows; no weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from axolotl.loaders import load_tokenizer
 
 from axolotl_dskd.commands.inspect.fit import fit
 from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.rows import Coverage, Vocabulary, pick_examples
+from axolotl_dskd.commands.inspect.rows import Vocabulary, pick_examples
 from axolotl_dskd.commands.inspect.sample import Sample, sample_rows
 from axolotl_dskd.commands.inspect.sides import side_facts, side_remarks
 from axolotl_dskd.config import DSKDConfig, about_teacher, loading
@@ -61,21 +62,21 @@ def inspect_run(
     progress("tokenizers")
     with loading(f"the student's tokenizer {cfg.tokenizer_config or cfg.base_model!r}"):
         tokenizer = load_tokenizer(cfg)
-    runs, samples = {}, {}
+    runs, samples = {}, {}  # of every teacher, by name
     for number, (other, its) in enumerate(config.each().items()):
         progress(f"rows of {other}" if other else "rows")
         with about_teacher(other):
             samples[other] = sample_rows(cfg, its, tokenizer, count=rows, teacher=number)
-            runs[other] = _run(cfg, its, card, tokenizer, samples[other], other)
+            together = Sample.together(samples[other])
+            runs[other] = _run(cfg, its, card, tokenizer, together, other)
     progress("models")
-    run, sample = runs.pop(name), samples[name]
-    student, facts = student_skeleton(cfg, tokenizer), run.facts
-    coverage, kept = _together(sample), [row for part in sample for row in part.rows]
+    run, datasets, whole = runs.pop(name), samples[name], Sample.together(samples[name])
+    student, facts, kept = student_skeleton(cfg, tokenizer), run.facts, whole.rows
     sides = (
         side_facts(student, facts.student, str(cfg.base_model), kept, ""),
         side_facts(run.teacher, facts.teacher, one.one_teacher.base_model, kept, "teacher_"),
     )
-    why = _refusal(sample)
+    why = refusal(whole.coverage.outcomes, whole.differing)
     remarks = [
         *([f"Training will stop: {why}"] if why else []),
         *side_remarks(sides[0], facts.student, "student"),
@@ -89,13 +90,14 @@ def inspect_run(
     vocabularies = (Vocabulary(t, token_bytes(t)) for t in (facts.student, facts.teacher))
     objective = run.objective()
     progress("memory")
-    parts = [part.coverage for part in sample]
+    parts = [dataset.coverage for dataset in datasets]
     teacher_tokens = sum(p.teacher_tokens * p.total / max(1, p.sampled) for p in parts)
     memory = fit(student, [run, *runs.values()], teacher_tokens)
     probed = None
     if probe_count:
         some, size = probe_rows(kept, probe_count), facts.vocab_sizes[1]
-        probed = probe(one.one_teacher, some, size, card.here, progress).words
+        here = card.device if torch.cuda.is_available() else torch.device("cpu")
+        probed = probe(one.one_teacher, some, size, here, progress).words
     return Report(
         config=path,
         student=sides[0],
@@ -103,47 +105,33 @@ def inspect_run(
         shared_tokens=len(shared_tokens(facts.student, facts.teacher)[0]),
         objective=objective.describe(),
         advice=objective.advice(),
-        coverage=coverage,
+        coverage=whole.coverage,
         datasets=parts,
-        examples=pick_examples(((p.coverage.name, p.aligned) for p in sample), *vocabularies),
+        examples=pick_examples([(d.coverage.name, d.aligned) for d in datasets], *vocabularies),
         memory=memory,
         remarks=remarks,
         probe=probed,
     )
 
 
-def _together(samples: Sequence[Sample]) -> Coverage:
-    return sum((sample.coverage for sample in samples), Coverage("all"))
-
-
-def _refusal(samples: Sequence[Sample]) -> str | None:
-    texts = [text for sample in samples for text in sample.differing]
-    return refusal(_together(samples).outcomes, texts)
-
-
-def _run(
-    cfg: Any, config: DSKDConfig, card: Card, student: Any, samples: Sequence[Sample], name: str
-) -> Run:
+def _run(cfg: Any, config: DSKDConfig, card: Card, student: Any, sample: Sample, name: str) -> Run:
     """What the plan with one of the teachers is made from.
 
     Args:
         student: its tokenizer.
-        samples: of the teacher's rows.
+        sample: of the teacher's rows.
 
     Raises:
         ValueError: there are none to train on, or the teacher cannot be loaded.
     """
-    coverage = _together(samples)
+    coverage = sample.coverage
     if not coverage.sampled:
         raise ValueError("none of the sampled rows asks this teacher. Sample more with --rows.")
     if not coverage.kept:
-        raise ValueError(_refusal(samples))
+        raise ValueError(refusal(coverage.outcomes, sample.differing))
     sizes = [
-        RowSize(
-            len(row["input_ids"]), len(a.student), len(row["teacher_input_ids"]), len(a.teacher)
-        )
-        for sample in samples
-        for row, a in zip(sample.rows, sample.aligned, strict=True)
+        RowSize(len(r["input_ids"]), len(a.student), len(r["teacher_input_ids"]), len(a.teacher))
+        for r, a in zip(sample.rows, sample.aligned, strict=True)
     ]
     tokenizer = load_teacher_tokenizer(config)
     vocabularies = vocabulary_size(student), vocabulary_size(tokenizer)

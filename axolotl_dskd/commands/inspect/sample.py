@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -42,6 +43,13 @@ class Sample:
     rows: Sequence[dict[str, list[int]]]
     aligned: Sequence[AlignedRow]
     differing: Sequence[str]
+
+    @classmethod
+    def together(cls, samples: Sequence[Sample]) -> Sample:
+        """Several as if they were of one dataset."""
+        columns = zip(*((s.rows, s.aligned, s.differing) for s in samples), strict=True)
+        coverage = sum((sample.coverage for sample in samples), Coverage("all"))
+        return cls(coverage, *(list(chain(*column)) for column in columns))
 
 
 def sample_rows(
