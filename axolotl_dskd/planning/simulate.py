@@ -138,8 +138,8 @@ def _attend(
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     if kind == "eager":
         scores = q @ k.transpose(2, 3) * 1.0
-        mask = scores.new_empty(scores.shape[-2:])
-        weights = F.softmax(scores + mask, dim=-1, dtype=torch.float32)
+        scores = scores + scores.new_empty(scores.shape[-2:])  # the mask
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32)
         return (weights.to(q.dtype) @ v).transpose(1, 2).contiguous(), None
     # A padding mask becomes a bias.
     bias = q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2])) if kind == "masked" else None

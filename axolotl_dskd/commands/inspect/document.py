@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.rows import Example
-from axolotl_dskd.commands.inspect.words import gib
+from axolotl_dskd.commands.words import gib
 from axolotl_dskd.data.outcomes import KEPT, MEANING
 from axolotl_dskd.planning.plan import Plan
 

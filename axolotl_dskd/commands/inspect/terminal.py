@@ -9,7 +9,7 @@ from rich.text import Text
 from axolotl_dskd.commands.inspect.document import Line, Table, sections
 from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.rows import Example
-from axolotl_dskd.commands.inspect.words import visible
+from axolotl_dskd.commands.words import visible
 
 _STYLES = {"": "", "soft": "dim", "good": "bold green", "bad": "bold red"}
 _BAR = 30
