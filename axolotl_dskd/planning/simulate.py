@@ -210,15 +210,9 @@ def backward(loss: Tensor) -> None:
     Called in the usual way, backward is itself one function under `_Autocast`, inside of which
     that is off.
     """
-    torch.autograd.Variable._execution_engine.run_backward(
-        (loss,),
-        (torch.ones_like(loss),),
-        False,
-        False,
-        (),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
+    run = torch.autograd.Variable._execution_engine.run_backward
+    keys = {"allow_unreachable": True, "accumulate_grad": True}
+    run((loss,), (torch.ones_like(loss),), False, False, (), **keys)
 
 
 @contextmanager
