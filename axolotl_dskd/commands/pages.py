@@ -13,15 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from axolotl_dskd import __version__
+from axolotl_dskd.commands.words import signs
+
+_SIGN = Markup('<i class="sign">{}</i>')
+
+
+def marked(text: str) -> Markup:
+    """Text in which what has no ink is seen, by signs that look like signs."""
+    shown = (_SIGN.format(char) if is_sign else char for char, is_sign in signs(text))
+    return Markup("").join(shown)
 
 
 def environment(**filters: Callable[..., Any]) -> Environment:
     """That of a command's templates, which are named from this folder on.
 
     Args:
-        filters: by name, beside `number` and `percent`.
+        filters: by name, beside `marked`, `number` and `percent`.
     """
     made = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -30,7 +40,8 @@ def environment(**filters: Callable[..., Any]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, **filters}
+    made.filters |= {"number": "{:,}".format, "percent": "{:.1%}".format, "marked": marked}
+    made.filters |= filters
     made.globals["version"] = __version__
     return made
 

@@ -7,6 +7,7 @@ from axolotl_dskd.config.block import PLUGIN_NAME, DSKDArgs, DSKDConfig
 from axolotl_dskd.config.cache import CacheConfig
 from axolotl_dskd.config.compare import CompareConfig
 from axolotl_dskd.config.evaluation import EvaluationConfig
+from axolotl_dskd.config.loading import loading
 from axolotl_dskd.config.objectives import (
     ChunkLikelihoodConfig,
     DivergenceKeys,
@@ -78,4 +79,5 @@ __all__ = [
     "WritingConfig",
     "WrittenDivergenceKeys",
     "about_teacher",
+    "loading",
 ]

@@ -9,21 +9,19 @@ from typing import Any
 import pyarrow.compute as pc
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.config import DSKDConfig, loading
 from axolotl_dskd.data.byte_spans import BYTES_PER_TOKEN, Spans, exact_pairs, kept_apart
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 
 
 @lru_cache(maxsize=16)
 def _load_tokenizer(name: str, revision: str | None, trust: bool) -> PreTrainedTokenizerBase:
-    try:
+    advice = (
+        "Check dskd.teacher.base_model, .tokenizer and .revision; a gated model needs "
+        "`hf auth login`, one with code of its own dskd.teacher.trust_remote_code: true."
+    )
+    with loading(f"the teacher's tokenizer {name!r}", advice):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the teacher's tokenizer cannot be loaded from {name!r}: {error}\n"
-            "Check dskd.teacher.base_model, .tokenizer and .revision; a gated model needs "
-            "`hf auth login`, one with code of its own dskd.teacher.trust_remote_code: true."
-        ) from error
 
 
 def load_teacher_tokenizer(config: DSKDConfig) -> PreTrainedTokenizerBase:
@@ -40,14 +38,12 @@ def load_teacher_tokenizer(config: DSKDConfig) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=16)
 def _position_limit(name: str, revision: str | None, trust: bool) -> int:
-    try:
+    advice = (
+        "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`, one "
+        "with code of its own dskd.teacher.trust_remote_code: true."
+    )
+    with loading(f"the teacher {name!r}", advice):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the teacher {name!r} cannot be loaded: {error}\n"
-            "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`, "
-            "one with code of its own dskd.teacher.trust_remote_code: true."
-        ) from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PLAN_ATTENTION = "dskd_plan"
+#: Any attention of a skeleton, to begin with.
+PLAN_ATTENTION = "dskd_fused"
 
 #: Allocations are rounded up to this (PyTorch's CUDA allocator).
 _ROUND = 512
@@ -103,10 +106,10 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def peak_of(self, work: Callable[[], Any]) -> tuple[Any, int]:
-        """What `work` returns, and the most bytes alive at any moment of it."""
-        self.peak = self.live
+        """What `work` returns, and the most bytes alive at any moment of it beyond those before."""
+        before = self.peak = self.live
         result = work()
-        return result, self.peak
+        return result, self.peak - before
 
 
 class _Attention(torch.autograd.Function):
@@ -127,59 +130,32 @@ class _Attention(torch.autograd.Function):
         return wide.to(q.dtype), torch.empty_like(k), torch.empty_like(v), None
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> Tensor:
-    if not masked:
-        return _Attention.apply(q, k, v, None)
-    # A padding mask: keys and values are repeated for the query's heads, the mask becomes a bias.
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    bias = q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2]))
-    return _Attention.apply(q, k, v, bias)
-
-
-def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * 1.0
-    weights = F.softmax(scores + scores.new_empty(scores.shape[-2:]), dim=-1, dtype=torch.float32)
-    return (weights.to(q.dtype) @ v).transpose(1, 2).contiguous()
-
-
-class _Kind:
-    """Which attention the skeletons compute at the moment."""
-
-    eager = False
-    masked = False
-
-
-def _plan_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+def _attend(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, kind: str, **__: Any
 ) -> tuple[Tensor, None]:
-    if _Kind.eager:
-        return _eager(query, key, value), None
-    return _fused(query, key, value, _Kind.masked), None
+    groups = q.shape[1] // k.shape[1]
+    if kind != "fused" and groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    if kind == "eager":
+        scores = q @ k.transpose(2, 3) * 1.0
+        scores = scores + scores.new_empty(scores.shape[-2:])  # the mask
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32)
+        return (weights.to(q.dtype) @ v).transpose(1, 2).contiguous(), None
+    # A padding mask becomes a bias.
+    bias = q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2])) if kind == "masked" else None
+    return _Attention.apply(q, k, v, bias), None
 
 
-def register_plan_attention() -> None:
-    """Make `PLAN_ATTENTION` a known attention: no mask is built for it."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ALL_ATTENTION_FUNCTIONS.register(PLAN_ATTENTION, _plan_attention)
+# No mask is built for attentions that transformers does not know itself.
+for _kind in ("eager", "fused", "masked"):
+    ALL_ATTENTION_FUNCTIONS.register(f"dskd_{_kind}", partial(_attend, kind=_kind))
 
 
-@contextmanager
-def attention(implementation: str | None, *, padded: bool) -> Iterator[None]:
-    """While open, skeletons attend as `implementation` would, to padded batches or not."""
+def attend(model: Any, implementation: str | None, *, padded: bool) -> None:
+    """From now on, let a skeleton attend as `implementation` would, to padded batches or not."""
     name = implementation or "sdpa"
-    before = _Kind.eager, _Kind.masked
-    _Kind.eager = name == "eager"
-    _Kind.masked = padded and name == "sdpa"
-    try:
-        yield
-    finally:
-        _Kind.eager, _Kind.masked = before
+    kind = "eager" if name == "eager" else "masked" if padded and name == "sdpa" else "fused"
+    model.set_attn_implementation(f"dskd_{kind}")
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -227,15 +203,6 @@ class _Autocast(TorchFunctionMode):
             kwargs = tree_map_only(Tensor, cast, kwargs)
         return func(*args, **kwargs)
 
-    @contextmanager
-    def switched(self, enabled: bool) -> Iterator[None]:
-        """Autocast on or off."""
-        before, self.enabled = self.enabled, enabled
-        try:
-            yield
-        finally:
-            self.enabled = before
-
 
 def backward(loss: Tensor) -> None:
     """`loss.backward()` in which checkpointed layers run again under the same autocast.
@@ -243,15 +210,9 @@ def backward(loss: Tensor) -> None:
     Called in the usual way, backward is itself one function under `_Autocast`, inside of which
     that is off.
     """
-    torch.autograd.Variable._execution_engine.run_backward(
-        (loss,),
-        (torch.ones_like(loss),),
-        False,
-        False,
-        (),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
+    run = torch.autograd.Variable._execution_engine.run_backward
+    keys = {"allow_unreachable": True, "accumulate_grad": True}
+    run((loss,), (torch.ones_like(loss),), False, False, (), **keys)
 
 
 @contextmanager
@@ -267,7 +228,7 @@ def simulation(static: Iterable[Tensor], autocast_dtype: torch.dtype | None) -> 
     mode = _Autocast(autocast_dtype or torch.float32)
 
     def autocast(device: str, *_: Any, enabled: bool = True, **__: Any) -> Any:
-        return mode.switched(enabled and autocast_dtype is not None)
+        return mock.patch.object(mode, "enabled", enabled and autocast_dtype is not None)
 
     with ExitStack() as stack:
         for target, name, value in (

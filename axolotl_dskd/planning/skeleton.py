@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from axolotl_dskd.config import TeacherConfig
-from axolotl_dskd.planning.simulate import PLAN_ATTENTION, register_plan_attention
+from axolotl_dskd.config import TeacherConfig, loading
+from axolotl_dskd.planning.simulate import PLAN_ATTENTION
 from axolotl_dskd.teacher.load import quantization_of, resolve_dtype
 
 #: bitsandbytes' 4-bit blocks: one absmax per 64 weights; double quantisation keeps that in one
@@ -43,9 +43,9 @@ def model_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(stored_bytes(t) for t in {id(t): t for t in tensors}.values())
 
 
-def frozen_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters that do not train, and buffers."""
-    return [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+def tensors_of(*models: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [t for model in models for t in (*model.parameters(), *model.buffers())]
 
 
 def trained_tensors(model: nn.Module) -> list[nn.Parameter]:
@@ -54,7 +54,6 @@ def trained_tensors(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _on_meta(config: Any, dtype: torch.dtype, quantization: Any, trust: bool) -> Any:
-    register_plan_attention()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=PLAN_ATTENTION, trust_remote_code=trust
@@ -80,13 +79,9 @@ def student_skeleton(cfg: Any, tokenizer: Any) -> Any:
     """
     from axolotl.loaders import ModelLoader
 
-    try:
+    advice = "Check base_model; a gated model needs `hf auth login`."
+    with loading(f"the student {cfg.base_model!r}", advice):
         loader = ModelLoader(cfg, tokenizer)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the student {cfg.base_model!r} cannot be loaded: {error}\n"
-            "Check base_model; a gated model needs `hf auth login`."
-        ) from error
     loader._set_quantization_config()
     quantization = loader.model_kwargs.get("quantization_config")
     if quantization is not None and not isinstance(quantization, BitsAndBytesConfig):
@@ -114,15 +109,11 @@ def teacher_skeleton(config: TeacherConfig, device: torch.device) -> Any:
     Raises:
         ValueError: its config cannot be loaded.
     """
-    try:
+    advice = "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`."
+    with loading(f"the teacher {config.base_model!r}", advice):
         model_config = AutoConfig.from_pretrained(
             config.base_model, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the teacher {config.base_model!r} cannot be loaded: {error}\n"
-            "Check dskd.teacher.base_model and .revision; a gated model needs `hf auth login`."
-        ) from error
     dtype = resolve_dtype(config.dtype, device)
     quantization = quantization_of(config, dtype)
     model = _on_meta(model_config, dtype, quantization, config.trust_remote_code)

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.config import TeacherConfig, loading
 
 LOG = get_logger(__name__)
 
@@ -112,13 +112,9 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     LOG.info(f"Loading the teacher {config.base_model} ({dtype}, {quantization or 'unquantised'})")
     with apart_from_the_student():
-        try:
+        advice = "If memory ran out, try dskd.teacher.load_in_4bit: true or a device_map."
+        with loading(f"the teacher {config.base_model!r}", advice):
             model = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"the teacher {config.base_model!r} cannot be loaded: {error}\n"
-                "If memory ran out, try dskd.teacher.load_in_4bit: true or a device_map."
-            ) from error
         if config.adapter:
             model = _merged(model, config.adapter)
     return freeze(model)
@@ -135,13 +131,9 @@ def freeze(model: Any) -> Any:
 def _merged(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
-    try:
+    advice = "Check dskd.teacher.adapter, and that it was trained on dskd.teacher.base_model."
+    with loading(f"the teacher's adapter {adapter!r}", advice):
         return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the teacher's adapter cannot be loaded from {adapter!r}: {error}\n"
-            "Check dskd.teacher.adapter, and that it was trained on dskd.teacher.base_model."
-        ) from error
 
 
 def _undo_attention_patches(model: Any) -> None:

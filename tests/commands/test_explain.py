@@ -127,7 +127,7 @@ def test_of_a_resumed_run_the_steps_that_count_are_shown(tmp_path: Path):
         "strength": 1.0,
         "names": ["a"],
         "sizes": [3],
-        "examples": [["x"]],
+        "examples": [[" x"]],
     }
     lines: list[dict[str, Any]] = [{"virtual_attention": head, "kd_ratio": 0.5}]
     for step, entropy in [(1, 0.9), (2, 0.8), (3, 0.7), (2, 0.85), (3, 0.75)]:
@@ -139,4 +139,6 @@ def test_of_a_resumed_run_the_steps_that_count_are_shown(tmp_path: Path):
     assert [(m.step, m.entropy) for m in found.moments] == [(1, 0.9), (2, 0.85), (3, 0.75)]
     assert found.whole_margins is None
     result = explain(tmp_path.parent, tmp_path.name)
-    assert "Not measured" in (tmp_path / "dskd-explain.html").read_text(), result.output
+    page = (tmp_path / "dskd-explain.html").read_text()
+    assert "Not measured" in page, result.output
+    assert '<code><i class="sign">·</i>x</code>' in page

@@ -23,14 +23,16 @@ from transformers import PreTrainedTokenizerFast
 from axolotl_dskd.commands.cli import main, read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for, parse_memory
 from axolotl_dskd.commands.inspect.doctor import inspect_run
-from axolotl_dskd.commands.inspect.page import html_page, marked
-from axolotl_dskd.commands.inspect.report import MemoryReport, Report
+from axolotl_dskd.commands.inspect.page import html_page
+from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.rows import AlignedRow
+from axolotl_dskd.commands.pages import marked
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.byte_spans import tile
 from axolotl_dskd.data.outcomes import CUT, KEPT
 from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, Reconcile
 from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.planning.plan import Plan
 from axolotl_dskd.planning.skeleton import model_bytes, student_skeleton, teacher_skeleton
 from tests.support import tiny, two_teachers
 
@@ -107,7 +109,7 @@ def test_every_example_config_is_inspected(path: Path, tmp_path: Path, inspect: 
     assert report.coverage.share == 1.0 if same else 0 < report.coverage.share < 1
     assert report.advice is None
     assert well_formed(html_page(report))
-    assert json.loads(json.dumps(report.as_dict()))["memory"]["fits"]
+    assert json.loads(report.as_json())["memory"]["fits"]
 
 
 # ---- what is counted ----------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def held_bytes(parameter: torch.Tensor) -> int:
 
 
 def test_the_plan_follows_what_the_configuration_says(pair_folder: Path, inspect: Inspect):
-    def plan(**overrides: Any) -> MemoryReport:
+    def plan(**overrides: Any) -> Plan:
         # Wide rows, so that a step is larger than the start.
         sizes = {"pad_to_sequence_len": True, "micro_batch_size": 4, **overrides}
         return inspect(tiny.base_config(pair_folder, **sizes)).memory

@@ -11,15 +11,15 @@ import torch
 import yaml
 
 from axolotl_dskd.commands.cli import read_config
-from axolotl_dskd.commands.inspect import fit
 from axolotl_dskd.commands.inspect.card import Card, configured_for
 from axolotl_dskd.commands.inspect.doctor import inspect_run
-from axolotl_dskd.commands.inspect.report import MemoryReport
 from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives import Facts, Objective, Setting
 from axolotl_dskd.objectives.build import objective_class
-from axolotl_dskd.planning.writing import writing
+from axolotl_dskd.planning import run
+from axolotl_dskd.planning.memory import writing
+from axolotl_dskd.planning.plan import Plan
 from tests.support import tiny
 
 CARD = Card("a test card", 24 << 30, True)
@@ -44,7 +44,7 @@ def with_answers(config: DSKDConfig, facts: Facts, *, memory: int, seed: int) ->
     return objective_class(config.objective)(config.objective, facts, setting)
 
 
-def plan(folder: Path, **dskd: Any) -> MemoryReport:
+def plan(folder: Path, **dskd: Any) -> Plan:
     """Of a step of wide rows, so that it is larger than the start of training."""
     sizes = {"pad_to_sequence_len": True, "micro_batch_size": 4}
     block = {"teacher": {"base_model": str(folder / "teacher")}, **dskd}
@@ -69,7 +69,7 @@ def test_every_objective_is_planned(
 ):
     tiny.save_pair(tmp_path, same_vocabulary=one_vocabulary)
     if name in OF_WRITTEN:
-        monkeypatch.setattr(fit, "build_objective", with_answers)
+        monkeypatch.setattr(run, "build_objective", with_answers)
     memory = plan(tmp_path, objective={"name": name})
     assert memory.fits
     assert memory.peak_phase == "alignment and loss"
@@ -156,7 +156,7 @@ def test_what_the_teacher_says_of_kept_answers_is_planned(
     on_gpu = CARD
     monkeypatch.setattr(f"{__name__}.CARD", replace(CARD, gpu=False))
 
-    def planned(**keys: Any) -> MemoryReport:
+    def planned(**keys: Any) -> Plan:
         return plan(tmp_path, samples={**samples, **keys})
 
     one, two = (planned(replay=n).at_peak["kept answers"] for n in (500, 1000))
@@ -198,11 +198,10 @@ def test_the_cache_of_writing_is_keys_and_values_of_all_tokens():
     with torch.device("meta"):
         student = tiny.tiny_llama(400, 32, 0)
         teacher = tiny.tiny_llama(400, 64, 0)
-    static = [t for m in (student, teacher) for t in (*m.parameters(), *m.buffers())]
-    found = writing(student, static, (4, 256), None)
+    found = writing(student, (4, 256), None)
     # Layers, k and v, two heads of 8 (of 16 in the teacher), float32.
     assert found["KV cache"] == 2 * 2 * 2 * 8 * 4 * (4 * 256)
     assert "teacher's KV cache" not in found
-    both = writing(student, static, (4, 256), None, teacher)
+    both = writing(student, (4, 256), None, teacher)
     assert both["KV cache"] == found["KV cache"]
     assert both["teacher's KV cache"] == 2 * found["KV cache"]

@@ -1,12 +1,13 @@
 """A real training in a process of its own: its plan, and the most memory that it held.
 
-`python -m tests.support.measured_memory CONFIG.yaml` prints both as JSON. On a CPU it is the growth
-of the resident set from before the student is loaded to the fullest moment of training; on a GPU,
-PyTorch's own count.
+On a CPU that is the growth of the resident set from before the student is loaded to the fullest
+moment of training; on a GPU, PyTorch's own count.
+`python -m tests.support.measured_memory CONFIG.yaml` prints both as JSON.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -16,7 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.support import ranks
+
 ROOT = Path(__file__).parents[2]
+#: Of glibc's `mallopt`.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _ARENAS = -3, -1, -8
 
 ADAPTER = {"adapter": "lora", "lora_r": 16, "lora_alpha": 16, "lora_target_linear": True}
 
@@ -85,18 +90,17 @@ def large_run(
 
 def measure(config: Path, *, gpu: bool = False) -> dict[str, Any]:
     """Plan and measurement of one config, in a new process: `plan`, `measured`, `at_peak`, …"""
+    if not gpu:
+        job = {"do": "plan_and_memory", "path": str(config)}
+        (found,) = ranks.run(1, job, env={"CUDA_VISIBLE_DEVICES": ""})
+        return found
+    # CUDA is not to be forked.
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
-        # Freed blocks go back to the system at once, so the resident set is what is alive.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "MALLOC_ARENA_MAX": "1",
     }
-    if not gpu:
-        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.measured_memory", str(config)],
         capture_output=True,
@@ -120,6 +124,13 @@ def _resident() -> int:
     return (every - files) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _give_freed_blocks_back() -> None:
+    """To the system, at once, so that the resident set is what is alive (glibc's `malloc.h`)."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((_MMAP_THRESHOLD, 1 << 16), (_TRIM_THRESHOLD, 1 << 16), (_ARENAS, 1)):
+        assert libc.mallopt(option, value)
+
+
 class _Watch(threading.Thread):
     """The largest resident set, looked at every two milliseconds."""
 
@@ -133,7 +144,8 @@ class _Watch(threading.Thread):
             time.sleep(0.002)
 
 
-def _main(path: str) -> None:
+def plan_and_memory(path: str) -> dict[str, Any]:
+    """Of a config, here: changes this process for as long as it lives."""
     import gc
 
     import torch
@@ -147,6 +159,7 @@ def _main(path: str) -> None:
     from axolotl_dskd.config import DSKDConfig
     from axolotl_dskd.training.trainer import DSKDTrainer
 
+    _give_freed_blocks_back()
     cfg = load_cfg(path)
     config = DSKDConfig.of(cfg)
     assert config is not None
@@ -172,19 +185,15 @@ def _main(path: str) -> None:
     measured = watch.largest - before
     if card.gpu:
         measured = torch.cuda.max_memory_allocated()
-    print(
-        json.dumps(
-            {
-                "plan": memory.total,
-                "measured": measured,
-                "phase": memory.peak_phase,
-                "at_peak": memory.at_peak,
-                "phases": memory.phases,
-                "batch": memory.batch,
-            }
-        )
-    )
+    return {
+        "plan": memory.total,
+        "measured": measured,
+        "phase": memory.peak_phase,
+        "at_peak": memory.at_peak,
+        "phases": memory.phases,
+        "batch": memory.batch,
+    }
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    print(json.dumps(plan_and_memory(sys.argv[1])))

@@ -5,32 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from axolotl_dskd.machine import total_memory
-
-
-@dataclass(frozen=True)
-class Card:
-    """What is planned for: a GPU's memory, or this machine's."""
-
-    name: str
-    memory: int
-    gpu: bool
-
-    @property
-    def device(self) -> torch.device:
-        """The device that it stands for, which need not be here."""
-        return torch.device("cuda" if self.gpu else "cpu")
-
-    @property
-    def here(self) -> torch.device:
-        """What can be computed on now."""
-        return self.device if torch.cuda.is_available() else torch.device("cpu")
+from axolotl_dskd.planning.plan import Card
 
 
 def find_card(gpu_memory: int | None) -> Card:

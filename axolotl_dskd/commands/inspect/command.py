@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,14 @@ def run_inspect(
     html: Path | None,
     json_path: Path | None,
     probe: int | None,
-    teacher: str | None = None,
-    console: Console | None = None,
+    teacher: str | None,
 ) -> None:
     """Inspect a configuration; see the options of `axolotl-dskd inspect`.
 
     Raises:
         click.ClickException: the configuration or one of the options cannot be used, in words.
     """
-    console = console or Console()
+    console = Console()
     try:
         card = find_card(parse_memory(gpu_memory) if gpu_memory else None)
         with configured_for(card):
@@ -62,7 +60,7 @@ def run_inspect(
         _write(page, html_page(report))
         console.print(f"The page with pictures: {page}", markup=False, highlight=False)
         if json_path is not None:
-            _write(json_path, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")
+            _write(json_path, report.as_json())
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -6,23 +6,24 @@ Loads tokenizers, model configs and a sample of rows; no weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
+import torch
 from axolotl.loaders import load_tokenizer
 
-from axolotl_dskd.commands.inspect.card import Card
-from axolotl_dskd.commands.inspect.fit import Setup, memory_report
+from axolotl_dskd.commands.inspect.fit import fit
 from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.rows import Coverage, Vocabulary, pick_examples
-from axolotl_dskd.commands.inspect.sample import sample_rows
+from axolotl_dskd.commands.inspect.rows import Vocabulary, pick_examples
+from axolotl_dskd.commands.inspect.sample import Sample, sample_rows
 from axolotl_dskd.commands.inspect.sides import side_facts, side_remarks
-from axolotl_dskd.config import DSKDConfig, about_teacher
+from axolotl_dskd.config import DSKDConfig, about_teacher, loading
 from axolotl_dskd.data.outcomes import refusal
 from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.objectives import Facts
+from axolotl_dskd.planning.plan import Card, RowSize
+from axolotl_dskd.planning.run import Run
 from axolotl_dskd.planning.skeleton import student_skeleton, teacher_skeleton
 
 
@@ -55,100 +56,85 @@ def inspect_run(
             "dskd.kd_ratio is 0: this run uses no teacher, so there is no pair. With evaluation: "
             "{teacher: true} evaluations would."
         )
-    whole = config
-    number, name, config = whole.choose(teacher)
+    _, name, one = config.choose(teacher)
     if probe_count:
-        check_quantised(config.one_teacher)
+        check_quantised(one.one_teacher)
     progress("tokenizers")
-    tokenizers = _student_tokenizer(cfg), load_teacher_tokenizer(config)
-    vocabularies = [Vocabulary(tokenizer, token_bytes(tokenizer)) for tokenizer in tokenizers]
-    progress("rows")
-    samples = sample_rows(cfg, config, tokenizers[0], count=rows, teacher=number)
-    kept = [row for sample in samples for row in sample.rows]
-    datasets = [sample.coverage for sample in samples]
-    coverage = sum(datasets, Coverage("all"))
-    why = refusal(coverage.outcomes, [text for sample in samples for text in sample.differing])
-    if not kept:
-        raise ValueError(why)
+    with loading(f"the student's tokenizer {cfg.tokenizer_config or cfg.base_model!r}"):
+        tokenizer = load_tokenizer(cfg)
+    runs, samples = {}, {}  # of every teacher, by name
+    for number, (other, its) in enumerate(config.each().items()):
+        progress(f"rows of {other}" if other else "rows")
+        with about_teacher(other):
+            samples[other] = sample_rows(cfg, its, tokenizer, count=rows, teacher=number)
+            together = Sample.together(samples[other])
+            runs[other] = _run(cfg, its, card, tokenizer, together, other)
     progress("models")
-    loaded = config.one_teacher
-    skeletons = student_skeleton(cfg, tokenizers[0]), teacher_skeleton(loaded, card.device)
-    names, prefixes = (str(cfg.base_model), loaded.base_model), ("", "teacher_")
-    ours, theirs = (
-        side_facts(model, tokenizer, name, kept, prefix)
-        for model, tokenizer, name, prefix in zip(
-            skeletons, tokenizers, names, prefixes, strict=True
-        )
+    run, datasets, whole = runs.pop(name), samples[name], Sample.together(samples[name])
+    student, facts, kept = student_skeleton(cfg, tokenizer), run.facts, whole.rows
+    sides = (
+        side_facts(student, facts.student, str(cfg.base_model), kept, ""),
+        side_facts(run.teacher, facts.teacher, one.one_teacher.base_model, kept, "teacher_"),
     )
+    why = refusal(whole.coverage.outcomes, whole.differing)
     remarks = [
         *([f"Training will stop: {why}"] if why else []),
-        *side_remarks(ours, tokenizers[0], "student"),
-        *side_remarks(theirs, tokenizers[1], "teacher"),
+        *side_remarks(sides[0], facts.student, "student"),
+        *side_remarks(sides[1], facts.teacher, "teacher"),
     ]
-    if name:
-        names_of_others = ", ".join(other for other in whole.each() if other != name)
+    if runs:
         remarks.append(
             f"Rows and tokenizers here are those of the teacher {name}, the memory is that of all "
-            f"teachers; `--teacher` shows another: {names_of_others}."
+            f"teachers; `--teacher` shows another: {', '.join(runs)}."
         )
-    facts = Facts(*tokenizers, (ours.vocabulary, theirs.vocabulary), coverage.share)
-    setup = Setup(cfg, config, card, samples, facts, name)
-    objective = setup.objective()
+    vocabularies = (Vocabulary(t, token_bytes(t)) for t in (facts.student, facts.teacher))
+    objective = run.objective()
     progress("memory")
-    others = [
-        _other(setup, rows, k, other, one)
-        for k, (other, one) in enumerate(whole.each().items())
-        if k != number
-    ]
-    memory = memory_report(replace(setup, others=others), *skeletons)
+    parts = [dataset.coverage for dataset in datasets]
+    teacher_tokens = sum(p.teacher_tokens * p.total / max(1, p.sampled) for p in parts)
+    memory = fit(student, [run, *runs.values()], teacher_tokens)
     probed = None
     if probe_count:
-        some = probe_rows(kept, probe_count)
-        probed = probe(loaded, some, theirs.vocabulary, card.here, progress).words
+        some, size = probe_rows(kept, probe_count), facts.vocab_sizes[1]
+        here = card.device if torch.cuda.is_available() else torch.device("cpu")
+        probed = probe(one.one_teacher, some, size, here, progress).words
     return Report(
         config=path,
-        student=ours,
-        teacher=theirs,
-        shared_tokens=len(shared_tokens(*tokenizers)[0]),
+        student=sides[0],
+        teacher=sides[1],
+        shared_tokens=len(shared_tokens(facts.student, facts.teacher)[0]),
         objective=objective.describe(),
         advice=objective.advice(),
-        coverage=coverage,
-        datasets=datasets,
-        examples=pick_examples(((s.coverage.name, s.aligned) for s in samples), *vocabularies),
+        coverage=whole.coverage,
+        datasets=parts,
+        examples=pick_examples([(d.coverage.name, d.aligned) for d in datasets], *vocabularies),
         memory=memory,
         remarks=remarks,
         probe=probed,
     )
 
 
-def _other(
-    asked: Setup, rows: int, number: int, name: str, config: DSKDConfig
-) -> tuple[Setup, Any]:
-    """Another teacher of the run, as far as its memory depends on it, and its skeleton.
+def _run(cfg: Any, config: DSKDConfig, card: Card, student: Any, sample: Sample, name: str) -> Run:
+    """What the plan with one of the teachers is made from.
 
     Args:
-        asked: of the teacher that is looked at.
-        rows: sampled of each dataset.
-        number, name, config: of the other teacher.
+        student: its tokenizer.
+        sample: of the teacher's rows.
+
+    Raises:
+        ValueError: there are none to train on, or the teacher cannot be loaded.
     """
-    student = asked.facts.student
-    with about_teacher(name):
-        samples = sample_rows(asked.cfg, config, student, count=rows, teacher=number)
-        coverage = sum((sample.coverage for sample in samples), Coverage(name))
-        if not coverage.kept:
-            raise ValueError("none of the sampled rows asks this teacher. Sample more with --rows.")
-        tokenizer = load_teacher_tokenizer(config)
-        sizes = vocabulary_size(student), vocabulary_size(tokenizer)
-        facts = Facts(student, tokenizer, sizes, coverage.share)
-        skeleton = teacher_skeleton(config.one_teacher, asked.card.device)
-    return replace(asked, config=config, samples=samples, facts=facts, name=name), skeleton
-
-
-def _student_tokenizer(cfg: Any) -> Any:
-    try:
-        return load_tokenizer(cfg)
-    except (OSError, KeyError) as error:
-        raise ValueError(
-            "the student's tokenizer cannot be loaded from "
-            f"{cfg.tokenizer_config or cfg.base_model!r}: {error}"
-        ) from error
+    coverage = sample.coverage
+    if not coverage.sampled:
+        raise ValueError("none of the sampled rows asks this teacher. Sample more with --rows.")
+    if not coverage.kept:
+        raise ValueError(refusal(coverage.outcomes, sample.differing))
+    sizes = [
+        RowSize(len(r["input_ids"]), len(a.student), len(r["teacher_input_ids"]), len(a.teacher))
+        for r, a in zip(sample.rows, sample.aligned, strict=True)
+    ]
+    tokenizer = load_teacher_tokenizer(config)
+    vocabularies = vocabulary_size(student), vocabulary_size(tokenizer)
+    facts = Facts(student, tokenizer, vocabularies, coverage.share)
+    skeleton = teacher_skeleton(config.one_teacher, card.device)
+    return Run(cfg, config, card, sizes, coverage.sampled == coverage.total, facts, skeleton, name)

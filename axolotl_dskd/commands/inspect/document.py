@@ -6,66 +6,54 @@ Knows what there is to say and in which order; nothing of how it is drawn.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from axolotl_dskd.commands.inspect.report import MemoryReport, Report
+from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.rows import Example
-from axolotl_dskd.commands.inspect.words import gib
+from axolotl_dskd.commands.words import gib
 from axolotl_dskd.data.outcomes import KEPT, MEANING
+from axolotl_dskd.planning.plan import Plan
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A sentence, of which `tone` says how it is meant: "", "soft", "good" or "bad"."""
 
     words: str
     tone: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Rows of cells. A number is a share of 1, drawn as a bar.
 
-    `numeric`: the columns, from 0, that are read as numbers.
+    `numeric`: whether all columns but the first are read as numbers.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float]]
-    numeric: Sequence[int] = ()
+    numeric: bool = True
 
 
-@dataclass(frozen=True)
-class Section:
-    """What stands together under a title."""
-
-    title: str
-    blocks: Sequence[Line | Table | Example]
-
-
-def sections(report: Report) -> list[Section]:
-    """All of it. Where there is no room for all examples, the first one shows most."""
-    found = [
-        Section("The pair", list(_pair(report))),
-        Section("Your rows", list(_rows(report))),
-        Section("Both tokenizers on your text", report.examples),
-        Section("Memory plan", list(_memory(report.memory))),
-        Section("Remarks", [Line(remark) for remark in report.remarks]),
-        Section("The teacher as it is loaded", [Line(report.probe)] if report.probe else []),
-    ]
-    return [section for section in found if section.blocks]
+def sections(report: Report) -> dict[str, Sequence[Line | Table | Example]]:
+    """All of it by title. Where there is no room for all examples, the first one shows most."""
+    found: dict[str, Sequence[Line | Table | Example]] = {
+        "The pair": [*_pair(report)],
+        "Your rows": [*_rows(report)],
+        "Both tokenizers on your text": report.examples,
+        "Memory plan": [*_memory(report.memory)],
+        "Remarks": [Line(remark) for remark in report.remarks],
+        "The teacher as it is loaded": [Line(report.probe)] if report.probe else [],
+    }
+    return {title: blocks for title, blocks in found.items() if blocks}
 
 
 def _pair(report: Report) -> Iterator[Line | Table]:
     student, teacher = report.student, report.teacher
     facts = [(label, text, teacher.table[label]) for label, text in student.table.items()]
-    yield Table(("", "student", "teacher"), facts)
-    shares = (
-        f"{report.shared_tokens / side.vocabulary:.0%} of the {name}'s"
-        for side, name in ((student, "student"), (teacher, "teacher"))
-    )
+    yield Table(("", "student", "teacher"), facts, numeric=False)
+    ours, theirs = (report.shared_tokens / side.vocabulary for side in (student, teacher))
     yield Line(
         f"{report.shared_tokens:,} tokens stand for the same bytes in both vocabularies: "
-        f"{' and '.join(shares)}."
+        f"{ours:.0%} of the student's and {theirs:.0%} of the teacher's."
     )
     yield Line(f"Objective: {report.objective}.")
     if report.advice:
@@ -84,19 +72,19 @@ def _rows(report: Report) -> Iterator[Line | Table]:
         )
         for part in parts
     ]
-    yield Table(columns, rows, numeric=range(1, 6))
+    yield Table(columns, rows)
     for part in report.datasets:
         for outcome, count in part.outcomes.items():
             if count and outcome != KEPT:
                 yield Line(f"{part.name}: {count:,} {MEANING[outcome]}")
 
 
-def _memory(memory: MemoryReport) -> Iterator[Line | Table]:
+def _memory(memory: Plan) -> Iterator[Line | Table]:
+    total, card = gib(memory.total), gib(memory.card)
     parts = {**memory.at_peak, "total": memory.total}
     yield Table(
-        ("at the fullest moment", "", f"of {gib(memory.card)}"),
+        ("at the fullest moment", "", f"of {card}"),
         [(name, gib(size), min(1.0, size / memory.card)) for name, size in parts.items()],
-        numeric=(1,),
     )
     yield Line(
         f"Planned for {memory.card_name}. Fullest in: {memory.peak_phase}. "
@@ -106,7 +94,6 @@ def _memory(memory: MemoryReport) -> Iterator[Line | Table]:
     phases = (f"{name} {gib(size)}" for name, size in memory.phases.items())
     yield Line(f"All phases: {', '.join(phases)}.", "soft")
     yield from (Line(f"Note: {note}.", "soft") for note in memory.notes)
-    total, card = gib(memory.total), gib(memory.card)
     if memory.fits:
         spare = gib(memory.card - memory.total)
         yield Line(f"Fits: {total} of {card}, {spare} to spare.", "good")

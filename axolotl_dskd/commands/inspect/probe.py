@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.losses import Stream
 from axolotl_dskd.losses.agreement import agreement
-from axolotl_dskd.output_head import OutputHead
+from axolotl_dskd.objectives.base import teacher_stream
 from axolotl_dskd.teacher import TeacherSpec
-from axolotl_dskd.teacher.live import LiveTeacher, load_live
+from axolotl_dskd.teacher.live import load_live
 from axolotl_dskd.types import DualBatch, Needs, View
 
 #: Tokens whose two distributions are compared at once.
@@ -113,33 +114,35 @@ def probe(
         ValueError: the teacher cannot be loaded.
     """
 
-    def views(teacher: LiveTeacher, form: str) -> Iterator[View]:
+    def views(form: TeacherConfig, name: str) -> Iterator[View]:
+        progress(f"loading the teacher {name}")
+        teacher = load_live(TeacherSpec(form, vocab_size, device))
         for number, row in enumerate(rows, 1):
-            progress(f"{form} teacher, row {number} of {len(rows)}")
+            progress(f"teacher {name}, row {number} of {len(rows)}")
             yield teacher(_batch(row, device), Needs())
 
-    progress("loading the teacher unquantised")
-    plain = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
-    teacher = load_live(TeacherSpec(plain, vocab_size, device))
-    states = [_states(view).cpu() for view in views(teacher, "unquantised")]
-    # Copies, where there is no other device: the head's tensors are the model's, which has to go.
-    head = deepcopy(teacher.head.to(torch.device("cpu")))
-    del teacher
+    unquantised = config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False})
+    states, head = [], None
+    for view in views(unquantised, "unquantised"):
+        stream = teacher_stream(view)
+        states.append(stream.hidden.cpu())
+        # A copy, where there is no other device: its tensors are the model's, which has to go.
+        head = head or deepcopy(stream.head.to(torch.device("cpu")))
+    assert head is not None
+    del view, stream
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without CUDA
-    progress("loading the teacher as configured")
-    teacher = load_live(TeacherSpec(config, vocab_size, device))
     head = head.to(device)
     per_row = [
-        _sums(view, teacher.head, plain_states.to(device), head)
-        for view, plain_states in zip(views(teacher, "quantised"), states, strict=True)
+        _sums(Stream(plain.to(device), head), teacher_stream(view), view.tokens.labels)
+        for view, plain in zip(views(config, "as configured"), states, strict=True)
     ]
     sums = torch.stack(per_row)  # [rows, (tokens, kl, same, ce, ce quantised)]
     tokens, *totals = sums.sum(0).tolist()
-    kl, same_choice, ce, quantised_ce = (total / tokens for total in totals)
     worst = float((sums[:, 1] / sums[:, 0]).max())
+    kl, *others = (total / tokens for total in totals)
     bits = 4 if config.load_in_4bit else 8
-    return ProbeResult(bits, len(rows), int(tokens), kl, worst, same_choice, ce, quantised_ce)
+    return ProbeResult(bits, len(rows), int(tokens), kl, worst, *others)
 
 
 def _batch(row: dict[str, Any], device: torch.device) -> DualBatch:
@@ -151,20 +154,12 @@ def _batch(row: dict[str, Any], device: torch.device) -> DualBatch:
 
 
 @torch.no_grad()
-def _sums(view: View, quantised_head: OutputHead, states: Tensor, head: OutputHead) -> Tensor:
+def _sums(plain: Stream, quantised: Stream, labels: Tensor) -> Tensor:
     """[5] float64 over a row: tokens, KL, same first choice, both cross-entropies."""
     total = torch.zeros(5, dtype=torch.float64)
-    parts = (t.split(_CHUNK) for t in (states, _states(view), view.tokens.labels))
-    for plain, quantised, labels in zip(*parts, strict=True):
-        log_p = head.logits(plain).float().log_softmax(-1)
-        log_q = quantised_head.logits(quantised).float().log_softmax(-1)
-        kl, same_choice = agreement(log_p, log_q)
-        ce, quantised_ce = (-log.gather(-1, labels[:, None])[:, 0] for log in (log_p, log_q))
-        values = (torch.ones_like(kl), kl, same_choice, ce, quantised_ce)
-        total += torch.stack([value.double().sum() for value in values]).cpu()
+    for at in torch.arange(len(labels)).split(_CHUNK):
+        both = [s.head.logits(s.hidden[at]).float().log_softmax(-1) for s in (plain, quantised)]
+        ces = (-log.gather(-1, labels[at, None])[:, 0] for log in both)
+        values = (torch.ones(len(at)), *agreement(*both), *ces)
+        total += torch.stack([value.double().sum().cpu() for value in values])
     return total
-
-
-def _states(view: View) -> Tensor:
-    assert view.hidden is not None
-    return view.hidden

@@ -26,31 +26,6 @@ def supervised(labels: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """A tokenizer, and the bytes that each of its ids stands for."""
-
-    tokenizer: Any
-    table: Sequence[bytes]
-
-    def spelled(self, ids: Sequence[int]) -> bytes:
-        """The text of some tokens."""
-        return b"".join(self.table[i] for i in ids)
-
-    def shown(self, ids: Sequence[int]) -> list[str]:
-        """Tokens one by one, see `ExampleGroup`."""
-        names = self.tokenizer.convert_ids_to_tokens
-        return [_text(self.table[i]) if self.table[i] else f"‹{names(i)}›" for i in ids]
-
-
-def _text(data: bytes) -> str:
-    """Text, or the bytes in hexadecimal where they are a part of a character."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return f"‹{data.hex(' ').upper()}›"
-
-
-@dataclass(frozen=True)
 class AlignedRow:
     """The supervised tokens of a prepared row.
 
@@ -77,7 +52,7 @@ class AlignedRow:
         return sum(group.exact for group in self.groups)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Coverage:
     """How the two sides meet in the sampled rows of one dataset (or of all of them).
 
@@ -106,20 +81,34 @@ class Coverage:
         """Of the student's supervised tokens, those with an exact partner."""
         return self.exact / max(1, self.student_tokens)
 
-    def add(self, row: AlignedRow) -> None:
-        """Count a row that is kept."""
-        self.student_tokens += len(row.student)
-        self.teacher_tokens += len(row.teacher)
-        self.exact += row.exact
-
     def __add__(self, other: Coverage) -> Coverage:
         both = (vars(self)[name] + value for name, value in vars(other).items() if name != "name")
         return Coverage(self.name, *both)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`, with the derived numbers."""
-        derived = {"outcomes": dict(self.outcomes), "kept": self.kept, "share": self.share}
-        return vars(self) | derived
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer, and the bytes that each of its ids stands for."""
+
+    tokenizer: Any
+    table: Sequence[bytes]
+
+    def spelled(self, ids: Sequence[int]) -> bytes:
+        """The text of some tokens."""
+        return b"".join(self.table[i] for i in ids)
+
+    def shown(self, ids: Sequence[int]) -> list[str]:
+        """Tokens one by one, see `ExampleGroup`."""
+        names = self.tokenizer.convert_ids_to_tokens
+        return [_text(self.table[i]) if self.table[i] else f"‹{names(i)}›" for i in ids]
+
+
+def _text(data: bytes) -> str:
+    """Text, or the bytes in hexadecimal where they are a part of a character."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return f"‹{data.hex(' ').upper()}›"
 
 
 @dataclass(frozen=True)
@@ -170,13 +159,11 @@ def pick_examples(
     divide least and most alike, so that what is special (code, other scripts) is seen."""
     ranked = []
     for name, rows in datasets:
-        alike = sorted(
-            (row for row in rows if row.groups),
-            # Short rows show little.
-            key=lambda row: (len(row.groups) < 12, row.exact / len(row.groups)),
-        )
-        count = sum(len(row.groups) >= 12 for row in alike) or len(alike)
-        order = [count // 2, 0, count - 1, count // 4, 3 * count // 4]
-        ranked.append([(name, alike[i]) for i in dict.fromkeys(order) if 0 <= i < count])
+        # Short rows show little.
+        some = [row for row in rows if len(row.groups) >= 12] or [row for row in rows if row.groups]
+        alike = sorted(some, key=lambda row: row.exact / len(row.groups))
+        last = len(alike) - 1
+        order = ((last + 1) // 2, 0, last, (last + 1) // 4, 3 * (last + 1) // 4)
+        ranked.append([(name, alike[i]) for i in dict.fromkeys(order) if 0 <= i <= last])
     in_turn = filter(None, chain.from_iterable(zip_longest(*ranked)))
     return [_example(name, row, student, teacher) for name, row in list(in_turn)[:EXAMPLES]]

@@ -7,8 +7,10 @@ What happened to each row is counted: nothing disappears without a reason.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 from unittest import mock
 
@@ -27,7 +29,7 @@ from axolotl_dskd.data.reconcile import STATUS, differing_example
 from axolotl_dskd.data.routing import rows_of_teacher
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sample:
     """What became of the sampled rows of one dataset.
 
@@ -38,23 +40,16 @@ class Sample:
     """
 
     coverage: Coverage
-    rows: list[dict[str, list[int]]] = field(default_factory=list)
-    aligned: list[AlignedRow] = field(default_factory=list)
-    differing: list[str] = field(default_factory=list)
+    rows: Sequence[dict[str, list[int]]]
+    aligned: Sequence[AlignedRow]
+    differing: Sequence[str]
 
-
-def _choosing(count: int, seed: int, sizes: list[int]) -> Callable[..., Any]:
-    """Axolotl's own door to tokenizing, for `count` rows of a dataset; its sizes go to `sizes`."""
-    tokenize = sft.get_dataset_wrapper
-
-    def choose(*args: Any, dataset: Any, **kwargs: Any) -> Any:
-        total = len(dataset)
-        if total > count:
-            dataset = dataset.select(sorted(random.Random(seed).sample(range(total), count)))
-        sizes.extend((total, len(dataset)))
-        return tokenize(*args, dataset=dataset, **kwargs)
-
-    return choose
+    @classmethod
+    def together(cls, samples: Sequence[Sample]) -> Sample:
+        """Several as if they were of one dataset."""
+        columns = zip(*((s.rows, s.aligned, s.differing) for s in samples), strict=True)
+        coverage = sum((sample.coverage for sample in samples), Coverage("all"))
+        return cls(coverage, *(list(chain(*column)) for column in columns))
 
 
 def sample_rows(
@@ -76,39 +71,54 @@ def sample_rows(
     samples = []
     for dataset in datasets_with_name_generator(cfg.datasets):
         name = f"{dataset.path} ({dataset.name})" if dataset.name else str(dataset.path)
-        sizes: list[int] = []
-        with mock.patch.object(sft, "get_dataset_wrapper", _choosing(count, cfg.seed or 0, sizes)):
-            everyones = _tokenized(name, dataset, cfg, tokenizer)
-        total, sampled = sizes
+        everyones, total, sampled = _tokenized(name, dataset, cfg, tokenizer, count)
         rows = rows_of_teacher(everyones, teacher)
         if len(rows) < len(everyones):  # several teachers: as if the others' rows were not there
             share = len(rows) / len(everyones)
             total, sampled = round(total * share), round(sampled * share)
-        tokenized = len(rows)
-        if tokenized:
+        outcomes = Counter({UNTOKENIZED: max(0, sampled - len(rows)), STUDENT_LENGTH: len(rows)})
+        if len(rows):
             rows = handle_long_seq_in_dataset(rows, cfg.sequence_len, cfg)
-        sample = Sample(Coverage(name, total, sampled))
-        sample.coverage.outcomes[UNTOKENIZED] = max(0, sampled - tokenized)
-        sample.coverage.outcomes[STUDENT_LENGTH] = tokenized - len(rows)
+        outcomes[STUDENT_LENGTH] -= len(rows)
+        kept: list[dict[str, Any]] = []
+        differing: list[str] = []
         for row in rows:
             both = reconcile(row)
             status = both.pop(STATUS)
-            sample.coverage.outcomes[status] += 1
-            if status == DIFFERENT and len(sample.differing) < 3:
-                sample.differing.append(differing_example({**row, **both}, reconcile))
+            outcomes[status] += 1
+            if status == DIFFERENT and len(differing) < 3:
+                differing.append(differing_example({**row, **both}, reconcile))
             if status in (KEPT, CUT):
-                sample.rows.append({"input_ids": list(row["input_ids"]), **both})
-                sample.aligned.append(AlignedRow.of(sample.rows[-1]))
-                sample.coverage.add(sample.aligned[-1])
-        samples.append(sample)
+                kept.append({"input_ids": list(row["input_ids"]), **both})
+        aligned = [AlignedRow.of(row) for row in kept]
+        tokens = ((len(row.student), len(row.teacher), row.exact) for row in aligned)
+        sums = map(sum, zip(*tokens, strict=True))
+        coverage = Coverage(name, total, sampled, outcomes, *sums)
+        samples.append(Sample(coverage, kept, aligned, differing))
     return samples
 
 
-def _tokenized(name: str, dataset: Any, cfg: Any, tokenizer: Any) -> Dataset:
+def _tokenized(
+    name: str, dataset: Any, cfg: Any, tokenizer: Any, count: int
+) -> tuple[Dataset, int, int]:
+    """Up to `count` rows of a dataset, tokenized; how many there are, and how many were chosen."""
+    sizes: list[int] = []
+    tokenize = sft.get_dataset_wrapper
+
+    def choose(*args: Any, dataset: Any, **kwargs: Any) -> Any:
+        """Axolotl's own door to tokenizing, for some of the rows."""
+        total = len(dataset)
+        if total > count:
+            chosen = random.Random(cfg.seed or 0).sample(range(total), count)
+            dataset = dataset.select(sorted(chosen))
+        sizes.extend((total, len(dataset)))
+        return tokenize(*args, dataset=dataset, **kwargs)
+
     try:
-        rows, _ = sft._load_and_process_single_dataset(
-            dataset_config=dataset, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed
-        )
+        with mock.patch.object(sft, "get_dataset_wrapper", choose):
+            rows, _ = sft._load_and_process_single_dataset(
+                dataset_config=dataset, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed
+            )
     except StopIteration as error:
         raise ValueError(f"dataset {name} cannot be read: it has no rows") from error
     except (OSError, KeyError, DatasetsError) as error:
@@ -118,4 +128,5 @@ def _tokenized(name: str, dataset: Any, cfg: Any, tokenizer: Any) -> Dataset:
         if name in str(error):
             raise
         raise ValueError(f"dataset {name}: {error}") from error
-    return rows
+    total, sampled = sizes
+    return rows, total, sampled

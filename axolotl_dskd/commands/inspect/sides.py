@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axolotl_dskd.commands.inspect.rows import supervised
-from axolotl_dskd.commands.inspect.words import count, visible
+from axolotl_dskd.commands.words import count, visible
 from axolotl_dskd.data.token_bytes import normalisations
 from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.models.heads import output_head

@@ -9,7 +9,7 @@ from rich.text import Text
 from axolotl_dskd.commands.inspect.document import Line, Table, sections
 from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.rows import Example
-from axolotl_dskd.commands.inspect.words import visible
+from axolotl_dskd.commands.words import visible
 
 _STYLES = {"": "", "soft": "dim", "good": "bold green", "bad": "bold red"}
 _BAR = 30
@@ -17,16 +17,15 @@ _BAR = 30
 
 def print_report(report: Report, console: Console) -> None:
     """All of it but for the examples after the first, which the page shows."""
-    for section in sections(report):
-        console.print(section.title, style="bold")
-        examples = [block for block in section.blocks if isinstance(block, Example)]
-        for block in section.blocks:
+    for title, blocks in sections(report).items():
+        console.print(title, style="bold")
+        for block in blocks[:1] if isinstance(blocks[0], Example) else blocks:
             # Texts come from models and data: what looks like markup is none.
             if isinstance(block, Line):
                 console.print(block.words, style=_STYLES[block.tone], markup=False, highlight=False)
             elif isinstance(block, Table):
                 console.print(_table(block), markup=False, highlight=False)
-            elif block is examples[0]:
+            else:
                 console.print(_example(block, console.width))
         console.print()
 
@@ -34,15 +33,16 @@ def print_report(report: Report, console: Console) -> None:
 def _table(block: Table) -> RichTable:
     table = RichTable()
     for place, name in enumerate(block.columns):
-        numeric = place in block.numeric
+        numeric = block.numeric and place > 0
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in block.rows:
-        table.add_row(*(Text(c if isinstance(c, str) else _bar(c)) for c in row))
+        table.add_row(*(Text(c) if isinstance(c, str) else _bar(c) for c in row))
     return table
 
 
-def _bar(share: float) -> str:
-    return ("█" * round(_BAR * share) or "▏" * (share > 0)).ljust(_BAR)
+def _bar(share: float) -> Text:
+    drawn = "█" * round(_BAR * share) or "▏" * (share > 0)
+    return Text(drawn.ljust(_BAR), justify="left")
 
 
 def _example(example: Example, width: int) -> Text:

@@ -16,6 +16,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from tests.support import process
 from tests.support.jobs import (  # noqa: F401
     cache,
+    memory,
     precision,
     resume,
     sharding,

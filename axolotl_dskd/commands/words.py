@@ -5,16 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator
 
-GIB = 1 << 30
-
 _SIGNS = {
-    "\n": "⏎",
-    "\t": "⇥",
-    "\r": "␍",
-    " ": "·",
-    "\u00a0": "⍽",
-    "\u200d": "ZWJ",
-    "\ufe0f": "VS16",
+    **{"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"},
+    **{"\u00a0": "⍽", "\u200d": "ZWJ", "\ufe0f": "VS16"},
 }
 
 
@@ -24,12 +17,12 @@ def signs(text: str) -> Iterator[tuple[str, bool]]:
     What has no ink gets one: spaces, breaks, tabs, joiners, controls.
     """
     for place, char in enumerate(text):
-        kind = unicodedata.category(char)
+        kind = unicodedata.category(char)[0]
         if char in _SIGNS:
             yield _SIGNS[char], True
-        elif kind in ("Cc", "Cf", "Zl", "Zp", "Zs", "Cs", "Co", "Cn"):
+        elif kind in "CZ":
             yield f"U+{ord(char):04X}", True
-        elif kind.startswith("M") and place == 0:
+        elif kind == "M" and place == 0:
             yield "◌" + char, False  # a mark without its letter
         else:
             yield char, False
@@ -42,8 +35,8 @@ def visible(text: str) -> str:
 
 def gib(count: int) -> str:
     """Bytes for people."""
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
     mib = count / (1 << 20)
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 

@@ -1,0 +1,145 @@
+"""What a memory plan is made from: a configuration, its rows' sizes, and a skeleton.
+
+Knows configurations and numbers; runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from axolotl.utils.dict import DictDefault
+
+from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
+from axolotl_dskd.objectives import Facts, Objective, build_objective, fine_tuning
+from axolotl_dskd.planning.plan import BatchShape, Card, RowSize
+from axolotl_dskd.planning.skeleton import teacher_skeleton
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training with one of its teachers.
+
+    Attributes:
+        cfg: Axolotl's validated configuration.
+        config: the `dskd:` block, with this teacher alone.
+        card: what is planned for.
+        sizes: of rows that would be trained on.
+        all_rows: whether there are no others.
+        facts: of the pair.
+        teacher: its skeleton, and `name`, its name where there are several.
+    """
+
+    cfg: Any
+    config: DSKDConfig
+    card: Card
+    sizes: Sequence[RowSize]
+    all_rows: bool
+    facts: Facts
+    teacher: Any
+    name: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """How the YAML names the teacher's keys."""
+        return f"dskd.teachers.{self.name}." if self.name else "dskd.teacher."
+
+    def changed(self, changes: dict[str, Any]) -> Run:
+        """The same with other values of keys, named as in the YAML; another teacher's are none."""
+        prefix, ours, teacher = self.prefix, self.config.one_teacher, self.teacher
+        new = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in changes.items() if not k.startswith("dskd.")}
+        if new:
+            ours = ours.model_copy(update=new)
+            teacher = teacher_skeleton(ours, self.card.device)
+        return replace(
+            self,
+            cfg=DictDefault({**self.cfg, **rest}),
+            config=self.config.model_copy(update={"teacher": ours}),
+            teacher=teacher,
+        )
+
+    def objective(self) -> Objective[Any]:
+        """As the trainer builds it, not begun."""
+        if self.config.uses_teacher:
+            return build_objective(self.config, self.facts, memory=self.card.memory, seed=0)
+        return fine_tuning(self.config, self.facts, memory=self.card.memory)
+
+    @property
+    def layers_are_loaded(self) -> bool:
+        """Whether the teacher's layers are in memory: also a cached one's, where steps have text
+        that no cache has seen."""
+        teacher = self.config.one_teacher
+        writes = self.config.samples.source == "student" and self.config.uses_teacher
+        return teacher.server is None and (teacher.layers_are_loaded or writes)
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of mixed precision, if any."""
+        return torch.bfloat16 if self.cfg.bf16 else torch.float16 if self.cfg.fp16 else None
+
+    @property
+    def optimizer(self) -> str:
+        """Axolotl's name of it."""
+        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer) or "adamw_torch_fused")
+
+    @property
+    def sums(self) -> RowSize:
+        """Tokens of all rows together."""
+        return RowSize(*map(sum, zip(*self.sizes, strict=True)))
+
+    @cached_property
+    def batch(self) -> BatchShape:
+        """The largest batch of one micro-step."""
+        cfg, sums, most = self.cfg, self.sums, RowSize(*map(max, zip(*self.sizes, strict=True)))
+        count, limit = cfg.micro_batch_size or 1, cfg.sequence_len
+        if cfg.sample_packing:
+            share = count * limit / sums.length
+            in_all = max(1, round(len(self.sizes) * share))
+            return BatchShape(
+                rows=count,
+                length=limit,
+                samples=max(in_all, count),
+                supervised=min(count * limit, round(sums.supervised * share)),
+                teacher_length=most.teacher_length,
+                teacher_supervised=round(sums.teacher_supervised * share),
+                padded=False,
+                words=f"{count} packed row(s) of {limit} tokens, {in_all} samples in all",
+            )
+        # Rows that were not seen may be as long as sequence_len allows.
+        stretch = 1.0 if self.all_rows else limit / most.length
+        if cfg.pad_to_sequence_len:
+            length, why = limit, "sequence_len, to which rows are padded"
+        elif self.all_rows:
+            length, why = min(limit, -(-most.length // 64) * 64), "the longest row"
+        else:
+            length, why = limit, "sequence_len: the sample may miss the longest row"
+        return BatchShape(
+            rows=count,
+            length=length,
+            samples=count,
+            supervised=min(count * length, round(count * most.supervised * stretch)),
+            teacher_length=round(most.teacher_length * stretch),
+            teacher_supervised=round(count * most.teacher_supervised * stretch),
+            padded=count > 1 or bool(cfg.pad_to_sequence_len),
+            words=f"{count} row(s) of {length} tokens ({why})",
+        )
+
+    @property
+    def writing(self) -> tuple[int, int] | None:
+        """Rows and tokens that the student writes at once, in this process; None: none.
+
+        Answers are as long as they may be; of prompts there is no telling how short they are, and
+        short ones make more rows.
+        """
+        cfg, samples = self.cfg, self.config.samples
+        if not isinstance(samples, StudentSamplesConfig) or samples.engine != "transformers":
+            return None
+        rows = max(1, samples.batch_tokens // min(samples.max_new_tokens, cfg.sequence_len))
+        if not cfg.sample_packing:
+            of_a_step = (cfg.micro_batch_size or 1) * (cfg.gradient_accumulation_steps or 1)
+            rows = min(rows, of_a_step)
+        return rows, min(samples.batch_tokens // rows, cfg.sequence_len)
