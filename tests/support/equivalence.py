@@ -8,7 +8,7 @@ no objective: a block is handed on as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,30 +156,54 @@ def train_variants(
     Returns:
         By name; `BASE` and what the ways are to be like are among them.
     """
-    ways = list(names)
-    wanted = list(dict.fromkeys([BASE, *(VARIANTS[name].like for name in ways), *ways]))
+    (trained,) = train_all([Asked(folder, block, names, overrides)])
+    return trained
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Trainings that are asked for; see `train_variants`."""
+
+    folder: Path
+    block: dict[str, Any]
+    names: Iterable[str]
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def train_all(asked: Sequence[Asked]) -> list[dict[str, Training]]:
+    """`train_variants` several times, in as few processes as can be: to start one takes as long as
+    a training."""
+    wanted = [
+        list(dict.fromkeys([BASE, *(VARIANTS[name].like for name in one.names), *one.names]))
+        for one in asked
+    ]
     # A process is set up for one kind of run, and for DeepSpeed once.
-    jobs: dict[tuple[int, str], dict[str, Job]] = {}
-    for name in wanted:
-        variant = VARIANTS[name]
-        kind = name if variant.trainer == "DeepSpeedEngine" else variant.trainer
-        named = jobs.setdefault((variant.world_size, kind), {})
-        made = training_config(folder, block, name, {**overrides, **variant.overrides})
+    jobs: dict[tuple[Any, ...], dict[tuple[int, str], Job]] = {}
+    for number, one in enumerate(asked):
+        for name in wanted[number]:
+            variant = VARIANTS[name]
+            alone = (number, name) if variant.trainer == "DeepSpeedEngine" else ()
+            named = jobs.setdefault((variant.world_size, variant.trainer, *alone), {})
+            overrides = {**one.overrides, **variant.overrides}
+            made = training_config(one.folder, one.block, name, overrides)
+            if name == "cached":
+                filling = {**made, "output_dir": str(one.folder / "filling")}
+                named[number, "filling"] = {"do": "train", "config": filling}
+            do = "train_counting_loads" if name == "cached" else "train"
+            named[number, name] = {"do": do, "config": made}
+    results: dict[tuple[int, str], Result] = {}
+    for (world_size, *_), named in jobs.items():
+        found = run(world_size, *named.values(), timeout=max(600, 60 * len(named)))
+        results |= zip(named, found, strict=True)
+    for (_, name), result in results.items():
         if name == "cached":
-            filling = {**made, "output_dir": str(folder / "filling")}
-            named["filling"] = {"do": "train", "config": filling}
-        do = "train_counting_loads" if name == "cached" else "train"
-        named[name] = {"do": do, "config": made}
-    results: dict[str, Result] = {}
-    for (world_size, _), named in jobs.items():
-        results |= zip(named, run(world_size, *named.values()), strict=True)
-    if "cached" in results:
-        assert results["cached"]["loads"] == 0, "the teacher was loaded beside a full cache"
-    for name in wanted:
-        variant = VARIANTS[name]
-        if variant.world_size > 1:
-            assert results[name]["trainer"].startswith(variant.trainer), name
-    return {name: Training.of(results[name]) for name in wanted}
+            assert result["loads"] == 0, "the teacher was loaded beside a full cache"
+        if name in VARIANTS and VARIANTS[name].world_size > 1:
+            assert result["trainer"].startswith(VARIANTS[name].trainer), name
+    return [
+        {name: Training.of(results[number, name]) for name in names}
+        for number, names in enumerate(wanted)
+    ]
 
 
 def assert_same_training(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.equivalence import Training, save_pair, train_variants
+from tests.support.equivalence import Asked, Training, save_pair, train_all
 
 TOY = "tests.support.toy_objective"
 
@@ -85,18 +85,32 @@ class Trained:
 
 
 def train_once(
-    factory: pytest.TempPathFactory, ways: Callable[[str], Iterable[str]]
+    request: pytest.FixtureRequest,
+    factory: pytest.TempPathFactory,
+    ways: Callable[[str], Iterable[str]],
 ) -> Callable[[str], Trained]:
-    """The trainings of a case in all its ways, made when it is first asked for.
+    """The trainings of a case in all its ways; those of all cases are made when one is asked for.
 
     Args:
+        request: of a module's fixture: the cases are those that its tests take as `name`.
         ways: of a case's name to keys of `VARIANTS`.
     """
 
     @cache
-    def made(name: str) -> Trained:
-        case = CASES[name]
-        folder = save_pair(factory.mktemp("case"), one_vocabulary=case.one_vocabulary)
-        return Trained(case, folder, train_variants(folder, case.block, ways(name)))
+    def made() -> dict[str, Trained]:
+        tests = [item for item in request.session.items if item.path == request.path]
+        parameters = (getattr(item, "callspec", None) for item in tests)
+        names = dict.fromkeys(p.params["name"] for p in parameters if p is not None)
+        cases = {name: CASES[name] for name in names}
+        folders = [
+            save_pair(factory.mktemp("case"), one_vocabulary=case.one_vocabulary)
+            for case in cases.values()
+        ]
+        asked = [
+            Asked(folder, case.block, [*ways(name)])
+            for folder, (name, case) in zip(folders, cases.items(), strict=True)
+        ]
+        found = zip(cases.items(), folders, train_all(asked), strict=True)
+        return {name: Trained(case, *rest) for (name, case), *rest in found}
 
-    return made
+    return lambda name: made()[name]

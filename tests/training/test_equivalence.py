@@ -28,9 +28,11 @@ WAYS = dict.fromkeys(CASES, IN_KIND) | {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """The trainings of a case, made once."""
-    return train_once(tmp_path_factory, WAYS.__getitem__)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Trained]:
+    """The trainings of a case, all made once."""
+    return train_once(request, tmp_path_factory, WAYS.__getitem__)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,11 @@ NAMES = [name for name in CASES if name != "default, one vocabulary"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """The trainings of a case, made once."""
-    return train_once(tmp_path_factory, lambda _: WAYS)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Trained]:
+    """The trainings of a case, all made once."""
+    return train_once(request, tmp_path_factory, lambda _: WAYS)
 
 
 @pytest.mark.parametrize(
