@@ -184,7 +184,8 @@ class TeacherAnswers:
         lack = f"{number} answers" if number else f"{unseen} files with answers"
         raise_together(
             f"{lack} of the teacher are not in {folder}, which other ranks have written. "
-            "dataset_prepared_path must be one folder for all of them."
+            "dataset_prepared_path must be one folder for all of them, as must "
+            "dskd.teacher.cache.path."
             if number or unseen
             else None,
             self.run.device,

@@ -71,7 +71,7 @@ def _of_one(
         number: the teacher's, where there are several.
     """
     device, cfg = trainer.accelerator.device, trainer.axolotl_cfg
-    folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
+    folder = answers_folder(config, cfg.dataset_prepared_path)
     tokenizers = trainer.processing_class, teacher_tokenizer
 
     def answered() -> AnsweredRows:
@@ -143,6 +143,18 @@ def _pack_length(trainer: Any) -> int:
     cfg, args = trainer.axolotl_cfg, trainer.args
     in_one = cfg.sample_packing and not args.multipack_real_batches
     return int(cfg.sequence_len) * (int(trainer._train_batch_size) if in_one else 1)
+
+
+def answers_folder(config: DSKDConfig, prepared: str | None) -> Path:
+    """Where what a teacher writes is kept: beside its cached states, which all runs with it share,
+    whatever their seeds and rows; without a cache with the prepared rows.
+
+    Args:
+        config: the `dskd:` block with one teacher.
+        prepared: `dataset_prepared_path`.
+    """
+    cache = config.one_teacher.cache
+    return Path(prepared or "last_run_prepared") if cache is None else Path(cache.path)
 
 
 def samples_of_lessons(trainer: Any, distillation: Distillation) -> Samples:
