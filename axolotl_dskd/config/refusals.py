@@ -32,6 +32,8 @@ _NOT_MERGED = {
     "load_best_model_at_end": "checkpoints hold the head without the attention",
     "early_stopping_patience": "it picks a checkpoint, which holds the head without the attention",
 }
+#: How metrics end that evaluations measure of the student's answers.
+_OF_ANSWERS = ("dskd/rouge_l", "dskd/rouge_l_sampled")
 _OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")
 _PARALLEL = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 
@@ -55,6 +57,7 @@ def refusals(data: dict[str, Any]) -> list[str]:
             "`deepspeed` with `dskd.objective.projector.warmup_steps`: DeepSpeed updates the "
             "student within its backward, so it cannot wait for the projectors; remove warmup_steps"
         )
+    found += _metric_that_is_missing(data.get("metric_for_best_model"), block)
     attention = block.get("virtual_attention") if isinstance(block, dict) else None
     if isinstance(attention, dict) and attention.get("leave") == "merge":
         found += [
@@ -70,6 +73,26 @@ def refusals(data: dict[str, Any]) -> list[str]:
         if str(plugin).startswith(_OTHER_TRAINERS)
     ]
     return found
+
+
+def _metric_that_is_missing(metric: Any, block: Any) -> list[str]:
+    """A checkpoint is picked by what not every evaluation measures: transformers wants it of each,
+    and raises KeyError at the first without."""
+    evaluation = (block.get("evaluation") if isinstance(block, dict) else None) or {}
+    if not str(metric).endswith(_OF_ANSWERS) or not isinstance(evaluation, dict):
+        return []
+    if not evaluation.get("answers"):
+        return [
+            f"`metric_for_best_model: {metric}` without `dskd.evaluation.answers`: it is measured "
+            "of answers; set how many, such as 32"
+        ]
+    if (every := evaluation.get("answers_every") or 1) != 1:
+        return [
+            f"`metric_for_best_model: {metric}` with `dskd.evaluation.answers_every: {every}`: "
+            "every evaluation must measure it; set answers_every: 1, or choose another metric, "
+            "such as eval_dskd/bits_per_byte"
+        ]
+    return []
 
 
 #: Keys of `dskd:` that belong to the objective.
