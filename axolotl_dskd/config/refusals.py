@@ -65,6 +65,12 @@ def refusals(data: dict[str, Any]) -> list[str]:
             for key, why in _NOT_MERGED.items()
             if data.get(key)
         ]
+    accelerate = data.get("accelerator_config")
+    if isinstance(accelerate, dict) and accelerate.get("dispatch_batches"):
+        found.append(
+            "`accelerator_config` with `dispatch_batches: true`: rank 0 would cut each batch by "
+            "rows, and tensors of supervised tokens have none; remove dispatch_batches"
+        )
     if data.get("balance_labels") and not data.get("sample_packing"):
         found.append("`balance_labels` without `sample_packing`: set one, or remove the other")
     found += [

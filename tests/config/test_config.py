@@ -294,6 +294,7 @@ REFUSED = {
         },
     },
     "evaluation.answers`": {"metric_for_best_model": "dskd/rouge_l_sampled"},
+    "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
     "axolotl.integrations.kd.KDPlugin": {
         "plugins": ["axolotl_dskd.DSKDPlugin", "axolotl.integrations.kd.KDPlugin"]
     },
@@ -331,6 +332,11 @@ def test_every_metric_that_is_made_of_answers_is_known_to_the_refusals():
     from axolotl_dskd.evaluation.answers import Answered, means
 
     assert means([Answered("", "", "", "", 0.5, 0.5)]).keys() == set(_OF_ANSWERS)
+
+
+def test_other_ways_of_accelerates_are_not_refused(pair_folder: Path, validated: Validated):
+    keys = {"dispatch_batches": False, "split_batches": True}
+    assert validated(tiny.base_config(pair_folder, accelerator_config=keys)).dskd
 
 
 def test_the_refusals_reach_users_through_axolotl(pair_folder: Path, validated: Validated):
