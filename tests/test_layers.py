@@ -30,7 +30,7 @@ ALLOWED = {
     "generation": {"config", "ranks", "servers", "vllm"},
     "evaluation": {"config", "generation", "losses", "ranks"},
     "data": {"config"},
-    "samples": {"config", "data", "generation", "ranks"},
+    "samples": {"cache", "config", "data", "generation", "ranks"},
     "objectives": {"cache", "config", "data", "losses", "ranks"},
     "servers": {"config"},
     "vllm": {"servers"},

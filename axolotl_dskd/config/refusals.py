@@ -32,6 +32,8 @@ _NOT_MERGED = {
     "load_best_model_at_end": "checkpoints hold the head without the attention",
     "early_stopping_patience": "it picks a checkpoint, which holds the head without the attention",
 }
+#: How metrics end that evaluations measure of the student's answers.
+_OF_ANSWERS = ("dskd/rouge_l", "dskd/rouge_l_sampled")
 _OTHER_TRAINERS = ("axolotl.integrations.kd.", "axolotl.integrations.diffusion.")
 _PARALLEL = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
 
@@ -55,6 +57,7 @@ def refusals(data: dict[str, Any]) -> list[str]:
             "`deepspeed` with `dskd.objective.projector.warmup_steps`: DeepSpeed updates the "
             "student within its backward, so it cannot wait for the projectors; remove warmup_steps"
         )
+    found += _metric_that_is_missing(data.get("metric_for_best_model"), block)
     attention = block.get("virtual_attention") if isinstance(block, dict) else None
     if isinstance(attention, dict) and attention.get("leave") == "merge":
         found += [
@@ -62,6 +65,12 @@ def refusals(data: dict[str, Any]) -> list[str]:
             for key, why in _NOT_MERGED.items()
             if data.get(key)
         ]
+    accelerate = data.get("accelerator_config")
+    if isinstance(accelerate, dict) and accelerate.get("dispatch_batches"):
+        found.append(
+            "`accelerator_config` with `dispatch_batches: true`: rank 0 would cut each batch by "
+            "rows, and tensors of supervised tokens have none; remove dispatch_batches"
+        )
     if data.get("balance_labels") and not data.get("sample_packing"):
         found.append("`balance_labels` without `sample_packing`: set one, or remove the other")
     found += [
@@ -70,6 +79,26 @@ def refusals(data: dict[str, Any]) -> list[str]:
         if str(plugin).startswith(_OTHER_TRAINERS)
     ]
     return found
+
+
+def _metric_that_is_missing(metric: Any, block: Any) -> list[str]:
+    """A checkpoint is picked by what not every evaluation measures: transformers wants it of each,
+    and raises KeyError at the first without."""
+    evaluation = (block.get("evaluation") if isinstance(block, dict) else None) or {}
+    if not str(metric).endswith(_OF_ANSWERS) or not isinstance(evaluation, dict):
+        return []
+    if not evaluation.get("answers"):
+        return [
+            f"`metric_for_best_model: {metric}` without `dskd.evaluation.answers`: it is measured "
+            "of answers; set how many, such as 32"
+        ]
+    if (every := evaluation.get("answers_every") or 1) != 1:
+        return [
+            f"`metric_for_best_model: {metric}` with `dskd.evaluation.answers_every: {every}`: "
+            "every evaluation must measure it; set answers_every: 1, or choose another metric, "
+            "such as eval_dskd/bits_per_byte"
+        ]
+    return []
 
 
 #: Keys of `dskd:` that belong to the objective.

@@ -86,6 +86,10 @@ def give_textless_tokens_room(
     place of the other side: the end of a turn meets the end of a turn, whatever its name. And an
     end token ends behind the last token of the text, which it comes after.
 
+    A token of text that stands for no bytes here (the space that a sentencepiece tokenizer writes
+    before a text) keeps its turn among the textless ones at its place: the one before an end token
+    begins and ends where that one begins, the one behind all of them where the text goes on.
+
     Args:
         student, teacher: spans in one text, textless tokens with `start == end`.
         student_textless, teacher_textless: [n] which tokens are textless.
@@ -106,8 +110,12 @@ def give_textless_tokens_room(
         starts = spans.starts + before[np.searchsorted(places, spans.starts, "right")]
         ends = spans.ends + before[np.searchsorted(places, spans.ends, "left")]
         at = spans.starts[textless]
-        number = np.arange(len(at)) - np.searchsorted(at, at, "left")
-        starts[textless] = at + before[np.searchsorted(places, at, "left")] + number
+        first = np.searchsorted(at, spans.starts, "left")
+        #: Textless tokens at each token's place that come before it.
+        number = np.cumsum(textless) - textless - first
+        early = number < np.searchsorted(at, spans.starts, "right") - first
+        early &= spans.starts == spans.ends
+        starts[early] = (ends + number)[early]
         ends[textless] = starts[textless] + 1
         return Spans(starts, np.maximum(starts, ends))
 

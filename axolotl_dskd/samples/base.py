@@ -35,7 +35,7 @@ class SamplesRun:
         evaluates: whether there are evaluations during training.
         total_steps: of the training, once it has begun.
         identity: what tells the teacher from others, for what is kept of it.
-        folder: of prepared data.
+        folder: in which what the teacher writes is kept.
         decode: the student's ids to text.
         table: shows rows of plain values in open trackers: name, step from 1, rows.
         device: of collectives.

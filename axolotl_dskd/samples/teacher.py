@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from axolotl.utils.logging import get_logger
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from axolotl_dskd.cache import write_atomically
 from axolotl_dskd.config import TeacherSamplesConfig
 from axolotl_dskd.data.answers import AnsweredRows
 from axolotl_dskd.data.collator import fill_columns
@@ -34,6 +35,7 @@ LOG = get_logger(__name__)
 _AT_ONCE = 256
 #: How long files of other ranks may take to show.
 _LATE_SECONDS = 60.0
+_SUFFIX = ".safetensors"
 
 
 class TeacherSamples(Samples):
@@ -146,7 +148,7 @@ class TeacherAnswers:
         """An answer to each prompt, read where it was written before, else written now."""
         folder = self._folder()
         folder.mkdir(parents=True, exist_ok=True)
-        known = _read(folder)
+        known = _read(folder, _names(folder))
         # On any rank: not every machine may see what another one has written.
         lacking = gather_objects(prompts.keys() - known.keys())
         missing = sorted(set().union(*lacking))
@@ -158,28 +160,33 @@ class TeacherAnswers:
             mine = missing[self.run.rank :: len(lacking)]
             self._write(folder, {key: prompts[key] for key in mine})
             gather_objects(0)  # all have written
-            known = self._late(folder, prompts)
+        if missing or len(lacking) > 1:
+            known = self._of_all_ranks(folder, prompts)
         return {key: known[key] for key in prompts}
 
-    def _late(self, folder: Path, prompts: dict[int, list[int]]) -> dict[int, Answer]:
-        """What is in the folder once the files of all ranks show here, which may take a moment on a
-        network's disk.
+    def _of_all_ranks(self, folder: Path, prompts: dict[int, list[int]]) -> dict[int, Answer]:
+        """What is in the files that any rank sees now, once they show here, which may take a moment
+        on a network's disk. Other runs may be writing; yet all ranks have the same answers.
 
         Raises:
             ValueError: on every rank, if they do not show on one.
         """
+        names = set().union(*gather_objects(_names(folder)))
         until = time.monotonic() + _LATE_SECONDS
         while True:
-            known = _read(folder)
+            known = _read(folder, names)
             number = len(prompts.keys() - known.keys())
-            late = max(gather_objects((number, time.monotonic() > until)))
+            unseen = len(names - _names(folder))
+            late = max(gather_objects((number + unseen, time.monotonic() > until)))
             if not late[0] or late[1]:
                 break
             time.sleep(_LATE_SECONDS / 20)
+        lack = f"{number} answers" if number else f"{unseen} files with answers"
         raise_together(
-            f"{number} answers of the teacher are not in {folder}, which other ranks have written. "
-            "dataset_prepared_path must be one folder for all of them."
-            if number
+            f"{lack} of the teacher are not in {folder}, which other ranks have written. "
+            "dataset_prepared_path must be one folder for all of them, as must "
+            "dskd.teacher.cache.path."
+            if number or unseen
             else None,
             self.run.device,
         )
@@ -217,26 +224,36 @@ class TeacherAnswers:
 
 
 def _save(folder: Path, answers: dict[int, Answer]) -> None:
-    """One file, which appears whole or not at all."""
+    """One file, which appears whole or not at all, and is never changed: its name tells its
+    content, so runs that write side by side cannot take each other's place."""
     ids = [torch.tensor(answer.ids, dtype=torch.int32) for answer in answers.values()]
-    tensors = {
-        "keys": torch.tensor(list(answers)),
-        "lengths": torch.tensor([len(row) for row in ids]),
-        "ended": torch.tensor([answer.ended for answer in answers.values()]),
-        "ids": torch.cat(ids),
-    }
-    path = folder / f"{next(iter(answers)):016x}.safetensors"
-    part = path.with_suffix(".part")
-    save_file(tensors, part)
-    part.replace(path)
+    content = save(
+        {
+            "keys": torch.tensor(list(answers)),
+            "lengths": torch.tensor([len(row) for row in ids]),
+            "ended": torch.tensor([answer.ended for answer in answers.values()]),
+            "ids": torch.cat(ids),
+        }
+    )
+    name = hashlib.sha256(content).hexdigest()[:16]
+    write_atomically(folder / f"{name}{_SUFFIX}", [content])
 
 
-def _read(folder: Path) -> dict[int, Answer]:
-    """What is in a folder; a damaged file counts as not written."""
+def _names(folder: Path) -> set[str]:
+    """Of the files in a folder."""
+    return {path.name for path in folder.glob(f"*{_SUFFIX}")}
+
+
+def _read(folder: Path, names: Iterable[str]) -> dict[int, Answer]:
+    """What is in some files of a folder, the same answers from the same files: of two to one prompt
+    the first by name counts. A damaged file counts as not written, and so does one that is not
+    there."""
     answers: dict[int, Answer] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in (folder / name for name in sorted(names)):
         try:
             tensors = load_file(path)
+        except FileNotFoundError:
+            continue
         except (OSError, SafetensorError) as error:
             LOG.warning(f"{path} is damaged ({error}): its answers are written again")
             continue
@@ -244,5 +261,5 @@ def _read(folder: Path) -> dict[int, Answer]:
         for key, ids, ended in zip(
             tensors["keys"].tolist(), rows, tensors["ended"].tolist(), strict=True
         ):
-            answers[key] = Answer(ids.tolist(), [], ended=ended)
+            answers.setdefault(key, Answer(ids.tolist(), [], ended=ended))
     return answers

@@ -11,6 +11,19 @@ from axolotl_dskd.generation import TransformersWriter
 from axolotl_dskd.models.student import Student
 
 
+def evaluations_before(state: Any, prefix: str) -> int:
+    """How many times a set was evaluated in a training, as its checkpoints know it: a training that
+    goes on from one counts like one that was never interrupted. Of one step once.
+
+    Args:
+        state: the trainer's.
+        prefix: of the metrics of the evaluated set.
+    """
+    of_set = f"{prefix}_runtime"
+    steps = {entry["step"] for entry in state.log_history if of_set in entry}
+    return sum(step < state.global_step for step in steps)
+
+
 class Answering:
     """Lets the student answer held-out prompts.
 
@@ -32,17 +45,14 @@ class Answering:
     ) -> None:
         self.config, self.student, self.tokenizer = config, student, tokenizer
         self.token_bytes, self.seed = token_bytes, seed
-        self.evaluations: dict[str, int] = {}
 
-    def __call__(self, prefix: str, dataset: Any) -> list[Answered]:
+    def __call__(self, number: int, dataset: Any) -> list[Answered]:
         """The answers of an evaluation; none where it is not its turn.
 
         Args:
-            prefix: of the evaluation's metrics; each set has turns of its own.
+            number: of the evaluation among those of its set, from 0.
             dataset: that is evaluated.
         """
-        number = self.evaluations.get(prefix, 0)
-        self.evaluations[prefix] = number + 1
         if not self.config.answers or number % self.config.answers_every:
             return []
         prompts = held_out_prompts(dataset, self.config.answers)

@@ -64,17 +64,30 @@ def open_teachers(
         evaluated: the data sets that it will be asked about where that is in evaluations alone;
             None: it is asked in training.
     """
-    teachers = {}
-    for number, (name, one) in enumerate(config.each().items()):
-        with about_teacher(name):
-            size = vocabulary_size(trainer.teacher_tokenizers[name])
-            spec = TeacherSpec(one.one_teacher, size, trainer.accelerator.device)
-            run = training_run(trainer, number, one, needs.get(name, Needs()), evaluated)
-            teachers[name] = open_teacher(spec, run)
-            if samples_are_kept(config.samples):
-                limit = config.samples.replay_memory // len(config.each())
-                teachers[name] = KeepingTeacher(teachers[name], limit)
-    return teachers
+    return {
+        name: open_one(trainer, config, name, needs.get(name, Needs()), evaluated)
+        for name in config.each()
+    }
+
+
+def open_one(
+    trainer: Any,
+    config: DSKDConfig,
+    name: str,
+    needs: Needs,
+    evaluated: Sequence[Any] | None = None,
+) -> Teacher:
+    """One teacher of a run; see `open_teachers`."""
+    each = config.each()
+    number, one = list(each).index(name), each[name]
+    with about_teacher(name):
+        size = vocabulary_size(trainer.teacher_tokenizers[name])
+        spec = TeacherSpec(one.one_teacher, size, trainer.accelerator.device)
+        run = training_run(trainer, number, one, needs, evaluated)
+        teacher = open_teacher(spec, run)
+    if not samples_are_kept(config.samples):
+        return teacher
+    return KeepingTeacher(teacher, config.samples.replay_memory // len(each))
 
 
 def samples_are_kept(samples: SamplesConfig) -> TypeGuard[StudentSamplesConfig]:

@@ -18,7 +18,7 @@ from axolotl_dskd.evaluation.rows import means
 from axolotl_dskd.evaluation.scores import RowScores
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
-from axolotl_dskd.training.answering import Answering
+from axolotl_dskd.training.answering import Answering, evaluations_before
 from axolotl_dskd.training.attending import Attending
 from axolotl_dskd.training.metrics import MetricSums
 from axolotl_dskd.training.recorder import Recorder
@@ -40,6 +40,7 @@ class Reports:
 
     def __init__(self, trainer: Any) -> None:
         self.device = trainer.accelerator.device
+        self._state = lambda: trainer.state  # another one once training begins
         tokenizer, config = trainer.processing_class, trainer.dskd.evaluation
         table = token_bytes(tokenizer)
         self._table, self._kd_ratio = table, trainer.dskd.kd_ratio
@@ -79,7 +80,6 @@ class Reports:
 
     def forget(self) -> None:
         """Drop what was counted."""
-        self._answering.evaluations.clear()
         if self._recorder is not None:
             self._recorder.learned_tokens = 0
         self._train, self._eval = self._no_sums(), self._no_sums(evaluates=True)
@@ -150,7 +150,8 @@ class Reports:
         found: dict[str, float] = {}
         for sums in self._eval.values():
             found |= sums.means(self.device)
-        rows, answered = self._rows.gathered(), self._answering(prefix, dataset)
+        number = evaluations_before(self._state(), prefix)
+        rows, answered = self._rows.gathered(), self._answering(number, dataset)
         found |= means(rows) | answers.means(answered)
         metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
         if self._recorder is not None:

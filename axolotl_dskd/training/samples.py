@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
+
+import torch
 
 from axolotl_dskd.config import DSKDConfig, WritingConfig
 from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
@@ -17,31 +20,37 @@ from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.generation import MixedWriter, Partner, TransformersWriter, Writer
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.samples import Samples, SamplesRun, open_samples
+from axolotl_dskd.samples.base import Memory
 from axolotl_dskd.teacher import Teacher, TeacherSpec
 from axolotl_dskd.teacher.cached.identity import teacher_identity
 from axolotl_dskd.teacher.kept import KeepingTeacher
-from axolotl_dskd.training.opening import open_teachers
+from axolotl_dskd.training.opening import open_one
 from axolotl_dskd.training.remembering import TeachersMemory
 from axolotl_dskd.training.step import Distillation
 from axolotl_dskd.training.tables import Tables
 from axolotl_dskd.training.vllm import vllm_writer
+from axolotl_dskd.types import Needs
 
 #: Rows from which is learned how answers end.
 _ROWS = 1000
 
 
 def samples_run(
-    trainer: Any, config: DSKDConfig, student: Student, teachers: Mapping[str, Teacher]
+    trainer: Any,
+    config: DSKDConfig,
+    student: Student,
+    teachers: Mapping[str, Callable[[], Teacher]],
+    memory: Memory | None = None,
 ) -> SamplesRun:
     """Of a trainer that is about to train; loads and computes nothing yet.
 
     Args:
         config: the `dskd:` block.
         student: the model that may write.
-        teachers: those that may, by name.
+        teachers: what gives those that may, by name; called where one is about to write in this
+            process, on every rank alike.
+        memory: see `SamplesRun`.
     """
-    keeping = [teacher for teacher in teachers.values() if isinstance(teacher, KeepingTeacher)]
-    memory = TeachersMemory(keeping) if keeping else None
     if not config.teachers:
         (teacher,) = teachers.values()
         only = _of_one(trainer, config, student, teacher, trainer.teacher_tokenizers[""], None)
@@ -61,7 +70,7 @@ def _of_one(
     trainer: Any,
     config: DSKDConfig,
     student: Student,
-    teacher: Teacher,
+    teacher: Callable[[], Teacher],
     teacher_tokenizer: Any,
     number: int | None,
 ) -> SamplesRun:
@@ -71,7 +80,7 @@ def _of_one(
         number: the teacher's, where there are several.
     """
     device, cfg = trainer.accelerator.device, trainer.axolotl_cfg
-    folder = Path(cfg.dataset_prepared_path or "last_run_prepared")
+    folder = answers_folder(config, cfg.dataset_prepared_path)
     tokenizers = trainer.processing_class, teacher_tokenizer
 
     def answered() -> AnsweredRows:
@@ -96,19 +105,20 @@ def _of_one(
         )
 
     def writer(who: str, end_ids: list[int], batch_tokens: int) -> Writer:
-        model = student if who == "student" else teacher
         tokenizer = tokenizers[0 if who == "student" else 1]
         if isinstance(config.samples, WritingConfig) and config.samples.engine != "transformers":
             server = config.samples.engine.vllm
             return vllm_writer(trainer, config, server, student, tokenizer, end_ids)
+        model = student if who == "student" else teacher()
         return of_process(model, tokenizer, end_ids, batch_tokens, model.runs_together)
 
     def mixed_writer(
         share: float, rows: AnsweredRows, end_ids: list[int], batch_tokens: int
     ) -> MixedWriter:
         limit = rows.reconcile.teacher_limit
-        partner = Partner(teacher.running, share, rows.teachers_own_ends, limit)
-        together = student.runs_together or teacher.runs_together
+        beside = teacher()
+        partner = Partner(beside.running, share, rows.teachers_own_ends, limit)
+        together = student.runs_together or beside.runs_together
         ours = of_process(student, tokenizers[0], end_ids, batch_tokens, together)
         return MixedWriter(ours, partner)
 
@@ -145,16 +155,45 @@ def _pack_length(trainer: Any) -> int:
     return int(cfg.sequence_len) * (int(trainer._train_batch_size) if in_one else 1)
 
 
+def answers_folder(config: DSKDConfig, prepared: str | None) -> Path:
+    """Where what a teacher writes is kept: beside its cached states, which all runs with it share,
+    whatever their seeds and rows; without a cache with the prepared rows.
+
+    Args:
+        config: the `dskd:` block with one teacher.
+        prepared: `dataset_prepared_path`.
+    """
+    cache = config.one_teacher.cache
+    return Path(prepared or "last_run_prepared") if cache is None else Path(cache.path)
+
+
 def samples_of_lessons(trainer: Any, distillation: Distillation) -> Samples:
     """The configured source of samples of a training that learns from teachers."""
     teachers = {name: lesson.teacher for name, lesson in distillation.lessons.items()}
-    told = samples_run(trainer, trainer.dskd, trainer.student, teachers)
+    keeping = [teacher for teacher in teachers.values() if isinstance(teacher, KeepingTeacher)]
+    told = samples_run(
+        trainer,
+        trainer.dskd,
+        trainer.student,
+        {name: partial(_the_same, teacher) for name, teacher in teachers.items()},
+        TeachersMemory(keeping) if keeping else None,
+    )
     return open_samples(trainer.dskd.samples, told)
 
 
+def _the_same(teacher: Teacher) -> Teacher:
+    return teacher
+
+
 def answered_by_teachers(trainer: Any, config: DSKDConfig, student: Student) -> Any:
-    """The training rows with answers of their teachers, for fine-tuning on them alone: teachers
-    are loaded to write what is missing, and go again."""
-    teachers = open_teachers(trainer, config.without_caches(), {})
+    """The training rows with answers of their teachers, for fine-tuning on them alone: a teacher is
+    loaded to write what is missing, where no server writes it, and goes again."""
+    uncached = config.without_caches()
+    teachers = {name: partial(open_one, trainer, uncached, name, Needs()) for name in config.each()}
     told = samples_run(trainer, config, student, teachers)
-    return open_samples(config.samples, told).dataset(trainer.train_dataset)
+    rows = open_samples(config.samples, told).dataset(trainer.train_dataset)
+    # Its weights would stay until some later collection, and their memory with this process.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return rows

@@ -22,8 +22,9 @@ from axolotl_dskd.commands.cli import main
 from axolotl_dskd.commands.compare.outcome import Outcome, Point
 from axolotl_dskd.commands.compare.plan import plan_runs, shown
 from axolotl_dskd.commands.compare.summary import compared, summarise
-from axolotl_dskd.config import CompareConfig
+from axolotl_dskd.config import CompareConfig, DSKDConfig
 from axolotl_dskd.evaluation.rows import Row, bits_per_byte
+from axolotl_dskd.training.samples import answers_folder
 from tests.support import tiny
 
 #: A process that compares, whose trainings are quick: they write the record of a training.
@@ -321,6 +322,23 @@ def test_an_on_policy_configuration_is_compared_with_fine_tuning(folder: Path):
     ours, sft = plan(folder, base, runs=["dskd", "sft"])
     assert ours.config["dskd"]["samples"] == {"from": "student"}
     assert "samples" not in sft.config["dskd"]
+
+
+def test_what_the_teacher_writes_is_shared_by_runs_of_all_seeds(folder: Path):
+    """It depends on `samples.seed` alone."""
+    base = tiny.base_config(folder)
+    base["dskd"]["samples"] = {"from": "teacher"}
+    planned = [run.config for run in plan(folder, base, runs=["dskd", "uld"], seeds=[1, 2])]
+    prepared = {config["dataset_prepared_path"] for config in planned}
+    blocks = [DSKDConfig.model_validate(config["dskd"]) for config in planned]
+    shared = {
+        answers_folder(block, config["dataset_prepared_path"])
+        for block, config in zip(blocks, planned, strict=True)
+    }
+    assert len(prepared) == 2
+    assert len(shared) == 1
+    own = DSKDConfig.model_validate(base["dskd"])
+    assert {answers_folder(own, path) for path in prepared} == {Path(path) for path in prepared}
 
 
 def test_a_sharded_teacher_is_given_no_cache_and_devices_may_be_numbers(folder: Path):

@@ -286,6 +286,15 @@ REFUSED = {
     "context_parallel_size": {"context_parallel_size": 2},
     "trainer_cls": {"trainer_cls": "my.Trainer"},
     "pretraining_dataset": {"pretraining_dataset": "some/text"},
+    "answers_every: 2": {
+        "metric_for_best_model": "eval_dskd/rouge_l",
+        "dskd": {
+            "teacher": {"base_model": "x"},
+            "evaluation": {"answers": 4, "answers_every": 2},
+        },
+    },
+    "evaluation.answers`": {"metric_for_best_model": "dskd/rouge_l_sampled"},
+    "dispatch_batches": {"accelerator_config": {"dispatch_batches": True}},
     "axolotl.integrations.kd.KDPlugin": {
         "plugins": ["axolotl_dskd.DSKDPlugin", "axolotl.integrations.kd.KDPlugin"]
     },
@@ -299,6 +308,35 @@ def test_what_does_not_combine_is_refused_before_anything_loads(pair_folder: Pat
     config = tiny.base_config(pair_folder, **REFUSED[key])
     with pytest.raises(ValueError, match=rf"does not combine with `dskd:`:\n- .*{key}"):
         DSKDArgs.model_validate(config)
+
+
+@pytest.mark.parametrize(
+    ("metric", "evaluation"),
+    [
+        ("eval_dskd/rouge_l", {"answers": 4}),
+        ("eval_dskd/bits_per_byte", {"answers": 4, "answers_every": 2}),
+    ],
+)
+def test_a_metric_that_every_evaluation_measures_may_pick_a_checkpoint(
+    pair_folder: Path, metric: str, evaluation: dict[str, int]
+):
+    from axolotl_dskd.config import DSKDArgs
+
+    config = tiny.base_config(pair_folder, metric_for_best_model=metric)
+    config["dskd"]["evaluation"] = evaluation
+    DSKDArgs.model_validate(config)
+
+
+def test_every_metric_that_is_made_of_answers_is_known_to_the_refusals():
+    from axolotl_dskd.config.refusals import _OF_ANSWERS
+    from axolotl_dskd.evaluation.answers import Answered, means
+
+    assert means([Answered("", "", "", "", 0.5, 0.5)]).keys() == set(_OF_ANSWERS)
+
+
+def test_other_ways_of_accelerates_are_not_refused(pair_folder: Path, validated: Validated):
+    keys = {"dispatch_batches": False, "split_batches": True}
+    assert validated(tiny.base_config(pair_folder, accelerator_config=keys)).dskd
 
 
 def test_the_refusals_reach_users_through_axolotl(pair_folder: Path, validated: Validated):

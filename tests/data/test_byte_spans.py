@@ -342,6 +342,51 @@ def test_end_tokens_pair_in_order_and_one_too_many_pairs_with_nothing() -> None:
     assert [(len(g.student), len(g.teacher)) for g in groups] == [(1, 2), (1, 1), (0, 1)]
 
 
+#: Of one side: bytes left out before each token, its bytes, whether it stands for no text.
+TOKENS = st.lists(
+    st.tuples(
+        st.sampled_from([0, 0, 0, 2]),
+        st.sampled_from([(0, True), (0, True), (0, False), (1, False), (3, False)]),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(TOKENS, TOKENS)
+def test_room_for_textless_tokens_leaves_all_tokens_in_their_order(
+    ours: list[tuple[int, tuple[int, bool]]], theirs: list[tuple[int, tuple[int, bool]]]
+) -> None:
+    """Also where text without bytes, such as a space before nothing, stands among them."""
+    sides = [
+        (
+            spans_of([(gap, length) for gap, (length, _) in side]),
+            np.array([textless for _, (_, textless) in side], bool),
+        )
+        for side in (ours, theirs)
+    ]
+    for (before, textless), after in zip(
+        sides, give_textless_tokens_room(*sides[0], *sides[1]), strict=True
+    ):
+        assert (after.ends[:-1] <= after.starts[1:]).all()
+        lengths, given_lengths = (spans.ends - spans.starts for spans in (before, after))
+        assert (given_lengths[textless] == 1).all()
+        assert (given_lengths[~textless] >= lengths[~textless]).all()
+        assert (given_lengths[~textless & (lengths == 0)] == 0).all()
+
+
+def test_a_space_before_nothing_begins_where_the_end_token_behind_it_does() -> None:
+    """A turn of white space, as a template may write of an empty message, under sentencepiece."""
+    student, teacher = tile([2, 0, 0]), tile([2, 0])
+    spans = give_textless_tokens_room(
+        student, np.array([False, False, True]), teacher, np.array([False, True])
+    )
+    assert plain(spans[0]) == [(0, 2), (2, 2), (2, 3)]
+    assert plain(spans[1]) == [(0, 2), (2, 3)]
+    assert as_tuples(exact_pairs(*spans)) == [(0, 0), (2, 1)]
+    assert [side.tolist() for side in group_numbers(*spans)] == [[0, 1, 1], [0, 1]]
+
+
 def test_an_end_token_ends_behind_the_text_before_it() -> None:
     """What `causal` attention relies on: the last word does not see the end token."""
     row = prepared(*PAIRS[0], [("Why?", "Because."), ("And?", "So.")])

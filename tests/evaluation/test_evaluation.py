@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 from axolotl_dskd.evaluation.answers import RougeL
 from axolotl_dskd.evaluation.record import read_record
+from axolotl_dskd.training.answering import evaluations_before
 from tests.support import tiny
 from tests.support.ranks import run
 from tests.support.runs import dskd, steps
@@ -183,6 +184,31 @@ def test_answers_are_the_students_own_and_written_at_every_third_evaluation(
         out = model.generate(ids, max_new_tokens=12, do_sample=False, **ends)[0, ids.shape[1] :]
         assert found_here["greedy"] == tokenizer.decode(out, skip_special_tokens=True)
     assert any(a["greedy"] != a["sampled"] for a in evaluations[0]["answers"])
+
+
+def test_a_resumed_training_answers_at_the_same_evaluations(
+    folder: Path, trained: Any, train: Train
+):
+    """Axolotl evaluates before the first step, of a resumed training once more."""
+    checkpoint = {"resume_from_checkpoint": str(folder / "best" / "checkpoint-8")}
+    train(config(folder, "resumed", max_steps=12, learning_rate=2e-2, **checkpoint))
+    whole, resumed = (
+        [(line["step"], len(line["answers"])) for line in lines_of(folder, name)]
+        for name in ("best", "resumed")
+    )
+    assert resumed == [(step, count) for step, count in whole if step >= 8]
+    assert {count for _, count in resumed} == {0, 4}
+
+
+def test_a_step_that_is_evaluated_again_is_counted_once_and_each_set_by_itself():
+    state = TrainerState()
+    for step, prefix in ((0, "eval_a"), (2, "eval_a"), (2, "eval_a"), (2, "eval_b"), (4, "eval_a")):
+        state.log_history.append({f"{prefix}_runtime": 0.1, "step": step})
+        state.log_history.append({"loss": 1.0, "step": step})
+    state.global_step = 4
+    assert evaluations_before(state, "eval_a") == 2
+    assert evaluations_before(state, "eval_b") == 1
+    assert evaluations_before(state, "eval") == 0
 
 
 def test_rouge_l_is_the_share_of_words_in_the_same_order():

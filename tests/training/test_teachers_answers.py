@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.equivalence import ROWS, save_pair, training_config
 from tests.support.ranks import launch, run
 from tests.support.runs import teacher_of
 from tests.support.taught import teach
+from tests.support.vllm import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -121,3 +123,49 @@ def test_rows_without_a_neighbour_are_counted_and_said(
     assert unpaired == [1, 0]
     assert len(said) == 1
     assert "100% of the rows that the student answers stand alone" in said[0]
+
+
+def test_fine_tuning_on_answers_loads_the_teacher_for_missing_ones_and_frees_it(
+    folder: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    from axolotl_dskd.teacher.live import LiveTeacher
+    from axolotl_dskd.training.trainer import DSKDTrainer
+
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    construct, compute_loss = LiveTeacher.__init__, DSKDTrainer.compute_loss
+
+    def constructed(teacher: Any, model: Any, *more: Any, **keys: Any) -> None:
+        loaded.append(weakref.ref(model))
+        construct(teacher, model, *more, **keys)
+
+    def computing(*more: Any, **keys: Any) -> Any:
+        alive.append(sum(model() is not None for model in loaded))
+        return compute_loss(*more, **keys)
+
+    monkeypatch.setattr(LiveTeacher, "__init__", constructed)
+    monkeypatch.setattr(DSKDTrainer, "compute_loss", computing)
+    nobody = {"vllm": {"url": f"http://127.0.0.1:{free_port()}", "retries": 0}}
+    cache = {"path": str(folder / "shared by runs"), "dtype": "float32"}
+    for name, samples, count, trains in (
+        ("to be written", {}, 1, True),
+        ("written", {}, 0, True),  # beside the cache, whatever the prepared rows' folder
+        ("written by a server", {"engine": nobody}, 0, True),
+        ("to be written by a server", {"engine": nobody, "seed": 4}, 0, False),
+    ):
+        loaded.clear()
+        alive.clear()
+        block = {
+            "kd_ratio": 0,
+            "samples": {**TEACHER, **samples},
+            "teacher": {"cache": cache},
+        }
+        keys = {"max_steps": 1, "dataset_prepared_path": str(folder / f"prepared {name}")}
+        made = training_config(folder, block, f"tuned {name}", keys)
+        if trains:
+            train(made)
+        else:
+            with pytest.raises(ValueError, match="gave no answer"):
+                train(made)
+        assert len(loaded) == count, name
+        assert alive == [0] * trains, name

@@ -1,0 +1,57 @@
+"""What a teacher has answered, on disk: whatever runs write it, and at once."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from axolotl_dskd.generation import Answer
+from axolotl_dskd.samples.teacher import _names, _read, _save
+
+
+def answers(keys: range, length: int) -> dict[int, Answer]:
+    return {key: Answer([key % 97] * length, [], ended=True) for key in keys}
+
+
+def test_runs_that_write_the_same_answers_at_once_do_not_disturb_each_other(tmp_path: Path):
+    rounds, writers = 40, 4
+    begin = threading.Barrier(writers)
+
+    def write(_: int) -> None:
+        for number in range(rounds):
+            begin.wait(timeout=20)
+            _save(tmp_path, answers(range(number * 64, number * 64 + 64), 100))
+
+    with ThreadPoolExecutor(writers) as threads:
+        for _ in threads.map(write, range(writers)):
+            pass
+    assert _read(tmp_path, _names(tmp_path)) == answers(range(rounds * 64), 100)
+    assert {path.name for path in tmp_path.iterdir()} == _names(tmp_path)
+
+
+def test_answers_of_files_that_begin_alike_are_all_there(tmp_path: Path):
+    _save(tmp_path, answers(range(3), 2))
+    first = _names(tmp_path)
+    _save(tmp_path, answers(range(5), 4))
+    assert _read(tmp_path, _names(tmp_path)).keys() == set(range(5))
+    assert _read(tmp_path, first) == answers(range(3), 2)
+
+
+def test_the_same_files_give_the_same_answers_in_any_order(tmp_path: Path):
+    """Two runs may have answered one prompt unlike: all ranks of a third take the same one."""
+    for length in range(1, 6):
+        _save(tmp_path, answers(range(4), length))
+    names = sorted(_names(tmp_path))
+    assert len(names) == 5
+    assert _read(tmp_path, names) == _read(tmp_path, names[::-1])
+
+
+def test_a_damaged_file_is_not_written_yet(tmp_path: Path):
+    _save(tmp_path, answers(range(4), 8))
+    (name,) = _names(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:-5])
+    assert _read(tmp_path, [name]) == {}
+    _save(tmp_path, answers(range(4), 8))
+    assert (tmp_path / name).read_bytes() == whole
