@@ -104,7 +104,8 @@ def test_every_example_config_is_inspected(path: Path, tmp_path: Path, inspect: 
     assert report.coverage.sampled == sum(part.sampled for part in report.datasets)
     assert sum(report.coverage.outcomes.values()) == report.coverage.sampled
     same = report.student.tokenizer != report.teacher.tokenizer and any(
-        one_vocabulary in report.objective for one_vocabulary in ("alignment positions", "token_kd")
+        one_vocabulary in report.objective
+        for one_vocabulary in ("alignment positions", "token_kd", "each token's own exactly")
     )
     assert report.coverage.share == 1.0 if same else 0 < report.coverage.share < 1
     assert report.advice is None

@@ -19,6 +19,8 @@ def test_a_micro_batch_that_cannot_hold_what_belongs_together_is_refused(
 ):
     config = StudentSamplesConfig.model_validate({"from": "student", "per_prompt": per_prompt})
     answered = SimpleNamespace(prompts=1)
-    run = SimpleNamespace(answered=lambda: answered, contrast=contrast, batch=batch, max_length=64)
+    run = SimpleNamespace(
+        answered=lambda: answered, contrast=contrast, batch=batch, max_length=64, pack_length=64
+    )
     with pytest.raises(ValueError, match=f"multiple of {rows}"):
         StudentSamples(config, cast(Any, run))
