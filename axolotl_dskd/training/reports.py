@@ -18,6 +18,7 @@ from axolotl_dskd.evaluation.rows import means
 from axolotl_dskd.evaluation.scores import RowScores
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
+from axolotl_dskd.objectives.own_text import TERMS as OF_OWN_TEXT
 from axolotl_dskd.training.answering import Answering, evaluations_before
 from axolotl_dskd.training.attending import Attending
 from axolotl_dskd.training.metrics import MetricSums
@@ -163,7 +164,7 @@ class Reports:
         terms = CROSS_ENTROPY if first is None else first.terms
         names = [*self._objectives, *(self._compared if evaluates else [])]
         if names:
-            terms = {**terms, **TeacherAgreement.terms}
+            terms = {**terms, **TeacherAgreement.terms, **OF_OWN_TEXT}
         beside = self._attending.terms if self._attending else {}
         sums = {name: MetricSums(terms, name) for name in names if name}
         return {"": MetricSums(terms | beside, ""), **sums}

@@ -17,7 +17,7 @@ from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.evaluation.measure import Measured, measure
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.models.student import Student
-from axolotl_dskd.objectives import Objective
+from axolotl_dskd.objectives import Objective, own_text
 from axolotl_dskd.objectives.cross_entropy import cross_entropy
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.teacher import Teacher
@@ -45,6 +45,10 @@ class Lesson(NamedTuple):
         if evaluates and self.compare is not None:
             out.terms |= self.compare(student, teacher, batch.matches.starts)
         if student.written is not None:
+            if "reverse_kl" not in out.terms:
+                budget = self.objective.setting.budget
+                gap = own_text.reverse_kl(student, teacher, batch.matches, budget)
+                out.terms["reverse_kl"] = gap
             out.references = int((student.references != IGNORE_INDEX).sum())
         return out
 

@@ -70,6 +70,7 @@ def test_steps_take_what_was_drawn_for_them(trainings: dict[str, Training]):
 def test_written_rows_have_no_cross_entropy_and_data_have(trainings: dict[str, Training]):
     for step in trainings[BASE].metrics:
         is_data = step[WRITTEN] == step[KEPT] == 0
+        assert ("dskd/reverse_kl" in step) != is_data
         for name in ("ce", "projector_ce", "projector_accuracy"):
             assert (f"dskd/{name}" in step) == is_data, name
         # On data it counts where the projected teacher agrees with the label: maybe nowhere.
@@ -224,6 +225,7 @@ def test_every_objective_learns_from_what_the_student_writes(learned: dict[str, 
     for step, log in enumerate(logs):
         # Beside each written answer stands the data's where the two are compared.
         assert log[WRITTEN] == (0.5 if name == "preference" else 1)
+        assert "dskd/reverse_kl" in log
         assert ("dskd/ce" in log) == (name == "preference")
         if name == "policy" and not step:  # no step before it says which reward is usual
             assert log["grad_norm"] == 0
