@@ -14,6 +14,7 @@ from axolotl_dskd.training import comparing
 from tests.support import tiny, two_teachers
 from tests.support.ranks import run
 from tests.support.runs import dskd, losses
+from tests.support.sharding import SHARDED, zero
 
 Train = Callable[[dict[str, Any]], Any]
 HELD_OUT = 8
@@ -150,7 +151,7 @@ def test_axolotl_evaluate_opens_a_teacher_where_it_is_asked_to(
         assert metrics[name] == plainly[name]
 
 
-def test_packing_ranks_and_adapters_do_not_change_them(pair_folder: Path):
+def test_packing_ranks_shards_and_adapters_do_not_change_them(pair_folder: Path):
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
     packed = {"sample_packing": True, "eval_sample_packing": True, "sequence_len": 2048}
     ways = {"plain": {}, "packed": {**packed, "micro_batch_size": 1}, "lora": lora}
@@ -159,6 +160,9 @@ def test_packing_ranks_and_adapters_do_not_change_them(pair_folder: Path):
     cache = {"cache": {"path": str(pair_folder / "cache"), "dtype": "float32"}}
     two = [config(pair_folder, f"ranks {n}", n, max_steps=1) for n in ({}, cache)]
     results += run(2, *({"do": "train", "config": made} for made in two))
+    for name, shards in (("fsdp2", SHARDED), ("zero3", zero(3))):
+        made = config(pair_folder, name, max_steps=1, **shards)
+        results += run(2, {"do": "train", "config": made})
     first = results[0]["evaluations"][0]
     for result in results[1:]:
         for name in (KL, SAME):

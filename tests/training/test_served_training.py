@@ -144,6 +144,23 @@ def test_two_ranks_train_as_one(
         torch.testing.assert_close(found["student"][name], tensor, rtol=1e-3, atol=1e-4)
 
 
+def test_evaluations_alone_ask_as_they_ask_a_live_teacher(server: VLLM, train: Train):
+    """Plain fine-tuning that is compared with its teacher."""
+    server.wait()
+    tuning = {"dskd": {"kd_ratio": 0.0, "evaluation": {"teacher": True}}, "max_steps": 10}
+    found, expected = (
+        train(config(server, f"compared-{served}", served=served, **tuning))[1]
+        for served in (True, False)
+    )
+    assert losses(found) == losses(expected)
+    ours, theirs = (
+        [e["eval_dskd/teacher_kl"] for e in trainer.state.log_history if "eval_loss" in e]
+        for trainer in (found, expected)
+    )
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert theirs
+
+
 def test_what_the_student_writes_is_asked_about(server: VLLM, train: Train):
     """Its answers are named ahead as rows of the data are."""
     server.wait()
