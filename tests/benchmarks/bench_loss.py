@@ -9,6 +9,7 @@ dual space is measured from projected states on.
     python tests/benchmarks/bench_loss.py                       # the CPU sizes
     python tests/benchmarks/bench_loss.py --quick               # every objective in minutes
     python tests/benchmarks/bench_loss.py --objectives uld --sizes demo
+    python tests/benchmarks/bench_loss.py --sizes llama-1b --objectives dual_space --no-naive
     python tests/benchmarks/bench_loss.py --sizes large --device cuda --dtype bfloat16
 """
 
@@ -48,7 +49,9 @@ SIZES = {
     "tiny": (96, 32, 48, 600, 900),
     "demo": (256, 576, 576, 3_000, 49_152),
     "middle": (512, 576, 896, 49_152, 151_936),
-    "large": (4096, 2048, 3584, 128_256, 151_936),
+    # Llama-3.2-1B ← Qwen2.5-7B as they are: on a CPU, and on a GPU.
+    "llama-1b": (256, 2048, 3584, 128_256, 152_064),
+    "large": (4096, 2048, 3584, 128_256, 152_064),
 }
 DIVERGENCES = get_args(DivergenceName)
 #: Tokens of a sample.
