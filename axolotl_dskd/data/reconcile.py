@@ -33,7 +33,7 @@ LOG = get_logger(__name__)
 STATUS = "dskd_status"
 
 #: Raised when prepared rows change, so that none prepared by an older version is taken for them.
-ROW_FORMAT = 4
+ROW_FORMAT = 5
 
 #: Columns of a prepared row: the spans of its supervised tokens, in order, as `Spans.to_bytes`.
 SPANS, TEACHER_SPANS = "dskd_byte_spans", "dskd_teacher_byte_spans"

@@ -49,7 +49,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     """Bytes of every token id, in order; special tokens and unused ids stand for no text: b"".
 
     Supported are byte-level BPE (GPT-2, Llama 3, Qwen, …), sentencepiece with `▁` and byte
-    fallback (Llama 2, Mistral, Gemma, …), and added tokens of both.
+    fallback (Llama 2, Mistral, Gemma, …), and added tokens of both, which stand for themselves
+    unless a sentencepiece model has them, too.
 
     Args:
         tokenizer: a transformers tokenizer with a `tokenizers` backend.
@@ -78,11 +79,14 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     special = {i for i, t in added.items() if t["special"]} | set(tokenizer.all_special_ids)
     alphabet = _byte_level_alphabet() if byte_level else {}
     vocabulary = tokenizer.get_vocab()
+    # Gemma lists runs of spaces among its added tokens, but its model writes them, as ▁▁.
+    of_model = backend.get_vocab(with_added_tokens=False) if sentencepiece else {}
+    literal = {i for i in added if byte_level or of_model.get(added[i]["content"]) != i}
     table = [b""] * (max(vocabulary.values()) + 1)
     for token, index in vocabulary.items():
         if index in special:
             continue
-        if index in added:
+        if index in literal:
             table[index] = token.encode()
         elif byte_level:
             # A character outside the alphabet occurs in tokens that were added as plain text.

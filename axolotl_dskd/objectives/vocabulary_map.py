@@ -23,7 +23,7 @@ LOG = get_logger(__name__)
 
 Kind = Literal["edit_distance", "first_token"]
 #: To be raised when the same tokenizers would get another map.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

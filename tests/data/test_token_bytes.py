@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from axolotl_dskd.data.token_bytes import normalisations, token_bytes
@@ -97,6 +97,31 @@ def test_an_added_token_stands_for_its_text_and_an_added_special_one_for_none(na
     assert [table[i] for i in ids] == ["<größe>".encode(), b"two words", b""]
     text = "a <größe>two words"
     assert _spelled(tokenizer, table, text) in (text.encode(), f" {text}".encode())
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_spaces_that_a_model_has_as_added_tokens_are_spaces(normalized: bool) -> None:
+    """Gemma's vocabulary lists runs of spaces and newlines as added tokens, too."""
+    pieces = ["<unk>", "<eos>", "▁", "a", "▁▁", "\n", "\n\n", "▁a", "<0x00>"]
+    model = models.BPE(
+        {piece: k for k, piece in enumerate(pieces)},
+        [("▁", "▁"), ("▁", "a")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_tokens([AddedToken(x, normalized=normalized) for x in ("▁▁", "\n\n", "<0x00>")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>"
+    )
+    table = token_bytes(tokenizer)
+    assert table[pieces.index("<0x00>")] == b"\0"
+    for text in ("  a", "a   a", "a\n\n  a"):
+        assert pieces.index("▁▁") in tokenizer(text)["input_ids"]
+        assert _spelled(tokenizer, table, text) == text.encode()
 
 
 @pytest.mark.parametrize("file", ["tekken_240718.json", "tekken_240911.json"])
