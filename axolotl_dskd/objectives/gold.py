@@ -12,8 +12,9 @@ it is KL(P ‖ Q), for β = 1 KL(Q ‖ P).
 Where this is not TRL's: its default merge (`observed`) reads logits one position late, and is not
 offered. Its KL at β 0 and 1 over a part of a vocabulary is not least at Q = P; the generalised KL,
 which adds −P + Q (or P − Q), is. Tokens are equal by bytes, not by string, and the end tokens are
-each other's. There are no clamps, which cut gradients off. TRL takes the mean over groups, then
-over samples; here groups are summed, and divided once.
+each other's; where a template ends turns with another token, these have cross-entropy alone, since
+by name the teacher's end would speak against it. There are no clamps, which cut gradients off. TRL
+takes the mean over groups, then over samples; here groups are summed, and divided once.
 
 Gradients are autograd's within chunks that tear no group apart.
 """
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from axolotl_dskd.config import GOLDConfig
-from axolotl_dskd.data.token_bytes import shared_tokens
+from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
 from axolotl_dskd.losses import Part, TermSpec, Values, by_autograd, over, plain_with_ce
 from axolotl_dskd.objectives.base import (
     Objective,
@@ -37,8 +38,8 @@ from axolotl_dskd.objectives.base import (
     student_stream,
     teacher_stream,
 )
-from axolotl_dskd.objectives.groups import STUDENT, Groups, group_chunks
-from axolotl_dskd.types import LossOutput, Matches, Per, Term, View
+from axolotl_dskd.objectives.groups import STUDENT, TEACHER, Groups, group_chunks
+from axolotl_dskd.types import LossOutput, Matches, Per, Side, Term, View
 
 #: float32 copies of a chunk's logits that autograd holds, measured.
 _COPIES = 10
@@ -69,18 +70,22 @@ class GOLD(Objective[GOLDConfig], config=GOLDConfig):
             both = []
         columns = torch.tensor(both, dtype=torch.long).reshape(-1, 2).T.to(pair.device)
         self.columns = list(columns)
-        self.others = []
+        self.others, self._column = [], []
         for ids, size in zip(columns, sizes, strict=True):
-            left = torch.ones(size, dtype=torch.bool, device=pair.device)
-            left[ids] = False
-            self.others.append(left.nonzero().flatten())
+            column = torch.full((size,), -1, device=pair.device)
+            column[ids] = torch.arange(len(ids), device=pair.device)
+            self._column.append(column)
+            self.others.append((column < 0).nonzero().flatten())
+        spelled = token_bytes(self.facts.student)
+        self._textless = torch.tensor([not s for s in spelled], device=pair.device)
         share = len(both) / sizes[1]
         weights = self.config.weights
         self.weights = (share, 1.0 - share) if weights == "share" else weights
 
     def __call__(self, student: View, teacher: View, matches: Matches) -> LossOutput:
         """Sums over a batch; a group's values stand at its last student token."""
-        tokens, ratio, groups = student.tokens, self.setting.kd_ratio, Groups.of(matches)
+        tokens, ratio = student.tokens, self.setting.kd_ratio
+        groups = self._compared(Groups.of(matches), tokens, teacher.tokens)
         labels = {"student": tokens.labels, "teacher": teacher.tokens.labels}
         streams = {"student": student_stream(student), "teacher": teacher_stream(teacher)}
 
@@ -114,6 +119,13 @@ class GOLD(Objective[GOLDConfig], config=GOLDConfig):
         terms = {name: Term(values, tokens.sample_ids) for name, values in sums.values.items()}
         terms["aligned"] = participation(groups.rows(STUDENT, len(tokens)), tokens)
         return LossOutput(sums.loss, len(tokens), terms)
+
+    def _compared(self, groups: Groups, student: Side, teacher: Side) -> Groups:
+        """Those whose ends of turns are not two tokens of which one is shared with a third."""
+        labels = student.labels[groups.last[:, STUDENT]], teacher.labels[groups.last[:, TEACHER]]
+        ours, theirs = (column[label] for column, label in zip(self._column, labels, strict=True))
+        kept = (ours == theirs) | ~self._textless[labels[0]]
+        return Groups(groups.first[kept], groups.last[kept])
 
     def _by_name(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """[G] D_β of log-measures [G, K] that need not sum to 1; never negative."""

@@ -8,7 +8,8 @@ arXiv 2406.17328). Published code takes the logit of one teacher token per stude
 the others' probability; here probabilities are summed, so that none is lost. It pairs tokens by
 dynamic time warping of both sequences of *input* tokens; default here are tokens that begin at the
 same byte, without those whose label is longer on the student's side: there the teacher speaks for a
-beginning of the label, against the cross-entropy.
+beginning of the label, against the cross-entropy. Nor are ends of turns that a template of the
+student's writes with another token than its end of sequence, where the teacher's end goes to.
 
 Teacher tokens without text, other than the end, go nowhere. A token counts with the probability
 that goes somewhere: m KL(p' / m ‖ q) with m = Σ_v p'_v, which is 1 but for those. Three products.
@@ -55,11 +56,10 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
 
     def __init__(self, config: MinEditConfig, facts: Facts, setting: Setting) -> None:
         super().__init__(config, facts, setting)
+        tables = [token_bytes(tokenizer) for tokenizer in (facts.student, facts.teacher)]
+        self._textless = torch.tensor([not spelled for spelled in tables[0]])
         # What warping compares: the tokens' bytes without spaces, as published.
-        self._spelled = [
-            [spelled.replace(b" ", b"") for spelled in token_bytes(tokenizer)]
-            for tokenizer in (facts.student, facts.teacher)
-        ]
+        self._spelled = [[spelled.replace(b" ", b"") for spelled in table] for table in tables]
 
     def describe(self) -> str:
         """Which map, and which tokens are compared."""
@@ -94,6 +94,7 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
         share_first([table])
         self._targets, self._exact = table[0], (table[1] > 0).float()
         self._kept = (self._targets >= 0).nonzero().flatten()
+        self._textless = self._textless.to(pair.device)
         self._vocab_size = V
         exact, kept = int(self._exact.sum()), len(self._kept)
         LOG.info(
@@ -164,8 +165,10 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
             return self._warped(student, teacher)
         i, j = matches.starts.unbind(1)
         ours, theirs = (s[:, 1] - s[:, 0] for s in (matches.spans[i], matches.teacher_spans[j]))
-        # Nor does a teacher's label that goes nowhere say anything about the student's.
-        return matches.starts[(ours <= theirs) & (self._targets[teacher.labels[j]] >= 0)]
+        label, carried = student.labels[i], self._targets[teacher.labels[j]]
+        # Nor does a teacher's label that goes nowhere, or to another end token, speak for it.
+        fitting = (carried >= 0) & ((carried == label) | ~self._textless[label])
+        return matches.starts[(ours <= theirs) & fitting]
 
     def _warped(self, student: Side, teacher: Side) -> Tensor:
         """[P, 2] tokens that warping gives one partner, whose input token is theirs, mapped."""

@@ -157,6 +157,26 @@ def test_tokens_without_a_counterpart_have_cross_entropy_alone():
     assert bool((out.terms["ce"].values[left] > 0).all())
 
 
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_an_end_of_turn_that_is_not_the_students_end_is_not_compared_by_name(hybrid: bool):
+    """As of Gemma, whose template writes another token than its tokenizer's end: by name the
+    teacher's end is the latter, and would speak against the label."""
+    made = problem(end_tokens=(1, 1))
+    labels, ends = made.student.tokens.labels, made.tokenizers[0].eos_token_id
+    other = made.tokenizers[0].convert_tokens_to_ids("<|system|>")
+    at = (labels == ends).nonzero().flatten()[1]
+    labels[at] = other
+    out = made.run(GOLDConfig(hybrid=hybrid), kd_ratio=1.0)
+    assert (float(out.terms["aligned"].values[at]) == 0.0) == hybrid
+    gradient, _ = torch.autograd.grad(out.loss, made.leaves())
+    assert (float(gradient[at].abs().max()) == 0.0) == hybrid
+    assert int((out.terms["aligned"].values == 0).sum()) == int(hybrid)
+    # Nor do two ends clash that are nobody's partner: they are among the others.
+    theirs = made.teacher.tokens.labels
+    theirs[made.matches.teacher_groups == made.matches.groups[at]] = made.tokenizers[1].bos_token_id
+    assert (made.run(GOLDConfig(hybrid=hybrid)).terms["aligned"].values == 1).all()
+
+
 def test_no_tokens_give_a_loss_of_zero_that_can_be_differentiated():
     made = problem(head="full").without_tokens()
     out = made.run(GOLDConfig())

@@ -224,6 +224,21 @@ def test_what_goes_nowhere_is_left_out_not_spread():
     assert made(*pair.views(), pair.matches).terms["min_edit"].values.abs().max() < 1e-6
 
 
+def test_an_end_of_turn_that_is_not_the_students_end_has_cross_entropy_alone():
+    """As of Gemma, whose template writes another token than its tokenizer's end: the teacher's end
+    goes to the latter, and would speak against the label."""
+    student, teacher = tokenizers()
+    others = {student.eos_token_id: 1.0, student.convert_tokens_to_ids("<|system|>"): 0.0}
+    for end, compared in others.items():
+        pair = RandomPair(V, U)
+        i, j = pair.matches.exact[0].tolist()
+        pair.matches.spans[i] = pair.matches.teacher_spans[j]
+        pair.sides[0].labels[i], pair.sides[1].labels[j] = end, teacher.eos_token_id
+        out = objective(pair, kd_ratio=1.0)(*pair.views(), pair.matches)
+        assert float(out.terms["aligned"].values[i]) == compared
+        assert bool(pair.gradients(out.loss)[0][i].any()) == bool(compared)
+
+
 def test_probabilities_are_carried_over_whole():
     pair = RandomPair(V, U)
     made = objective(pair)
