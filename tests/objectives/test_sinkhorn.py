@@ -216,6 +216,17 @@ def test_a_value_out_of_its_bounds_is_refused(keys: dict, word: str):
         SinkhornConfig(**keys)
 
 
+def test_answers_that_may_be_written_longer_than_the_limit_are_refused_before_training():
+    def block(most: int) -> dict[str, Any]:
+        samples = {"from": "student", "max_new_tokens": most}
+        keys = {"name": "sinkhorn", "max_tokens": 300}
+        return {"teacher": {"base_model": "x"}, "objective": keys, "samples": samples}
+
+    assert DSKDConfig.model_validate(block(300))
+    with pytest.raises(ValidationError, match=r"300 at most, but the student may write 301"):
+        DSKDConfig.model_validate(block(301))
+
+
 def test_weights_of_zero_are_refused():
     block = {"name": "sinkhorn", "weight": 0, "kl_weight": 0}
     with pytest.raises(ValidationError, match="weight and kl_weight are both 0"):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from axolotl_dskd.config.base import Block
 from axolotl_dskd.config.objectives.base import ObjectiveConfig
-from axolotl_dskd.config.samples import SamplesConfig
+from axolotl_dskd.config.samples import SamplesConfig, StudentSamplesConfig
 
 DivergenceName = Literal[
     "forward_kl",
@@ -220,6 +220,19 @@ class SinkhornConfig(ObjectiveConfig):
         default_factory=ProjectorConfig,
         description="The projectors, where the vocabularies differ.",
     )
+
+    def refuses(self, samples: SamplesConfig) -> str | None:
+        """Answers that would be too long once they are written, maybe after hours."""
+        if not isinstance(samples, StudentSamplesConfig):
+            return None
+        if samples.max_new_tokens <= self.max_tokens:
+            return None
+        return (
+            f"sinkhorn compares each supervised token of a sample with each, {self.max_tokens} at "
+            f"most, but the student may write {samples.max_new_tokens} (dskd.samples."
+            "max_new_tokens). Lower that, or raise dskd.objective.max_tokens (time and memory grow "
+            "with the square)"
+        )
 
     def nothing_to_learn(self) -> str | None:
         """Both weights are 0."""
