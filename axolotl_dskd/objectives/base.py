@@ -47,6 +47,18 @@ class Facts:
         """Whether both tokenizers have the same ids for the same tokens."""
         return self.student.get_vocab() == self.teacher.get_vocab()
 
+    def differing(self) -> str:
+        """In how many ids two vocabularies differ, with an example; empty where they don't."""
+        ours, theirs = self.student.get_vocab(), self.teacher.get_vocab()
+        differing = ours.items() ^ theirs.items()
+        if not differing:
+            return ""
+        token, index = min(differing, key=lambda item: (item[1], item[0]))
+        return (
+            f"they differ in {len({i for _, i in differing})} ids, such as id {index} "
+            f"({token!r} on one side only)"
+        )
+
     @property
     def shared_ids(self) -> tuple[Sequence[int], Sequence[int]]:
         """Ids of the tokens that both have, student's first; over one vocabulary of all."""
@@ -150,8 +162,9 @@ class Objective(ABC, Generic[C]):
             sizes = [len(t.get_vocab()) for t in (facts.student, facts.teacher)]
             raise ValueError(
                 f"dskd.objective: {config.name} compares distributions over one vocabulary, but "
-                f"student and teacher have different ones ({sizes[0]} and {sizes[1]} tokens). Use "
-                "dual_space, uld, or another objective for different tokenizers."
+                f"student and teacher have different ones ({sizes[0]} and {sizes[1]} tokens; "
+                f"{facts.differing()}). Use dual_space, uld, or another objective for different "
+                "tokenizers."
             )
         if self.needs.written and not setting.written:
             raise ValueError(

@@ -59,7 +59,8 @@ def _check_mixing(objective: Objective[Any]) -> None:
     if not objective.facts.one_vocabulary:
         raise ValueError(
             "dskd.samples.teacher_mix draws tokens from both models' distributions over one "
-            "vocabulary, but student and teacher have different ones. Set teacher_mix: 0."
+            "vocabulary, but student and teacher have different ones: "
+            f"{objective.facts.differing()}. Set teacher_mix: 0."
         )
     if objective.needs.contrast:
         raise ValueError(

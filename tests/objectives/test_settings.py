@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -61,6 +62,28 @@ def of_one_vocabulary(objective: dict[str, Any], samples: dict[str, Any]) -> Any
     tokenizer = tiny.byte_level_tokenizer()
     facts = Facts(tokenizer, tokenizer, (len(tokenizer),) * 2)
     return build_objective(DSKDConfig.model_validate(block), facts, memory=MEMORY, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "samples"),
+    [
+        ({"name": "token_kd"}, {"from": "dataset"}),
+        ({"name": "policy", "single_step": True}, {"from": "student"}),
+        ({"name": "dual_space"}, MIXED),
+        ({"name": "dual_space", "alignment": "positions"}, {"from": "dataset"}),
+    ],
+    ids=str,
+)
+def test_what_differs_between_two_vocabularies_of_one_size_is_said(
+    objective: dict[str, Any], samples: dict[str, Any]
+):
+    ours, theirs = (copy.deepcopy(tiny.byte_level_tokenizer()) for _ in range(2))
+    for tokenizer, token in ((ours, "<|padding|>"), (theirs, "<|tool|>")):
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    block = {"teacher": {"base_model": "x"}, "objective": objective, "samples": samples}
+    facts = Facts(ours, theirs, (len(ours), len(theirs)))
+    with pytest.raises(ValueError, match=rf"differ in 1 ids, such as id {len(ours) - 1} \('<\|"):
+        build_objective(DSKDConfig.model_validate(block), facts, memory=MEMORY, seed=0)
 
 
 def test_a_teacher_draws_along_over_one_vocabulary_only():

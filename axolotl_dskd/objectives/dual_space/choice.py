@@ -22,27 +22,21 @@ def choose_alignment(config: DualSpaceConfig, facts: Facts) -> tuple[Alignment, 
     Raises:
         ValueError: `positions` for vocabularies that differ.
     """
-    ours, theirs = facts.student.get_vocab(), facts.teacher.get_vocab()
-    exact_share = facts.exact_share
-    differing = ours.items() ^ theirs.items()
+    ours, theirs = (len(tokenizer.get_vocab()) for tokenizer in (facts.student, facts.teacher))
+    exact_share, differing = facts.exact_share, facts.differing()
     if config.alignment == "cma":
         return "cma", "cross-model attention, as configured"
     share = "" if exact_share is None else f"{exact_share:.0%} of the student's supervised tokens"
     if config.alignment == "eta":
         return "eta", "exactly aligned tokens, as configured" + (share and f": {share}")
     if not differing:
-        return "positions", f"position by position: both vocabularies are the same {len(ours)}"
-    token, index = min(differing, key=lambda item: (item[1], item[0]))
-    example = (
-        f"they differ in {len({i for _, i in differing})} ids, such as id {index} "
-        f"({token!r} on one side only)"
-    )
+        return "positions", f"position by position: both vocabularies are the same {ours}"
     if config.alignment == "positions":
         raise ValueError(
-            f"alignment: positions needs identical vocabularies, but {example}. "
+            f"alignment: positions needs identical vocabularies, but {differing}. "
             "Use alignment: cma, or auto."
         )
-    sizes = f"{len(ours)} and {len(theirs)} tokens, {example}"
+    sizes = f"{ours} and {theirs} tokens, {differing}"
     if exact_share is None:
         return "cma", f"cross-model attention: {sizes}"
     if exact_share >= ETA_SHARE and not config.causal:

@@ -73,7 +73,8 @@ class Policy(Objective[PolicyConfig], config=PolicyConfig):
         if self.single_step and not facts.one_vocabulary:
             raise ValueError(
                 "dskd.objective: single_step of policy compares distributions over one vocabulary, "
-                "but student and teacher have different ones. Set single_step: auto, or remove it."
+                f"but student and teacher have different ones: {facts.differing()}. Set "
+                "single_step: auto, or remove it."
             )
 
     def describe(self) -> str:
