@@ -47,7 +47,7 @@ def set_logprobs(
         members: [V] bool, not all of them False; None: the second is 0.
 
     Returns:
-        [n] each, float32 or wider.
+        [n] each, float32 or wider, never above 0.
     """
     with torch.no_grad():
         values = _pass(stream, labels, budget, 1.0, None, members).values
@@ -101,7 +101,8 @@ def _pass(
         value = log_q.gather(-1, at).squeeze(-1)
         within = torch.zeros_like(value)
         if members is not None:
-            within = log_q.masked_fill(~members, -torch.inf).logsumexp(-1)
+            # Rounding of 100,000 terms may leave more than all there is, whose log(1 - p) is none.
+            within = log_q.masked_fill(~members, -torch.inf).logsumexp(-1).clamp_max_(0.0)
         if slope is None:
             return {"logprob": value, "within": within}, {}
         values = {"logprob": value * slope[index]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl_dskd.losses import Budget, Stream, token_logprobs
+from axolotl_dskd.losses import Budget, Stream, set_logprobs, token_logprobs
 from axolotl_dskd.losses.logprobs import over_logprobs
 from axolotl_dskd.output_head import OutputHead
 
@@ -53,6 +53,19 @@ def test_an_improbable_set_of_tokens_gives_no_nan():
     loss = over_logprobs(stream, labels, Budget(4), members, lambda of_label, _: of_label.sum())
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert torch.isfinite(gradient).all()
+
+
+def test_no_set_of_tokens_is_likelier_than_all_of_them():
+    """In float32 the probabilities of a large vocabulary add up to more than 1, of which
+    chunk_likelihood would take the logarithm of what is left."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(k, 32, generator=generator) for k in (64, 50_000))
+    stream = Stream(0.5 * hidden, OutputHead(weight))
+    members = torch.ones(len(weight), dtype=torch.bool)
+    members[:3] = False
+    labels = torch.zeros(64, dtype=torch.long)
+    _, within = set_logprobs(stream, labels, Budget(), members)
+    assert float(within.min()) > -0.1 and float(within.max()) <= 0.0
 
 
 def test_the_value_of_a_flat_function_keeps_its_digits():
