@@ -3,7 +3,9 @@
 Where a student's and a teacher's token begin at the same byte both models have read the same text,
 so what they expect next can be compared: over the tokens that both vocabularies have, and all
 others as one outcome. Over one vocabulary that is the whole divergence. Across tokenizers a token's
-probability also says how text is cut, so the number compares students of one pair, and no pairs.
+probability also says how text is cut, so the number compares students of one pair, and no pairs;
+and where a template ends turns with another token than the end of sequence, these ends are left
+out, at which both models would say the same thing by names that do not meet.
 """
 
 from __future__ import annotations
@@ -30,18 +32,25 @@ class TeacherAgreement:
     Args:
         shared: ids that both vocabularies have, student's first, each at most once.
         budget: how many tokens' logits may be held at once.
+        ends: the end tokens that are shared as each other's under unlike names, student's first.
     """
 
     terms: ClassVar[dict[str, Per]] = {"teacher_kl": "value", "teacher_agreement": "value"}
 
-    def __init__(self, shared: tuple[Sequence[int], Sequence[int]], budget: Budget) -> None:
+    def __init__(
+        self,
+        shared: tuple[Sequence[int], Sequence[int]],
+        budget: Budget,
+        ends: tuple[int, int] | None = None,
+    ) -> None:
         self._shared = tuple(torch.tensor(ids, dtype=torch.long) for ids in shared)
         self._budget = budget
+        self._ends = ends
 
     @torch.no_grad()
     def __call__(self, student: View, teacher: View, starts: Tensor) -> dict[str, Term]:
-        """Two terms with a value for each pair: `teacher_kl`, KL(teacher ‖ student) in nats, and
-        `teacher_agreement`, whether their most likely tokens are the same.
+        """Two terms with a value for each pair that is compared: `teacher_kl`, KL(teacher ‖
+        student) in nats, and `teacher_agreement`, whether their most likely tokens are the same.
 
         Args:
             student, teacher: with states and head.
@@ -50,6 +59,12 @@ class TeacherAgreement:
         assert student.hidden is not None and student.head is not None
         assert teacher.hidden is not None and teacher.head is not None
         sides = (student.hidden, student.head.frozen()), (teacher.hidden, teacher.head)
+        if self._ends is not None:
+            ours, theirs = (
+                view.tokens.labels[starts[:, k]] == self._ends[k]
+                for k, view in enumerate((student, teacher))
+            )
+            starts = starts[ours == theirs]
         rows = self._budget.size(*(Stream(*side) for side in sides), copies=2)
         kl, same = [starts.new_zeros(0, dtype=torch.float32)], [starts.new_zeros(0).bool()]
         for pairs in starts.split(rows) if len(starts) else ():

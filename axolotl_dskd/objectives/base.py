@@ -66,6 +66,13 @@ class Facts:
             return (range(self.vocab_sizes[0]),) * 2
         return shared_tokens(self.student, self.teacher)
 
+    @property
+    def shared_ends(self) -> tuple[int, int] | None:
+        """The ends of sequence, student's first, that `shared_ids` takes for each other's; None
+        over one vocabulary, or where a tokenizer has none."""
+        ends = self.student.eos_token_id, self.teacher.eos_token_id
+        return None if self.one_vocabulary or None in ends else ends
+
 
 @dataclass(frozen=True)
 class Setting:

@@ -112,8 +112,9 @@ class TrainingStep:
         hidden = self.read()
         self.ask()
         student, teacher, matches = self._views(hidden, asks=True)
-        shared, budget = self.run.facts.shared_ids, self.objective.setting.budget
-        TeacherAgreement(shared, budget)(student, teacher, matches.starts)
+        facts, budget = self.run.facts, self.objective.setting.budget
+        compare = TeacherAgreement(facts.shared_ids, budget, facts.shared_ends)
+        compare(student, teacher, matches.starts)
 
     def _views(self, hidden: Tensor, *, asks: bool) -> tuple[View, View, Matches]:
         """What is compared, given the student's states; `asks`: with what the teacher says."""

@@ -48,10 +48,12 @@ def open_for_evaluations(trainer: Any, *, trains: bool) -> Distillation | None:
     for name, one in config.each().items():
         tokenizer = trainer.teacher_tokenizers[name]
         sizes = vocabulary_size(student), vocabulary_size(tokenizer)
-        objective = fine_tuning(one, Facts(student, tokenizer, sizes), memory=memory)
+        facts = Facts(student, tokenizer, sizes)
+        objective = fine_tuning(one, facts, memory=memory)
         with about_teacher(name):
             teachers[name].begin()
-        compare = TeacherAgreement(objective.facts.shared_ids, objective.setting.budget)
+        budget = objective.setting.budget
+        compare = TeacherAgreement(facts.shared_ids, budget, facts.shared_ends)
         lessons[name] = Lesson(teachers[name], objective, compare)
         trainer.add_callback(TeacherEpochs(teachers[name]))
     trainer.eval_data_collator.readers = [teacher.reader() for teacher in teachers.values()]

@@ -163,7 +163,8 @@ class DSKDTrainer(AxolotlTrainer):
         """How evaluations compare the student with a teacher that it learns from."""
         if teacher.head is None or not self.dskd.evaluation.teacher:
             return None
-        return TeacherAgreement(objective.facts.shared_ids, self._budget)
+        facts = objective.facts
+        return TeacherAgreement(facts.shared_ids, self._budget, facts.shared_ends)
 
     def _open_for_evaluations(self, *, trains: bool) -> None:
         """Let evaluations ask a teacher that is not there for training, where they shall."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,27 @@ def test_what_one_vocabulary_has_alone_is_one_outcome_and_no_agreement():
     torch.testing.assert_close(found["teacher_kl"].values.double(), kl, rtol=1e-4, atol=1e-5)
     agreed = found["teacher_agreement"].values.bool()
     assert not bool((agreed & ~torch.tensor(same)).any())
+
+
+def test_an_end_of_turn_that_is_not_the_students_end_is_left_out():
+    student, teacher = view(V, 8, 0), view(V + 9, 12, 1)
+    ends = 3, 7
+    labels = student.tokens.labels.clone(), teacher.tokens.labels.clone()
+    # Both ends, the teacher's alone, the student's alone, then text.
+    for pair, which in enumerate(((0, 1), (1,), (0,))):
+        for side in which:
+            labels[side][PAIRS[pair, side]] = ends[side]
+    views = [
+        replace(one, tokens=replace(one.tokens, labels=ids))
+        for one, ids in zip((student, teacher), labels, strict=True)
+    ]
+    shared = [ends[0], *range(10, 20)], [ends[1], *range(10, 20)]
+    every = TeacherAgreement(shared, Budget())(*views, PAIRS)
+    found = TeacherAgreement(shared, Budget(), ends)(*views, PAIRS)
+    for name, term in found.items():
+        kept = [0, *range(3, len(PAIRS))]
+        assert term.values.tolist() == every[name].values[kept].tolist()
+        assert term.sample_ids.tolist() == every[name].sample_ids[kept].tolist()
 
 
 def test_a_batch_without_pairs_has_no_values():
