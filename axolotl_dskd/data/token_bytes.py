@@ -102,11 +102,17 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return table
 
 
-def shared_tokens(student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+def shared_tokens(
+    student: Any, teacher: Any, turn_ends: tuple[int, int] | None = None
+) -> tuple[list[int], list[int]]:
     """Ids of the tokens that stand for the same bytes in both vocabularies, student's first.
 
-    The end tokens, which stand for no bytes, are a pair too. Where several ids of a vocabulary
-    spell the same bytes (a byte token and a letter), the last is taken: byte tokens come first.
+    The end tokens (`ends`), which stand for no bytes, are pairs too. Where several ids of a
+    vocabulary spell the same bytes (a byte token and a letter), the last is taken: byte tokens come
+    first.
+
+    Args:
+        turn_ends: the tokens with which turns end; None: the ends of sequence.
 
     Raises:
         ValueError: one of the tokenizers can't be undone, see `token_bytes`.
@@ -114,24 +120,44 @@ def shared_tokens(student: Any, teacher: Any) -> tuple[list[int], list[int]]:
     by_bytes = {spelled: i for i, spelled in enumerate(token_bytes(teacher)) if spelled}
     ours = {spelled: i for i, spelled in enumerate(token_bytes(student)) if spelled}
     pairs = [(i, by_bytes[spelled]) for spelled, i in ours.items() if spelled in by_bytes]
-    if student.eos_token_id is not None and teacher.eos_token_id is not None:
-        pairs.append((student.eos_token_id, teacher.eos_token_id))
+    pairs += ends(student, teacher, turn_ends)
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def translation(source: Any, target: Any, untranslatable: int = -100) -> list[int]:
+def ends(
+    student: Any, teacher: Any, turn_ends: tuple[int, int] | None = None
+) -> list[tuple[int, int]]:
+    """The end tokens that are each other's: with which turns end, and the ends of sequence where
+    none of these is one of those."""
+    eos = student.eos_token_id, teacher.eos_token_id
+    if turn_ends is None:
+        return [] if None in eos else [eos]
+    if None in eos or eos[0] == turn_ends[0] or eos[1] == turn_ends[1]:
+        return [turn_ends]
+    return [turn_ends, eos]
+
+
+def translation(
+    source: Any,
+    target: Any,
+    untranslatable: int = -100,
+    turn_ends: tuple[int, int] | None = None,
+) -> list[int]:
     """For each id of the source's tokenizer the id of the same bytes in the target's.
 
-    The end tokens translate to each other. Ids without an equal (other special tokens, ids that
-    stand for no token) get `untranslatable`: never unk, never an end token.
+    The end tokens (`ends`) translate to each other. Ids without an equal (other special tokens,
+    ids that stand for no token) get `untranslatable`: never unk, never an end token.
+
+    Args:
+        turn_ends: the tokens with which turns end, source's first; None: the ends of sequence.
 
     Raises:
         ValueError: one of the tokenizers can't be undone, see `token_bytes`.
     """
     ids = {spelled: i for i, spelled in enumerate(token_bytes(target)) if spelled}
     table = [ids.get(spelled, untranslatable) for spelled in token_bytes(source)]
-    if source.eos_token_id is not None and target.eos_token_id is not None:
-        table[source.eos_token_id] = target.eos_token_id
+    for ours, theirs in ends(source, target, turn_ends):
+        table[ours] = theirs
     return table
 
 

@@ -4,8 +4,8 @@ Where a student's and a teacher's token begin at the same byte both models have 
 so what they expect next can be compared: over the tokens that both vocabularies have, and all
 others as one outcome. Over one vocabulary that is the whole divergence. Across tokenizers a token's
 probability also says how text is cut, so the number compares students of one pair, and no pairs;
-and where a template ends turns with another token than the end of sequence, these ends are left
-out, at which both models would say the same thing by names that do not meet.
+and ends of turns that are not each other's (`Facts.turn_ends`) are left out, at which both models
+would say the same thing by names that do not meet.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TeacherAgreement:
     Args:
         shared: ids that both vocabularies have, student's first, each at most once.
         budget: how many tokens' logits may be held at once.
-        ends: the end tokens that are shared as each other's under unlike names, student's first.
+        ends: end tokens that are shared as each other's under unlike names, student's first.
     """
 
     terms: ClassVar[dict[str, Per]] = {"teacher_kl": "value", "teacher_agreement": "value"}
@@ -41,7 +41,7 @@ class TeacherAgreement:
         self,
         shared: tuple[Sequence[int], Sequence[int]],
         budget: Budget,
-        ends: tuple[int, int] | None = None,
+        ends: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._shared = tuple(torch.tensor(ids, dtype=torch.long) for ids in shared)
         self._budget = budget
@@ -59,9 +59,9 @@ class TeacherAgreement:
         assert student.hidden is not None and student.head is not None
         assert teacher.hidden is not None and teacher.head is not None
         sides = (student.hidden, student.head.frozen()), (teacher.hidden, teacher.head)
-        if self._ends is not None:
+        for pair in self._ends:
             ours, theirs = (
-                view.tokens.labels[starts[:, k]] == self._ends[k]
+                view.tokens.labels[starts[:, k]] == pair[k]
                 for k, view in enumerate((student, teacher))
             )
             starts = starts[ours == theirs]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_dskd.config import Gives, ObjectiveConfig
-from axolotl_dskd.data.token_bytes import shared_tokens
+from axolotl_dskd.data.token_bytes import ends, shared_tokens
 from axolotl_dskd.losses import Budget, Part, Stream, even_parts, paired_parts, set_logprobs
 from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.types import LossOutput, Matches, Needs, Per, Side, Term, View
@@ -34,6 +34,8 @@ class Facts:
         exact_share: share of the data's supervised student tokens with an exact pair, or None
             where there are no data.
         longest: supervised student tokens of the data's longest row, where there are data.
+        turn_ends: the tokens with which the data's turns end, student's first, where these stand
+            for no text; None: taken to be the ends of sequence.
     """
 
     student: Any
@@ -41,6 +43,7 @@ class Facts:
     vocab_sizes: tuple[int, int]
     exact_share: float | None = None
     longest: int | None = None
+    turn_ends: tuple[int, int] | None = None
 
     @property
     def one_vocabulary(self) -> bool:
@@ -64,14 +67,13 @@ class Facts:
         """Ids of the tokens that both have, student's first; over one vocabulary of all."""
         if self.one_vocabulary:
             return (range(self.vocab_sizes[0]),) * 2
-        return shared_tokens(self.student, self.teacher)
+        return shared_tokens(self.student, self.teacher, self.turn_ends)
 
     @property
-    def shared_ends(self) -> tuple[int, int] | None:
-        """The ends of sequence, student's first, that `shared_ids` takes for each other's; None
-        over one vocabulary, or where a tokenizer has none."""
-        ends = self.student.eos_token_id, self.teacher.eos_token_id
-        return None if self.one_vocabulary or None in ends else ends
+    def shared_ends(self) -> list[tuple[int, int]]:
+        """The end tokens, student's first, that `shared_ids` takes for each other's by their role;
+        none over one vocabulary."""
+        return [] if self.one_vocabulary else ends(self.student, self.teacher, self.turn_ends)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ it is KL(P ‖ Q), for β = 1 KL(Q ‖ P).
 
 Where this is not TRL's: its default merge (`observed`) reads logits one position late, and is not
 offered. Its KL at β 0 and 1 over a part of a vocabulary is not least at Q = P; the generalised KL,
-which adds −P + Q (or P − Q), is. Tokens are equal by bytes, not by string, and the end tokens are
-each other's; where a template ends turns with another token, these have cross-entropy alone, since
-by name the teacher's end would speak against it. There are no clamps, which cut gradients off. TRL
+which adds −P + Q (or P − Q), is. Tokens are equal by bytes, not by string, and those with which
+the data's turns end are each other's; ends of another kind have cross-entropy alone, since by name
+the teacher's end would speak against them. There are no clamps, which cut gradients off. TRL
 takes the mean over groups, then over samples; here groups are summed, and divided once.
 
 Gradients are autograd's within chunks that tear no group apart.
@@ -63,8 +63,8 @@ class GOLD(Objective[GOLDConfig], config=GOLDConfig):
 
     def begin(self, pair: Pair) -> None:
         """Find the tokens that both vocabularies have."""
-        sizes = [head.vocab_size for head in pair.heads]
-        found = zip(*shared_tokens(self.facts.student, self.facts.teacher), strict=True)
+        facts, sizes = self.facts, [head.vocab_size for head in pair.heads]
+        found = zip(*shared_tokens(facts.student, facts.teacher, facts.turn_ends), strict=True)
         both = sorted({(i, j) for i, j in found if i < sizes[0] and j < sizes[1]})
         if not self.config.hybrid:
             both = []

@@ -8,8 +8,8 @@ arXiv 2406.17328). Published code takes the logit of one teacher token per stude
 the others' probability; here probabilities are summed, so that none is lost. It pairs tokens by
 dynamic time warping of both sequences of *input* tokens; default here are tokens that begin at the
 same byte, without those whose label is longer on the student's side: there the teacher speaks for a
-beginning of the label, against the cross-entropy. Nor are ends of turns that a template of the
-student's writes with another token than its end of sequence, where the teacher's end goes to.
+beginning of the label, against the cross-entropy. Nor are ends of turns of another kind than most
+of the data's, where the teacher's end goes to.
 
 Teacher tokens without text, other than the end, go nowhere. A token counts with the probability
 that goes somewhere: m KL(p' / m ‖ q) with m = Σ_v p'_v, which is 1 but for those. Three products.
@@ -85,7 +85,10 @@ class MinEdit(Objective[MinEditConfig], config=MinEditConfig):
         problem = None
         if is_first():
             try:
-                made = vocabulary_map(self.facts.student, self.facts.teacher, self.config.map)
+                facts = self.facts
+                made = vocabulary_map(
+                    facts.student, facts.teacher, self.config.map, facts.turn_ends
+                )
                 rows = torch.tensor([made.targets, made.exact], device=pair.device)[:, :U]
                 table[:, : rows.shape[1]] = rows
             except Exception as error:  # whatever it is, the other ranks wait

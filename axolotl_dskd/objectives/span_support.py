@@ -93,8 +93,8 @@ class SpanSupport(Objective[SpanSupportConfig], config=SpanSupportConfig):
 
     def begin(self, pair: Pair) -> None:
         """Find the tokens that both vocabularies have."""
-        sizes = [head.vocab_size for head in pair.heads]
-        shared = zip(*shared_tokens(self.facts.student, self.facts.teacher), strict=True)
+        facts, sizes = self.facts, [head.vocab_size for head in pair.heads]
+        shared = zip(*shared_tokens(facts.student, facts.teacher, facts.turn_ends), strict=True)
         pairs = [(i, j) for i, j in shared if i < sizes[0] and j < sizes[1]]
         both = torch.tensor(pairs, dtype=torch.long)
         self.ids = list(both.reshape(-1, 2).T.to(pair.device))

@@ -37,7 +37,9 @@ class VocabularyMap:
     exact: list[bool]
 
 
-def vocabulary_map(student: Any, teacher: Any, kind: Kind) -> VocabularyMap:
+def vocabulary_map(
+    student: Any, teacher: Any, kind: Kind, turn_ends: tuple[int, int] | None = None
+) -> VocabularyMap:
     """The map of two tokenizers, from disk where it is there and whole.
 
     Equal bytes go to each other, and the end tokens. What is left goes by `kind`:
@@ -46,11 +48,15 @@ def vocabulary_map(student: Any, teacher: Any, kind: Kind) -> VocabularyMap:
       (FuseLLM, arXiv 2401.10491, on strings; the same for two byte-level tokenizers).
     - `first_token`: to the one that the student would have to say next to spell it.
 
+    Args:
+        turn_ends: see `Facts`.
+
     Raises:
         ValueError: one of the tokenizers can't be undone, see `token_bytes`.
     """
-    exact = translation(teacher, student, untranslatable=-1)
-    path = cache_folder() / "vocabulary_maps" / f"{kind}-{_key(student, teacher, kind)}.json"
+    exact = translation(teacher, student, -1, turn_ends and turn_ends[::-1])
+    key = _key(student, teacher, f"{kind} {turn_ends}")
+    path = cache_folder() / "vocabulary_maps" / f"{kind}-{key}.json"
     targets = _read(path, len(exact))
     if targets is None:
         LOG.info(f"Mapping the teacher's {len(exact)} tokens to the student's ({kind}), once")
@@ -82,7 +88,7 @@ def _make(student: Any, teacher: Any, kind: Kind, exact: list[int]) -> list[int]
     return targets
 
 
-def _key(student: Any, teacher: Any, kind: Kind) -> str:
+def _key(student: Any, teacher: Any, kind: str) -> str:
     """Names everything that the map depends on: the tokenizers' content, not their names."""
     digest = hashlib.blake2b(f"{_VERSION} {kind}".encode(), digest_size=16)
     for tokenizer in (student, teacher):

@@ -10,7 +10,8 @@ from typing import Any
 from axolotl.utils.logging import get_logger
 
 from axolotl_dskd.config import about_teacher
-from axolotl_dskd.data.tokenizers import vocabulary_size
+from axolotl_dskd.data.routing import rows_of_teacher
+from axolotl_dskd.data.tokenizers import turn_ends, vocabulary_size
 from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.machine import total_memory
 from axolotl_dskd.objectives import Facts, fine_tuning
@@ -45,10 +46,11 @@ def open_for_evaluations(trainer: Any, *, trains: bool) -> Distillation | None:
     student, memory = trainer.processing_class, total_memory(device)
     teachers = open_teachers(trainer, config, {}, evaluated)
     lessons = {}
-    for name, one in config.each().items():
+    for number, (name, one) in enumerate(config.each().items()):
         tokenizer = trainer.teacher_tokenizers[name]
         sizes = vocabulary_size(student), vocabulary_size(tokenizer)
-        facts = Facts(student, tokenizer, sizes)
+        rows = rows_of_teacher(trainer.train_dataset, number)
+        facts = Facts(student, tokenizer, sizes, turn_ends=turn_ends(rows, student, tokenizer))
         objective = fine_tuning(one, facts, memory=memory)
         with about_teacher(name):
             teachers[name].begin()

@@ -25,6 +25,7 @@ from axolotl_dskd.data.tokenizers import (
     exact_share,
     longest_supervised,
     teacher_position_limit,
+    turn_ends,
     vocabulary_size,
 )
 from axolotl_dskd.objectives import Facts
@@ -41,13 +42,14 @@ def facts(trainer: Any, number: int, student: Any, teacher: Any) -> Facts:
         number: the teacher's.
         student, teacher: their tokenizers.
     """
-    share = exact_share(rows_of_teacher(trainer.train_dataset, number))
+    rows = rows_of_teacher(trainer.train_dataset, number)
     longest = longest_supervised(_datasets(trainer, number))
     samples = trainer.dskd.samples
     if longest is not None and isinstance(samples, WritingConfig):
         longest = max(longest, samples.max_new_tokens)
     sizes = vocabulary_size(student), vocabulary_size(teacher)
-    return Facts(student, teacher, sizes, share, longest)
+    ends = turn_ends(rows, student, teacher)
+    return Facts(student, teacher, sizes, exact_share(rows), longest, ends)
 
 
 def open_teachers(

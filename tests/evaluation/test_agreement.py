@@ -72,7 +72,7 @@ def test_an_end_of_turn_that_is_not_the_students_end_is_left_out():
     ]
     shared = [ends[0], *range(10, 20)], [ends[1], *range(10, 20)]
     every = TeacherAgreement(shared, Budget())(*views, PAIRS)
-    found = TeacherAgreement(shared, Budget(), ends)(*views, PAIRS)
+    found = TeacherAgreement(shared, Budget(), [ends])(*views, PAIRS)
     for name, term in found.items():
         kept = [0, *range(3, len(PAIRS))]
         assert term.values.tolist() == every[name].values[kept].tolist()

@@ -126,7 +126,7 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
     def begin(self, pair: Pair) -> None:
         """Build the projectors and solve for their start."""
         facts, device = self.facts, pair.device
-        shared = shared_tokens(facts.student, facts.teacher)
+        shared = shared_tokens(facts.student, facts.teacher, facts.turn_ends)
         ids = SharedIds(*(torch.tensor(side, device=device) for side in shared))
         sizes = pair.heads[0].hidden_size, pair.heads[1].hidden_size
         self.module = Projectors(
@@ -140,7 +140,8 @@ class DualSpace(Objective[DualSpaceConfig], config=DualSpaceConfig):
             self._follower = HeadFollower(self.module, ids, pair.heads[1])
         table = []
         if self._kind.teachers_choice:
-            table = translation(facts.teacher, facts.student)
+            turn_ends = facts.turn_ends and facts.turn_ends[::-1]
+            table = translation(facts.teacher, facts.student, turn_ends=turn_ends)
         self._translation = torch.tensor(table, dtype=torch.long, device=device)
         self._report = StartReport(ids) if len(ids) else None
         if not self.setting.references:
