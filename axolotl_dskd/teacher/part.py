@@ -1,16 +1,36 @@
-"""Some samples of a batch on the teacher's side, and samples as they were before they were padded.
+"""The teacher's side of a batch: of rows, of some of its samples, and as it was before padding.
 
 Knows batches; not what teachers make of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from axolotl_dskd.types import DualBatch
+from axolotl_dskd.types import IGNORE_INDEX, DualBatch
+
+
+def of_rows(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device) -> DualBatch:
+    """The teacher's side of prepared rows, padded; the student's is empty."""
+    ids, labels = (
+        [torch.as_tensor(row[column], dtype=torch.long) for row in rows]
+        for column in ("teacher_input_ids", "teacher_labels")
+    )
+    nothing = torch.zeros((0, 1), dtype=torch.long, device=device)
+    return DualBatch(
+        nothing,
+        nothing,
+        nothing,
+        pad_sequence(ids, True, pad_id).to(device),
+        pad_sequence(labels, True, IGNORE_INDEX).to(device),
+        pad_sequence([torch.ones_like(i) for i in ids], True).to(device),
+    )
 
 
 def with_samples(batch: DualBatch, samples: list[int]) -> DualBatch:

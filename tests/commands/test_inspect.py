@@ -527,15 +527,15 @@ def quantised_pair(folder: Path) -> dict[str, Any]:
 
 
 def test_the_probe_measures_what_quantising_the_teacher_changes(tmp_path: Path, inspect: Inspect):
-    from axolotl_dskd.commands.inspect.probe import probe, probe_rows
+    from axolotl_dskd.commands.inspect.probe import probe
     from axolotl_dskd.teacher import load_teacher
 
     config = quantised_pair(tmp_path)
     teacher = DSKDConfig.model_validate(config["dskd"]).teacher
     ids = tiny.sentencepiece_tokenizer()("Wood, ice and a small paper boat.")["input_ids"]
-    rows = probe_rows([{"teacher_input_ids": ids, "teacher_labels": [-100, *ids[1:]]}] * 4, 3)
-    assert len(rows) == 3
-    found = probe(teacher, rows, 600, torch.device("cpu"))
+    rows = [{"teacher_input_ids": ids, "teacher_labels": [-100, *ids[1:]]}] * 4
+    found = probe(teacher, rows, 3, 600, torch.device("cpu"))
+    assert found.rows == 3
     assert found.tokens == 3 * (len(ids) - 1)
     # The same by the models' own logits.
     plain = teacher.model_copy(update={"load_in_4bit": False})
@@ -550,7 +550,7 @@ def test_the_probe_measures_what_quantising_the_teacher_changes(tmp_path: Path, 
     assert found.agreement == pytest.approx(float(agree))
     report = inspect(config, card=Card("cpu", 24 * GIB, False), probe_count=2)
     assert report.probe is not None
-    assert "of 2 rows, the teacher in 4 bits" in report.probe
+    assert "of 2 rows, the quantised teacher" in report.probe
     assert "as it is loaded" in html_page(report)
 
 

@@ -12,7 +12,7 @@ import torch
 from axolotl.loaders import load_tokenizer
 
 from axolotl_dskd.commands.inspect.fit import fit
-from axolotl_dskd.commands.inspect.probe import check_quantised, probe, probe_rows
+from axolotl_dskd.commands.inspect.probe import probe
 from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.rows import Vocabulary, pick_examples
 from axolotl_dskd.commands.inspect.sample import Sample, sample_rows
@@ -57,8 +57,11 @@ def inspect_run(
             "{teacher: true} evaluations would."
         )
     _, name, one = config.choose(teacher)
-    if probe_count:
-        check_quantised(one.one_teacher)
+    if probe_count and not (one.one_teacher.load_in_4bit or one.one_teacher.load_in_8bit):
+        raise ValueError(
+            "--probe compares a quantised teacher with its unquantised form, but dskd.teacher has "
+            "neither load_in_4bit nor load_in_8bit. Set one of them, or leave --probe out."
+        )
     progress("tokenizers")
     with loading(f"the student's tokenizer {cfg.tokenizer_config or cfg.base_model!r}"):
         tokenizer = load_tokenizer(cfg)
@@ -95,9 +98,9 @@ def inspect_run(
     memory = fit(student, [run, *runs.values()], teacher_tokens)
     probed = None
     if probe_count:
-        some, size = probe_rows(kept, probe_count), facts.vocab_sizes[1]
+        size = facts.vocab_sizes[1]
         here = card.device if torch.cuda.is_available() else torch.device("cpu")
-        probed = probe(one.one_teacher, some, size, here, progress).words
+        probed = probe(one.one_teacher, kept, probe_count, size, here, progress).words
     return Report(
         config=path,
         student=sides[0],

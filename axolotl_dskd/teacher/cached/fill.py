@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from axolotl.utils.logging import get_logger
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_dskd.cache import dataset_keys
 from axolotl_dskd.progress import Progress, quantity
 from axolotl_dskd.teacher.cached.states import CachedStates
-from axolotl_dskd.types import IGNORE_INDEX, DualBatch
+from axolotl_dskd.teacher.part import of_rows
+from axolotl_dskd.types import DualBatch
 
 LOG = get_logger(__name__)
 
@@ -46,21 +45,8 @@ class CacheableRows:
 
     def batch(self, rows: np.ndarray, pad_id: int, device: torch.device) -> DualBatch:
         """Some samples' teacher sides, padded; the student's side is empty."""
-        sides: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for number, row in self._place[rows].tolist():
-            sample = self._datasets[number][row]
-            for side, column in zip(sides, ("teacher_input_ids", "teacher_labels"), strict=True):
-                side.append(torch.as_tensor(sample[column], dtype=torch.long))
-        ids, labels = sides
-        nothing = torch.zeros((0, 1), dtype=torch.long, device=device)
-        return DualBatch(
-            nothing,
-            nothing,
-            nothing,
-            pad_sequence(ids, True, pad_id).to(device),
-            pad_sequence(labels, True, IGNORE_INDEX).to(device),
-            pad_sequence([torch.ones_like(i) for i in ids], True).to(device),
-        )
+        samples = (self._datasets[number][row] for number, row in self._place[rows].tolist())
+        return of_rows(list(samples), pad_id, device)
 
 
 def missing_rows(
