@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from axolotl_dskd.commands.cli import main, read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for, parse_memory
 from axolotl_dskd.commands.inspect.doctor import inspect_run
-from axolotl_dskd.commands.inspect.page import html_page
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.rows import AlignedRow
+from axolotl_dskd.commands.inspect.sample import AlignedRow
+from axolotl_dskd.commands.inspect.shown import html_page
 from axolotl_dskd.commands.pages import marked
 from axolotl_dskd.config import DSKDConfig
 from axolotl_dskd.data.byte_spans import tile

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from axolotl_dskd.commands.inspect.card import configured_for, find_card, parse_memory
 from axolotl_dskd.commands.inspect.doctor import inspect_run
-from axolotl_dskd.commands.inspect.page import html_page
-from axolotl_dskd.commands.inspect.terminal import print_report
+from axolotl_dskd.commands.inspect.shown import html_page, print_report
 from axolotl_dskd.config import DSKDConfig
 
 ReadConfig = Callable[[Path], tuple[Any, DSKDConfig]]

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from axolotl.loaders import load_tokenizer
 
+from axolotl_dskd.commands.inspect.examples import pick_examples
 from axolotl_dskd.commands.inspect.fit import fit
 from axolotl_dskd.commands.inspect.probe import probe
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.rows import Vocabulary, pick_examples
 from axolotl_dskd.commands.inspect.sample import Sample, sample_rows
 from axolotl_dskd.commands.inspect.sides import side_facts, side_remarks
 from axolotl_dskd.config import DSKDConfig, about_teacher, loading
 from axolotl_dskd.data.outcomes import refusal
-from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
+from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.objectives import Facts
 from axolotl_dskd.planning.plan import Card, RowSize
@@ -74,12 +74,13 @@ def inspect_run(
             runs[other] = _run(cfg, its, card, tokenizer, together, other)
     progress("models")
     run, datasets, whole = runs.pop(name), samples[name], Sample.together(samples[name])
-    student, facts, kept = student_skeleton(cfg, tokenizer), run.facts, whole.rows
+    student, facts = student_skeleton(cfg, tokenizer), run.facts
+    kept = [aligned.row for aligned in whole.rows]
     sides = (
         side_facts(student, facts.student, str(cfg.base_model), kept, ""),
         side_facts(run.teacher, facts.teacher, one.one_teacher.base_model, kept, "teacher_"),
     )
-    why = refusal(whole.coverage.outcomes, whole.differing)
+    why = refusal(whole.outcomes, whole.differing)
     remarks = [
         *([f"Training will stop: {why}"] if why else []),
         *side_remarks(sides[0], facts.student, "student"),
@@ -90,11 +91,9 @@ def inspect_run(
             f"Rows and tokenizers here are those of the teacher {name}, the memory is that of all "
             f"teachers; `--teacher` shows another: {', '.join(runs)}."
         )
-    vocabularies = (Vocabulary(t, token_bytes(t)) for t in (facts.student, facts.teacher))
     objective = run.objective()
     progress("memory")
-    parts = [dataset.coverage for dataset in datasets]
-    teacher_tokens = sum(p.teacher_tokens * p.total / max(1, p.sampled) for p in parts)
+    teacher_tokens = sum(d.teacher_tokens * d.total / max(1, d.sampled) for d in datasets)
     memory = fit(student, [run, *runs.values()], teacher_tokens)
     probed = None
     if probe_count:
@@ -108,9 +107,9 @@ def inspect_run(
         shared_tokens=len(shared_tokens(facts.student, facts.teacher)[0]),
         objective=objective.describe(),
         advice=objective.advice(),
-        coverage=whole.coverage,
-        datasets=parts,
-        examples=pick_examples([(d.coverage.name, d.aligned) for d in datasets], *vocabularies),
+        coverage=whole,
+        datasets=datasets,
+        examples=pick_examples(datasets, facts.student, facts.teacher),
         memory=memory,
         remarks=remarks,
         probe=probed,
@@ -127,17 +126,16 @@ def _run(cfg: Any, config: DSKDConfig, card: Card, student: Any, sample: Sample,
     Raises:
         ValueError: there are none to train on, or the teacher cannot be loaded.
     """
-    coverage = sample.coverage
-    if not coverage.sampled:
+    if not sample.sampled:
         raise ValueError("none of the sampled rows asks this teacher. Sample more with --rows.")
-    if not coverage.kept:
-        raise ValueError(refusal(coverage.outcomes, sample.differing))
+    if not sample.kept:
+        raise ValueError(refusal(sample.outcomes, sample.differing))
     sizes = [
-        RowSize(len(r["input_ids"]), len(a.student), len(r["teacher_input_ids"]), len(a.teacher))
-        for r, a in zip(sample.rows, sample.aligned, strict=True)
+        RowSize(*map(len, (r.row["input_ids"], r.student, r.row["teacher_input_ids"], r.teacher)))
+        for r in sample.rows
     ]
     tokenizer = load_teacher_tokenizer(config)
     vocabularies = vocabulary_size(student), vocabulary_size(tokenizer)
-    facts = Facts(student, tokenizer, vocabularies, coverage.share)
+    facts = Facts(student, tokenizer, vocabularies, sample.share)
     skeleton = teacher_skeleton(config.one_teacher, card.device)
-    return Run(cfg, config, card, sizes, coverage.sampled == coverage.total, facts, skeleton, name)
+    return Run(cfg, config, card, sizes, sample.sampled == sample.total, facts, skeleton, name)

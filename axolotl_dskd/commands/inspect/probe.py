@@ -7,7 +7,7 @@ distributions; nothing of students.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -64,7 +64,7 @@ class ProbeResult(NamedTuple):
 
 def probe(
     config: TeacherConfig,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
     count: int,
     vocab_size: int,
     device: torch.device,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -21,35 +20,98 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
-from axolotl_dskd.commands.inspect.rows import AlignedRow, Coverage
 from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.data.byte_spans import Group, Spans, aligned_groups
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.outcomes import CUT, DIFFERENT, KEPT, STUDENT_LENGTH, UNTOKENIZED
-from axolotl_dskd.data.reconcile import STATUS, differing_example
+from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, differing_example
 from axolotl_dskd.data.routing import rows_of_teacher
+from axolotl_dskd.types import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class AlignedRow:
+    """A row as preparation leaves it.
+
+    Attributes:
+        row: its columns.
+        student, teacher: ids of the supervised tokens, in order.
+        groups: which of them begin and end at the same bytes.
+    """
+
+    row: Mapping[str, Any]
+    student: list[int]
+    teacher: list[int]
+    groups: list[Group]
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> AlignedRow:
+        """From its columns."""
+        student, teacher = (
+            # Nothing predicts the first token of a row.
+            [label for label in row[column][1:] if label != IGNORE_INDEX]
+            for column in ("labels", "teacher_labels")
+        )
+        spans = Spans.from_bytes(row[SPANS]), Spans.from_bytes(row[TEACHER_SPANS])
+        assert (len(student), len(teacher)) == tuple(map(len, spans))
+        return cls(row, student, teacher, aligned_groups(*spans))
+
+    @property
+    def exact(self) -> int:
+        """Groups with one token on each side."""
+        return sum(group.exact for group in self.groups)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of the sampled rows of one dataset.
+    """What became of the sampled rows of one dataset (or of all of them).
 
     Attributes:
-        coverage: what was counted.
-        rows: the two-sided rows that would be trained on; `aligned`: their supervised tokens.
-        differing: of the first rows whose texts differ, both texts.
+        name: as in the configuration, with the subset's name where there is one.
+        total: rows that the dataset has; `sampled` of them were read.
+        outcomes: outcome -> rows (of the tokenized ones where a raw row becomes several).
+        rows: those that would be trained on.
+        differing: of rows whose texts differ, both texts.
     """
 
-    coverage: Coverage
-    rows: Sequence[dict[str, list[int]]]
-    aligned: Sequence[AlignedRow]
-    differing: Sequence[str]
+    name: str
+    total: int
+    sampled: int
+    outcomes: Counter[str]
+    rows: list[AlignedRow] = field(repr=False)
+    differing: list[str] = field(repr=False)
 
     @classmethod
     def together(cls, samples: Sequence[Sample]) -> Sample:
         """Several as if they were of one dataset."""
-        columns = zip(*((s.rows, s.aligned, s.differing) for s in samples), strict=True)
-        coverage = sum((sample.coverage for sample in samples), Coverage("all"))
-        return cls(coverage, *(list(chain(*column)) for column in columns))
+        return cls(
+            "all",
+            sum(sample.total for sample in samples),
+            sum(sample.sampled for sample in samples),
+            sum((sample.outcomes for sample in samples), Counter()),
+            [row for sample in samples for row in sample.rows],
+            [texts for sample in samples for texts in sample.differing],
+        )
+
+    @property
+    def kept(self) -> int:
+        """Rows that would be trained on."""
+        return len(self.rows)
+
+    @property
+    def student_tokens(self) -> int:
+        """Supervised ones."""
+        return sum(len(row.student) for row in self.rows)
+
+    @property
+    def teacher_tokens(self) -> int:
+        """Supervised ones."""
+        return sum(len(row.teacher) for row in self.rows)
+
+    @property
+    def share(self) -> float:
+        """Of the student's supervised tokens, those with an exact partner."""
+        return sum(row.exact for row in self.rows) / max(1, self.student_tokens)
 
 
 def sample_rows(
@@ -80,21 +142,15 @@ def sample_rows(
         if len(rows):
             rows = handle_long_seq_in_dataset(rows, cfg.sequence_len, cfg)
         outcomes[STUDENT_LENGTH] -= len(rows)
-        kept: list[dict[str, Any]] = []
-        differing: list[str] = []
+        kept, differing = [], []
         for row in rows:
-            both = reconcile(row)
-            status = both.pop(STATUS)
-            outcomes[status] += 1
-            if status == DIFFERENT and len(differing) < 3:
-                differing.append(differing_example({**row, **both}, reconcile))
-            if status in (KEPT, CUT):
-                kept.append({"input_ids": list(row["input_ids"]), **both})
-        aligned = [AlignedRow.of(row) for row in kept]
-        tokens = ((len(row.student), len(row.teacher), row.exact) for row in aligned)
-        sums = map(sum, zip(*tokens, strict=True))
-        coverage = Coverage(name, total, sampled, outcomes, *sums)
-        samples.append(Sample(coverage, kept, aligned, differing))
+            prepared = {**row, **reconcile(row)}
+            outcomes[prepared[STATUS]] += 1
+            if prepared[STATUS] == DIFFERENT:
+                differing.append(differing_example(prepared, reconcile))
+            if prepared[STATUS] in (KEPT, CUT):
+                kept.append(AlignedRow.of(prepared))
+        samples.append(Sample(name, total, sampled, outcomes, kept, differing))
     return samples
 
 
@@ -119,14 +175,10 @@ def _tokenized(
             rows, _ = sft._load_and_process_single_dataset(
                 dataset_config=dataset, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed
             )
-    except StopIteration as error:
-        raise ValueError(f"dataset {name} cannot be read: it has no rows") from error
-    except (OSError, KeyError, DatasetsError) as error:
-        why = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+    except (OSError, KeyError, ValueError, DatasetsError, StopIteration) as error:
+        why = str(error) or "it has no rows"  # StopIteration says nothing itself
+        if isinstance(error, DatasetsError):
+            why += f" ({error.__cause__})"
         raise ValueError(f"dataset {name} cannot be read: {why}") from error
-    except ValueError as error:
-        if name in str(error):
-            raise
-        raise ValueError(f"dataset {name}: {error}") from error
     total, sampled = sizes
     return rows, total, sampled

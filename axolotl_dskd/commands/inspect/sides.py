@@ -5,11 +5,10 @@ Knows skeletons, tokenizers and prepared rows; nothing of the other side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axolotl_dskd.commands.inspect.rows import supervised
 from axolotl_dskd.commands.words import count, visible
 from axolotl_dskd.data.token_bytes import normalisations
 from axolotl_dskd.data.tokenizers import vocabulary_size
@@ -43,7 +42,7 @@ class SideFacts:
 
 
 def side_facts(
-    model: Any, tokenizer: Any, name: str, rows: Sequence[dict[str, list[int]]], prefix: str
+    model: Any, tokenizer: Any, name: str, rows: Sequence[Mapping[str, Any]], prefix: str
 ) -> SideFacts:
     """The facts of a side.
 
@@ -61,7 +60,7 @@ def side_facts(
     ids, labels = ([row[prefix + c] for row in rows] for c in ("input_ids", "labels"))
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     begins = bos is not None and all(row[0] == tokenizer.bos_token_id for row in ids)
-    ends = {tokens[-1] for row in labels if (tokens := supervised(row))}
+    ends = {next(label for label in row[::-1] if label != IGNORE_INDEX) for row in labels}
     end = str(tokenizer.convert_ids_to_tokens(ends.pop())) if len(ends) == 1 else None
     begin = next(i for i, label in enumerate(labels[0]) if label != IGNORE_INDEX)
     prompt = tokenizer.decode(ids[0][:begin])

@@ -1,4 +1,4 @@
-"""The report in a terminal, by rich; without one, the same as plain text."""
+"""The report as it is shown: in a terminal by rich (without one, as plain text), and as a page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from axolotl_dskd.commands.inspect.document import Line, Table, sections
-from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.rows import Example
+from axolotl_dskd.commands.inspect.examples import Example
+from axolotl_dskd.commands.inspect.report import Line, Report, Table, sections
+from axolotl_dskd.commands.pages import environment
 from axolotl_dskd.commands.words import visible
 
 _STYLES = {"": "", "soft": "dim", "good": "bold green", "bad": "bold red"}
-_BAR = 30
+
+
+def html_page(report: Report) -> str:
+    """All of it as one HTML page."""
+    template = environment().get_template("inspect/page.html.jinja")
+    return template.render(report=report, sections=sections(report))
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -36,13 +41,8 @@ def _table(block: Table) -> RichTable:
         numeric = block.numeric and place > 0
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in block.rows:
-        table.add_row(*(Text(c) if isinstance(c, str) else _bar(c) for c in row))
+        table.add_row(*map(Text, row))
     return table
-
-
-def _bar(share: float) -> Text:
-    drawn = "█" * round(_BAR * share) or "▏" * (share > 0)
-    return Text(drawn.ljust(_BAR), justify="left")
 
 
 def _example(example: Example, width: int) -> Text:
@@ -50,11 +50,11 @@ def _example(example: Example, width: int) -> Text:
     title = f"A row of {example.dataset}, · a space, | between tokens of one text:\n"
     upper, lower = Text(), Text()
     for group in example.groups:
-        ours, theirs = (visible("|".join(side)) for side in (group.student, group.teacher))
+        ours, theirs = (visible("|".join(side)) for side in group)
         size = max(len(ours), len(theirs))
         if len(upper) + size + 1 > width:
             break
-        style = "green" if group.exact else "yellow"
+        style = "green" if list(map(len, group)) == [1, 1] else "yellow"
         upper.append(ours.ljust(size), style=style).append(" ")
         lower.append(theirs.ljust(size), style=style).append(" ")
     return Text(title).append(upper).append("\n").append(lower)
