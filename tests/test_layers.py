@@ -37,7 +37,7 @@ ALLOWED = {
     "virtual_attention": {"config", "data", "losses", "ranks"},
     "teacher": {"cache", "config", "losses", "models", "progress", "ranks", "servers", "vllm"},
     "planning": {
-        *("config", "evaluation", "losses", "models", "objectives", "teacher"),
+        *("config", "evaluation", "losses", "models", "objectives", "progress", "teacher"),
         *("virtual_attention",),
     },
     # They join the units; nothing but the plugin and the command line knows them.

@@ -7,17 +7,11 @@ from torch import nn
 #: States per trained parameter, each in the parameter's own dtype, by Axolotl's names. (A `paged_`
 #: in front changes where they lie, not how many they are.)
 _PLAIN = {
-    name: states
-    for states, names in enumerate(
-        (
-            "sgd",
-            "adagrad rmsprop muon lion_pytorch lion_32bit",
-            "adamw_hf adamw_torch adamw_torch_fused adamw_apex_fused adamw_32bit optimi_adamw "
-            "schedule_free_adamw",
-            "ademamix ademamix_32bit",
-        )
-    )
-    for name in names.split()
+    "sgd": 0,
+    **dict.fromkeys(["adagrad", "rmsprop", "muon", "lion_pytorch", "lion_32bit"], 1),
+    **dict.fromkeys(["adamw_hf", "adamw_torch", "adamw_torch_fused", "adamw_apex_fused"], 2),
+    **dict.fromkeys(["adamw_32bit", "optimi_adamw", "schedule_free_adamw"], 2),
+    **dict.fromkeys(["ademamix", "ademamix_32bit"], 3),
 }
 #: One byte a state, and one float32 absmax per 256 of them.
 _BYTE = 1 + 4 / 256

@@ -8,15 +8,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from axolotl.utils.dict import DictDefault
 
 from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
 from axolotl_dskd.objectives import Facts, Objective, build_objective, fine_tuning
-from axolotl_dskd.planning.plan import BatchShape, Card, RowSize
 from axolotl_dskd.planning.skeleton import teacher_skeleton
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is planned for: a GPU's memory, or this machine's."""
+
+    name: str
+    memory: int
+    gpu: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The device that it stands for, which need not be here."""
+        return torch.device("cuda" if self.gpu else "cpu")
+
+
+class RowSize(NamedTuple):
+    """Tokens of a row with two sides, and those of them that are trained on."""
+
+    length: int
+    supervised: int
+    teacher_length: int
+    teacher_supervised: int
+
+
+class BatchShape(NamedTuple):
+    """The largest batch of one process and one micro-step.
+
+    Attributes:
+        rows, length: of the student's input; `samples` in it (more than rows where packed).
+        supervised: student tokens that are trained on.
+        teacher_length: longest teacher side of a sample; `teacher_supervised` in the whole batch.
+        words: all that matters of it, and what it was taken from.
+    """
+
+    rows: int
+    length: int
+    samples: int
+    supervised: int
+    teacher_length: int
+    teacher_supervised: int
+    words: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +71,7 @@ class Run:
         sizes: of rows that would be trained on.
         all_rows: whether there are no others.
         facts: of the pair.
-        teacher: its skeleton, and `name`, its name where there are several.
+        name: the teacher's, where there are several.
     """
 
     cfg: Any
@@ -39,7 +80,6 @@ class Run:
     sizes: Sequence[RowSize]
     all_rows: bool
     facts: Facts
-    teacher: Any
     name: str = ""
 
     @property
@@ -49,18 +89,20 @@ class Run:
 
     def changed(self, changes: dict[str, Any]) -> Run:
         """The same with other values of keys, named as in the YAML; another teacher's are none."""
-        prefix, ours, teacher = self.prefix, self.config.one_teacher, self.teacher
-        new = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+        prefix = self.prefix
+        ours = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
         rest = {k: v for k, v in changes.items() if not k.startswith("dskd.")}
-        if new:
-            ours = ours.model_copy(update=new)
-            teacher = teacher_skeleton(ours, self.card.device)
+        teacher = self.config.one_teacher.model_copy(update=ours)
         return replace(
             self,
             cfg=DictDefault({**self.cfg, **rest}),
-            config=self.config.model_copy(update={"teacher": ours}),
-            teacher=teacher,
+            config=self.config.model_copy(update={"teacher": teacher}),
         )
+
+    @cached_property
+    def teacher(self) -> Any:
+        """Its skeleton."""
+        return teacher_skeleton(self.config.one_teacher, self.card.device)
 
     def objective(self) -> Objective[Any]:
         """As the trainer builds it, not begun."""
@@ -82,11 +124,6 @@ class Run:
         return torch.bfloat16 if self.cfg.bf16 else torch.float16 if self.cfg.fp16 else None
 
     @property
-    def optimizer(self) -> str:
-        """Axolotl's name of it."""
-        return str(getattr(self.cfg.optimizer, "value", self.cfg.optimizer) or "adamw_torch_fused")
-
-    @property
     def sums(self) -> RowSize:
         """Tokens of all rows together."""
         return RowSize(*map(sum, zip(*self.sizes, strict=True)))
@@ -95,37 +132,29 @@ class Run:
     def batch(self) -> BatchShape:
         """The largest batch of one micro-step."""
         cfg, sums, most = self.cfg, self.sums, RowSize(*map(max, zip(*self.sizes, strict=True)))
-        count, limit = cfg.micro_batch_size or 1, cfg.sequence_len
+        rows, length = cfg.micro_batch_size or 1, cfg.sequence_len
         if cfg.sample_packing:
-            share = count * limit / sums.length
-            in_all = max(1, round(len(self.sizes) * share))
-            return BatchShape(
-                rows=count,
-                length=limit,
-                samples=max(in_all, count),
-                supervised=min(count * limit, round(sums.supervised * share)),
-                teacher_length=most.teacher_length,
-                teacher_supervised=round(sums.teacher_supervised * share),
-                padded=False,
-                words=f"{count} packed row(s) of {limit} tokens, {in_all} samples in all",
-            )
-        # Rows that were not seen may be as long as sequence_len allows.
-        stretch = 1.0 if self.all_rows else limit / most.length
-        if cfg.pad_to_sequence_len:
-            length, why = limit, "sequence_len, to which rows are padded"
-        elif self.all_rows:
-            length, why = min(limit, -(-most.length // 64) * 64), "the longest row"
+            tokens, scale, stretch = sums, rows * length / sums.length, 1.0
+            samples = max(1, round(len(self.sizes) * scale))
+            words = f"{rows} packed row(s) of {length} tokens, {samples} samples in all"
         else:
-            length, why = limit, "sequence_len: the sample may miss the longest row"
+            # Rows that were not seen may be as long as sequence_len allows.
+            stretch = 1.0 if self.all_rows else length / most.length
+            tokens, scale, samples = most, rows * stretch, rows
+            why = "sequence_len: the sample may miss the longest row"
+            if cfg.pad_to_sequence_len:
+                why = "sequence_len, to which rows are padded"
+            elif self.all_rows:
+                length, why = min(length, -(-most.length // 64) * 64), "the longest row"
+            words = f"{rows} row(s) of {length} tokens ({why})"
         return BatchShape(
-            rows=count,
+            rows=rows,
             length=length,
-            samples=count,
-            supervised=min(count * length, round(count * most.supervised * stretch)),
+            samples=max(samples, rows),
+            supervised=min(rows * length, round(tokens.supervised * scale)),
             teacher_length=round(most.teacher_length * stretch),
-            teacher_supervised=round(count * most.teacher_supervised * stretch),
-            padded=count > 1 or bool(cfg.pad_to_sequence_len),
-            words=f"{count} row(s) of {length} tokens ({why})",
+            teacher_supervised=round(tokens.teacher_supervised * scale),
+            words=words,
         )
 
     @property

@@ -22,9 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-#: Any attention of a skeleton, to begin with.
-PLAN_ATTENTION = "dskd_fused"
-
 #: Allocations are rounded up to this (PyTorch's CUDA allocator).
 _ROUND = 512
 
@@ -39,16 +36,11 @@ def _joining_meta(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape, device="meta") if real else tensor
 
 
-def _everywhere(indices: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Indices where masks choose as if they were True everywhere."""
-    chosen: list[Tensor | None] = []
-    for index in indices:
-        if index is not None and index.dtype == torch.bool:
-            rows = index.new_empty((index.numel(),), dtype=torch.long)
-            chosen += [rows] * index.dim()
-        else:
-            chosen.append(index)
-    return chosen
+def _everywhere(index: Tensor | None) -> list[Tensor | None]:
+    """An index; for a mask, those that choose as if it were True everywhere."""
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.long)] * index.dim()
 
 
 #: Whose second argument is a list of indices, masks among them.
@@ -83,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
             if func is torch.ops.aten._local_scalar_dense.default:
                 return torch.ones((), dtype=args[0].dtype).item()
             if func in _INDEXING:
-                args = (args[0], _everywhere(args[1]), *args[2:])
+                args = (args[0], [x for index in args[1] for x in _everywhere(index)], *args[2:])
         out = func(*args, **kwargs)
         for leaf in tree_leaves(out):
             if _is_meta(leaf):
@@ -131,31 +123,27 @@ class _Attention(torch.autograd.Function):
 
 
 def _attend(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, kind: str, **__: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, padded: bool, **__: Any
 ) -> tuple[Tensor, None]:
+    if not padded:
+        return _Attention.apply(q, k, v, None), None
+    # The mask becomes a bias, and each head has keys and values of its own.
     groups = q.shape[1] // k.shape[1]
-    if kind != "fused" and groups > 1:
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    if kind == "eager":
-        scores = q @ k.transpose(2, 3) * 1.0
-        scores = scores + scores.new_empty(scores.shape[-2:])  # the mask
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32)
-        return (weights.to(q.dtype) @ v).transpose(1, 2).contiguous(), None
-    # A padding mask becomes a bias.
-    bias = q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2])) if kind == "masked" else None
-    return _Attention.apply(q, k, v, bias), None
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    return _Attention.apply(q, k, v, q.new_empty((q.shape[0], 1, q.shape[2], k.shape[2]))), None
 
 
 # No mask is built for attentions that transformers does not know itself.
-for _kind in ("eager", "fused", "masked"):
-    ALL_ATTENTION_FUNCTIONS.register(f"dskd_{_kind}", partial(_attend, kind=_kind))
+ALL_ATTENTION_FUNCTIONS.register("dskd_fused", partial(_attend, padded=False))
+ALL_ATTENTION_FUNCTIONS.register("dskd_padded", partial(_attend, padded=True))
 
 
 def attend(model: Any, implementation: str | None, *, padded: bool) -> None:
     """From now on, let a skeleton attend as `implementation` would, to padded batches or not."""
     name = implementation or "sdpa"
-    kind = "eager" if name == "eager" else "masked" if padded and name == "sdpa" else "fused"
-    model.set_attn_implementation(f"dskd_{kind}")
+    if name != "eager":
+        name = "dskd_padded" if padded and name == "sdpa" else "dskd_fused"
+    model.set_attn_implementation(name)
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -199,8 +187,7 @@ class _Autocast(TorchFunctionMode):
                 narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
                 return tensor.to(dtype) if narrow else tensor
 
-            args = tree_map_only(Tensor, cast, args)
-            kwargs = tree_map_only(Tensor, cast, kwargs)
+            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
         return func(*args, **kwargs)
 
 

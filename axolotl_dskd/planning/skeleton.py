@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from axolotl_dskd.config import TeacherConfig, loading
-from axolotl_dskd.planning.simulate import PLAN_ATTENTION
 from axolotl_dskd.teacher.load import quantization_of, resolve_dtype
 
 #: bitsandbytes' 4-bit blocks: one absmax per 64 weights; double quantisation keeps that in one
@@ -48,16 +47,9 @@ def tensors_of(*models: nn.Module) -> list[Tensor]:
     return [t for model in models for t in (*model.parameters(), *model.buffers())]
 
 
-def trained_tensors(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that train, tied ones once."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def _on_meta(config: Any, dtype: torch.dtype, quantization: Any, trust: bool) -> Any:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=PLAN_ATTENTION, trust_remote_code=trust
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
     if quantization is not None:
         from transformers.quantizers.auto import AutoHfQuantizer
 

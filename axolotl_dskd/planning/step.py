@@ -19,7 +19,6 @@ from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.losses import elementwise
 from axolotl_dskd.models.heads import captured_head_input, output_head, single
 from axolotl_dskd.objectives import Pair
-from axolotl_dskd.output_head import OutputHead
 from axolotl_dskd.planning.run import Run
 from axolotl_dskd.planning.simulate import LiveBytes, attend, simulation
 from axolotl_dskd.planning.skeleton import tensors_of
@@ -44,9 +43,9 @@ class TrainingStep:
         batch, cfg = run.batch, run.cfg
         #: Rows of the largest group that a live teacher reads at once.
         self._group = min(batch.samples, max(1, MAX_TOKENS_PER_FORWARD // batch.teacher_length))
-        attend(student, cfg.attn_implementation, padded=batch.padded)
-        of_teacher = run.config.one_teacher.attn_implementation
-        attend(self.teacher, of_teacher, padded=self._group > 1)
+        padded = not cfg.sample_packing and (batch.rows > 1 or bool(cfg.pad_to_sequence_len))
+        attend(student, cfg.attn_implementation, padded=padded)
+        attend(run.teacher, run.config.one_teacher.attn_implementation, padded=self._group > 1)
         student.gradient_checkpointing_disable()
         if cfg.gradient_checkpointing:
             reentrant = (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
@@ -55,15 +54,14 @@ class TrainingStep:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     @property
-    def models(self) -> list[nn.Module]:
-        """All that have weights: what is trained beside the student, once it has begun, too."""
-        beside = self.objective.module
-        return [self.student, self.teacher, *([] if beside is None else [beside])]
+    def beside(self) -> list[nn.Module]:
+        """What is trained beside the student, once the objective has begun."""
+        return [] if self.objective.module is None else [self.objective.module]
 
     @contextmanager
     def watched(self) -> Iterator[LiveBytes]:
         """While open, bytes beyond those of weights are counted."""
-        weights = tensors_of(*self.models)
+        weights = tensors_of(self.student, self.teacher, *self.beside)
         # Between the loss' products one kernel works in place, or small blocks of rows do.
         blocks = mock.patch.dict(elementwise._BLOCK, meta=elementwise._BLOCK["cpu"])
         with blocks, simulation(weights, self.run.autocast) as memory:
@@ -84,12 +82,12 @@ class TrainingStep:
         embeddings = (model.get_input_embeddings().weight for model in models)
         return Pair((*heads,), (*embeddings,), META)
 
-    def read(self) -> Tensor:
-        """[B, L, d] the student's final states."""
+    def read(self) -> None:
+        """The student's forward, up to its final states."""
         ids = torch.zeros(self.run.batch[:2], dtype=torch.long, device=META)
         with captured_head_input(self.student) as captured:
             self.student(input_ids=ids, use_cache=False)
-        return single(captured, self.student)
+        self._hidden = single(captured, self.student)
 
     def ask(self) -> None:
         """One forward of the largest group of teacher rows, where its layers are loaded."""
@@ -101,56 +99,56 @@ class TrainingStep:
         with apart, torch.no_grad(), captured_head_input(self.teacher):
             self.teacher(input_ids=ids, use_cache=False)
 
-    def loss(self, hidden: Tensor) -> Tensor:
-        """From the student's states [B, L, d] to the loss, as the trainer computes it."""
+    def loss(self) -> Tensor:
+        """From what has been read to the loss, as the trainer computes it."""
         self.objective.follow(1, self.pair.heads[0])
-        return self.objective(*self._views(hidden, asks=self.run.config.uses_teacher)).loss
+        loss = self.objective(*self._views(asks=self.run.config.uses_teacher)).loss
+        del self._hidden
+        return loss
 
     @torch.no_grad()
     def compare(self) -> None:
         """A batch of an evaluation that asks the teacher."""
-        hidden = self.read()
+        self.read()
         self.ask()
-        student, teacher, matches = self._views(hidden, asks=True)
-        facts, budget = self.run.facts, self.objective.setting.budget
-        compare = TeacherAgreement(facts.shared_ids, budget, facts.shared_ends)
-        compare(student, teacher, matches.starts)
+        student, teacher, matches = self._views(asks=True)
+        shared, budget = self.run.facts.shared_ids, self.objective.setting.budget
+        TeacherAgreement(shared, budget)(student, teacher, matches.starts)
 
-    def _views(self, hidden: Tensor, *, asks: bool) -> tuple[View, View, Matches]:
-        """What is compared, given the student's states; `asks`: with what the teacher says."""
-        batch, needs, heads = self.run.batch, self.objective.needs, self.pair.heads
+    def _views(self, *, asks: bool) -> tuple[View, View, Matches]:
+        """What is compared; `asks`: with what the teacher says."""
+        batch, needs = self.run.batch, self.objective.needs
         N, M = batch.supervised, batch.teacher_supervised
         # Two answers that are compared are in one batch, however small it is.
         samples = max(batch.samples, 2) if needs.contrast else batch.samples
         ours, theirs = _tokens(N, samples), _tokens(M, samples)
-        embedded = None
-        if needs.embeddings:
-            weight = self.student.get_input_embeddings().weight.detach()
-            embedded = weight[ours.input_ids], weight[ours.labels]
-        states = hidden.flatten(0, 1)[torch.arange(N)]
-        student = View(ours, heads[0], states, embedded, self._written(N, samples))
-        return student, self._said(theirs, heads) if asks else View(theirs), _matches(N, M)
+        written = None
+        if needs.written:  # by the student: every answer, or the second one of each pair
+            number = torch.arange(samples)
+            by_student = number % 2 == 1 if needs.contrast else number >= 0
+            pairs = number[: samples // 2 * 2].view(-1, 2) if needs.contrast else None
+            written = Written(by_student, torch.zeros(N), None, pairs)
+        states = self._hidden.flatten(0, 1)[torch.arange(N)]
+        embedded = self._embedded(self.student, ours)
+        student = View(ours, self.pair.heads[0], states, embedded, written)
+        return student, self._said(theirs) if asks else View(theirs), _matches(N, M)
 
-    def _written(self, count: int, samples: int) -> Written | None:
-        """As if the student had written every answer; where two are compared, every other one."""
-        if not self.objective.needs.written:
-            return None
-        if not self.objective.needs.contrast:
-            return Written(torch.ones(samples, dtype=torch.bool), torch.zeros(count))
-        pairs = torch.arange(samples // 2 * 2).view(-1, 2)
-        return Written(torch.arange(samples) % 2 == 1, torch.zeros(count), None, pairs)
-
-    def _said(self, tokens: Side, heads: tuple[OutputHead, ...]) -> View:
+    def _said(self, tokens: Side) -> View:
         """What the teacher says of its tokens."""
         M, server = len(tokens), self.run.config.one_teacher.server
         if server is not None and server.gives == "logprobs":
             said = torch.empty(M, device=META)
             ids = torch.empty((M, server.top_k), dtype=torch.long, device=META)
             return View(tokens, logprobs=Logprobs(said, ids, ids.float()))
-        head = heads[1]
-        hidden, *embedded = (head.weight.new_empty((M, head.hidden_size)) for _ in range(3))
-        embeddings = self.objective.needs.embeddings
-        return View(tokens, head, hidden, (embedded[0], embedded[1]) if embeddings else None)
+        head = self.pair.heads[1]
+        hidden = head.weight.new_empty((M, head.hidden_size))
+        return View(tokens, head, hidden, self._embedded(self.teacher, tokens))
+
+    def _embedded(self, model: Any, tokens: Side) -> tuple[Tensor, Tensor] | None:
+        if not self.objective.needs.embeddings:
+            return None
+        weight = model.get_input_embeddings().weight.detach()
+        return weight[tokens.input_ids], weight[tokens.labels]
 
 
 def _tokens(count: int, samples: int) -> Side:

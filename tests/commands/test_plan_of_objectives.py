@@ -18,8 +18,7 @@ from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives import Facts, Objective, Setting
 from axolotl_dskd.objectives.build import objective_class
 from axolotl_dskd.planning import run
-from axolotl_dskd.planning.memory import writing
-from axolotl_dskd.planning.plan import Plan
+from axolotl_dskd.planning.plan import Plan, writing
 from tests.support import tiny
 
 CARD = Card("a test card", 24 << 30, True)

@@ -11,7 +11,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from axolotl_dskd.machine import total_memory
-from axolotl_dskd.planning.plan import Card
+from axolotl_dskd.planning.run import Card
 
 
 def find_card(gpu_memory: int | None) -> Card:
@@ -46,14 +46,11 @@ def configured_for(card: Card) -> Iterator[None]:
     if not card.gpu or torch.cuda.is_available():
         yield
         return
-    import axolotl.cli.config
-    import axolotl.utils.config
-
     version = str(torch.__version__).split("+")[0]
     able = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "compute_capability": "sm_86"}
     capabilities = able, {"torch_version": version}
     with (
-        mock.patch.object(axolotl.cli.config, "gpu_capabilities", lambda: capabilities),
-        mock.patch.object(axolotl.utils.config, "is_torch_bf16_gpu_available", lambda: True),
+        mock.patch("axolotl.cli.config.gpu_capabilities", lambda: capabilities),
+        mock.patch("axolotl.utils.config.is_torch_bf16_gpu_available", lambda: True),
     ):
         yield

@@ -22,9 +22,8 @@ from axolotl_dskd.data.outcomes import refusal
 from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.objectives import Facts
-from axolotl_dskd.planning.plan import Card, RowSize
-from axolotl_dskd.planning.run import Run
-from axolotl_dskd.planning.skeleton import student_skeleton, teacher_skeleton
+from axolotl_dskd.planning.run import Card, RowSize, Run
+from axolotl_dskd.planning.skeleton import student_skeleton
 
 
 def inspect_run(
@@ -137,5 +136,4 @@ def _run(cfg: Any, config: DSKDConfig, card: Card, student: Any, sample: Sample,
     tokenizer = load_teacher_tokenizer(config)
     vocabularies = vocabulary_size(student), vocabulary_size(tokenizer)
     facts = Facts(student, tokenizer, vocabularies, sample.share)
-    skeleton = teacher_skeleton(config.one_teacher, card.device)
-    return Run(cfg, config, card, sizes, sample.sampled == sample.total, facts, skeleton, name)
+    return Run(cfg, config, card, sizes, sample.sampled == sample.total, facts, name)

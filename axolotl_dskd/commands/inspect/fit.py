@@ -12,32 +12,40 @@ from typing import Any
 import yaml
 
 from axolotl_dskd.models.heads import output_head
-from axolotl_dskd.planning.memory import CUDA_CONTEXT, make_plan
-from axolotl_dskd.planning.plan import Plan, Step, of_all_teachers
+from axolotl_dskd.planning.plan import CUDA_CONTEXT, Plan, Step, make_plan, of_all_teachers
 from axolotl_dskd.planning.run import Run
 from axolotl_dskd.progress import quantity
 
 
 def fit(student: Any, runs: Sequence[Run], teacher_tokens: float) -> Plan:
-    """The plan, with what to change where it does not fit.
+    """The plan, with what to change where it does not fit: changes, each on top of those before it
+    and for as long as it saves, until it fits.
+
+    A change that saves less than 1% of what the run itself holds is left out.
 
     Args:
         student: its skeleton.
         runs: with each of the teachers, first with the one whose keys may change.
         teacher_tokens: supervised ones of all rows of that one's.
     """
-    plan = _plan(student, runs)
-    notes = [*plan.notes]
-    if len(runs) > 1:
-        notes.append("all teachers are counted; a batch is planned as if one of them had all of it")
-    if plan.on_host:
-        size = quantity(plan.on_host, "bytes")
-        notes.append(
-            f"beside the card, up to {size} of the host's memory hold what the teacher says of "
-            "kept answers (dskd.samples.replay_memory bounds it)"
-        )
-    steps = list(_ladder(student, runs, plan, teacher_tokens))
-    return replace(plan, notes=notes, steps=steps)
+    whole = plan = _plan(student, runs)
+    steps: list[Step] = []
+    useless: list[set[str]] = []
+    while not plan.fits:
+        proposals = _proposals(runs[0], teacher_tokens)
+        changes, cost = next((p for p in proposals if p[0].keys() not in useless), ({}, ""))
+        if not changes:
+            break
+        changed = [run.changed(changes) for run in runs]
+        smaller = _plan(student, changed)
+        saves = plan.total - smaller.total
+        if saves < 0.01 * (plan.total - CUDA_CONTEXT):
+            useless.append(set(changes))
+            continue
+        written = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=1000)
+        steps.append(Step(written[1:-2], smaller.total, saves, cost))
+        runs, plan = changed, smaller
+    return replace(whole, steps=steps)
 
 
 def _plan(student: Any, runs: Sequence[Run]) -> Plan:
@@ -75,26 +83,3 @@ def _proposals(run: Run, teacher_tokens: float) -> Iterator[tuple[dict[str, Any]
         yield changes, "the teacher is rounded: `--probe 32` measures by how much"
     if (half := cfg.sequence_len // 2) >= 256:
         yield {"sequence_len": half}, "longer rows are dropped or cut (excess_length_strategy)"
-
-
-def _ladder(student: Any, runs: Sequence[Run], plan: Plan, teacher_tokens: float) -> Iterator[Step]:
-    """Changes, each on top of those before it and for as long as it saves, until it fits.
-
-    A change that saves less than 1% of what the run itself holds is left out.
-    """
-    useless: list[set[str]] = []
-    while not plan.fits:
-        proposals = _proposals(runs[0], teacher_tokens)
-        useful = (p for p in proposals if p[0].keys() not in useless)
-        changes, cost = next(useful, ({}, ""))
-        if not changes:
-            return
-        changed = [run.changed(changes) for run in runs]
-        smaller = _plan(student, changed)
-        saves = plan.total - smaller.total
-        if saves < 0.01 * (plan.total - CUDA_CONTEXT):
-            useless.append(set(changes))
-            continue
-        written = yaml.safe_dump(changes, default_flow_style=True, sort_keys=False, width=1000)
-        yield Step(written[1:-2], smaller.total, saves, cost)
-        runs, plan = changed, smaller

@@ -13,7 +13,6 @@ from axolotl_dskd.commands.words import count, visible
 from axolotl_dskd.data.token_bytes import normalisations
 from axolotl_dskd.data.tokenizers import vocabulary_size
 from axolotl_dskd.models.heads import output_head
-from axolotl_dskd.planning import skeleton
 from axolotl_dskd.types import IGNORE_INDEX
 
 
@@ -56,7 +55,7 @@ def side_facts(
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(embedding, "weight", None) is getattr(output, "weight", embedding)
     whole = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
-    trained = sum(p.numel() for p in skeleton.trained_tensors(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     ids, labels = ([row[prefix + c] for row in rows] for c in ("input_ids", "labels"))
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     begins = bos is not None and all(row[0] == tokenizer.bos_token_id for row in ids)
