@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from axolotl_dskd.commands.cli import main, read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for, parse_memory
-from axolotl_dskd.commands.inspect.doctor import inspect_run
+from axolotl_dskd.commands.inspect.command import inspect_run
 from axolotl_dskd.commands.inspect.report import Report
 from axolotl_dskd.commands.inspect.sample import AlignedRow
 from axolotl_dskd.commands.inspect.shown import html_page
@@ -103,7 +103,7 @@ def test_every_example_config_is_inspected(path: Path, tmp_path: Path, inspect: 
     assert report.coverage.kept > 0
     assert report.coverage.sampled == sum(part.sampled for part in report.datasets)
     assert sum(report.coverage.outcomes.values()) == report.coverage.sampled
-    same = report.student.tokenizer != report.teacher.tokenizer and any(
+    same = any(
         one_vocabulary in report.objective
         for one_vocabulary in ("alignment positions", "token_kd", "each token's own exactly")
     )
@@ -161,10 +161,12 @@ def test_a_dataset_of_which_nothing_is_kept_does_not_hide_the_others(
 def test_the_sides_are_described_as_they_are(pair_folder: Path, inspect: Inspect):
     report = inspect(tiny.base_config(pair_folder))
     assert (report.student.vocabulary, report.teacher.vocabulary) == (400, 600)
-    assert (report.student.begins_with_bos, report.teacher.begins_with_bos) == (False, True)
-    assert (report.student.turn_end, report.teacher.turn_end) == ("<|end|>", "</s>")
-    assert report.student.prompt.startswith("<|user|>")
-    assert "[user]" in report.teacher.prompt
+    ours, theirs = report.student.table, report.teacher.table
+    assert "first in every row" not in ours["BOS"]
+    assert theirs["BOS"] == "<s>, first in every row"
+    assert (ours["a turn ends with"], theirs["a turn ends with"]) == ("<|end|>", "</s>")
+    assert ours["a prompt reads"].startswith("<|user|>")
+    assert "[user]" in theirs["a prompt reads"]
 
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
@@ -296,7 +298,7 @@ def test_gradients_live_from_one_micro_step_to_the_next(pair_folder: Path, inspe
         inspect(tiny.base_config(pair_folder, gradient_accumulation_steps=n)) for n in (1, 2)
     )
     gained = two.memory.phases["student forward"] - one.memory.phases["student forward"]
-    assert gained >= 4 * one.student.trained  # bytes in float32
+    assert gained >= one.memory.held["optimizer states"] / 2  # AdamW has two states a parameter
 
 
 def test_where_it_does_not_fit_changes_are_named_until_it_does(pair_folder: Path, inspect: Inspect):
@@ -527,14 +529,14 @@ def quantised_pair(folder: Path) -> dict[str, Any]:
 
 
 def test_the_probe_measures_what_quantising_the_teacher_changes(tmp_path: Path, inspect: Inspect):
-    from axolotl_dskd.commands.inspect.probe import probe
+    from axolotl_dskd.commands.inspect.probe import compare_forms
     from axolotl_dskd.teacher import load_teacher
 
     config = quantised_pair(tmp_path)
     teacher = DSKDConfig.model_validate(config["dskd"]).teacher
     ids = tiny.sentencepiece_tokenizer()("Wood, ice and a small paper boat.")["input_ids"]
     rows = [{"teacher_input_ids": ids, "teacher_labels": [-100, *ids[1:]]}] * 4
-    found = probe(teacher, rows, 3, 600, torch.device("cpu"))
+    found = compare_forms(teacher, rows, 3, 600, torch.device("cpu"))
     assert found.rows == 3
     assert found.tokens == 3 * (len(ids) - 1)
     # The same by the models' own logits.
@@ -548,7 +550,7 @@ def test_the_probe_measures_what_quantising_the_teacher_changes(tmp_path: Path, 
     assert found.kl > 1e-4
     agree = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean()
     assert found.agreement == pytest.approx(float(agree))
-    report = inspect(config, card=Card("cpu", 24 * GIB, False), probe_count=2)
+    report = inspect(config, card=Card("cpu", 24 * GIB, False), probe=2)
     assert report.probe is not None
     assert "of 2 rows, the quantised teacher" in report.probe
     assert "as it is loaded" in html_page(report)

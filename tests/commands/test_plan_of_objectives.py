@@ -12,7 +12,7 @@ import yaml
 
 from axolotl_dskd.commands.cli import read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for
-from axolotl_dskd.commands.inspect.doctor import inspect_run
+from axolotl_dskd.commands.inspect.command import inspect_run
 from axolotl_dskd.config import DSKDConfig, ObjectiveConfig
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.objectives import Facts, Objective, Setting

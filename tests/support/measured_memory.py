@@ -155,7 +155,7 @@ def plan_and_memory(path: str) -> dict[str, Any]:
     from axolotl.train import train
 
     from axolotl_dskd.commands.inspect.card import find_card
-    from axolotl_dskd.commands.inspect.doctor import inspect_run
+    from axolotl_dskd.commands.inspect.command import inspect_run
     from axolotl_dskd.config import DSKDConfig
     from axolotl_dskd.training.trainer import DSKDTrainer
 

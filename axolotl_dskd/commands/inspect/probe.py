@@ -62,7 +62,7 @@ class ProbeResult(NamedTuple):
         )
 
 
-def probe(
+def compare_forms(
     config: TeacherConfig,
     rows: Sequence[Mapping[str, Any]],
     count: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -11,6 +12,8 @@ from axolotl_dskd.commands.inspect.report import Line, Report, Table, sections
 from axolotl_dskd.commands.pages import environment
 from axolotl_dskd.commands.words import visible
 
+#: Of an example, in a terminal.
+_GROUPS = 24
 _STYLES = {"": "", "soft": "dim", "good": "bold green", "bad": "bold red"}
 
 
@@ -31,7 +34,9 @@ def print_report(report: Report, console: Console) -> None:
             elif isinstance(block, Table):
                 console.print(_table(block), markup=False, highlight=False)
             else:
-                console.print(_example(block, console.width))
+                title = f"A row of {block.dataset}, · a space, | between tokens of one text:"
+                console.print(title, markup=False, highlight=False)
+                console.print(_example(block))
         console.print()
 
 
@@ -45,16 +50,13 @@ def _table(block: Table) -> RichTable:
     return table
 
 
-def _example(example: Example, width: int) -> Text:
-    """The groups that fit one line: an exact pair on one ground, others on another."""
-    title = f"A row of {example.dataset}, · a space, | between tokens of one text:\n"
-    upper, lower = Text(), Text()
-    for group in example.groups:
-        ours, theirs = (visible("|".join(side)) for side in group)
-        size = max(len(ours), len(theirs))
-        if len(upper) + size + 1 > width:
-            break
-        style = "green" if list(map(len, group)) == [1, 1] else "yellow"
-        upper.append(ours.ljust(size), style=style).append(" ")
-        lower.append(theirs.ljust(size), style=style).append(" ")
-    return Text(title).append(upper).append("\n").append(lower)
+def _example(example: Example) -> Columns:
+    """Its first groups: an exact pair on one ground, others on another."""
+    cells = (
+        Text(
+            "\n".join(visible("|".join(side)) for side in group),
+            style="green" if list(map(len, group)) == [1, 1] else "yellow",
+        )
+        for group in example.groups[:_GROUPS]
+    )
+    return Columns(cells, padding=(0, 1))
