@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -217,14 +217,16 @@ def simulation(static: Iterable[Tensor], autocast_dtype: torch.dtype | None) -> 
     def autocast(device: str, *_: Any, enabled: bool = True, **__: Any) -> Any:
         return mock.patch.object(mode, "enabled", enabled and autocast_dtype is not None)
 
-    with ExitStack() as stack:
-        for target, name, value in (
-            (torch, "autocast", autocast),
-            (torch, "is_autocast_enabled", lambda *_: mode.enabled),
-            (torch, "get_autocast_dtype", lambda *_: mode.dtype),
-            (bnb.nn.Linear4bit, "forward", _quantized_forward),
-            (bnb.nn.Linear8bitLt, "forward", _quantized_forward),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
-        stack.enter_context(mode)
-        yield stack.enter_context(LiveBytes(static))
+    with (
+        mock.patch.multiple(
+            torch,
+            autocast=autocast,
+            is_autocast_enabled=lambda *_: mode.enabled,
+            get_autocast_dtype=lambda *_: mode.dtype,
+        ),
+        mock.patch.object(bnb.nn.Linear4bit, "forward", _quantized_forward),
+        mock.patch.object(bnb.nn.Linear8bitLt, "forward", _quantized_forward),
+        mode,
+        LiveBytes(static) as memory,
+    ):
+        yield memory

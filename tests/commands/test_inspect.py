@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from axolotl_dskd.commands.cli import main, read_config
 from axolotl_dskd.commands.inspect.card import Card, configured_for, parse_memory
 from axolotl_dskd.commands.inspect.command import inspect_run
+from axolotl_dskd.commands.inspect.examples import divided, is_exact
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.sample import AlignedRow
 from axolotl_dskd.commands.inspect.shown import html_page
 from axolotl_dskd.commands.pages import marked
 from axolotl_dskd.config import DSKDConfig
@@ -192,27 +192,22 @@ def test_groups_hold_every_token_once_and_exact_pairs_spell_the_same(text: str):
     raw |= {"teacher_input_ids": ids[1], "teacher_labels": ids[1]}
     row = raw | reconcile(raw)
     assume(row.pop(STATUS) in (KEPT, CUT))
-    aligned = AlignedRow.of(row)
-    for side, all_ids, column in zip(
-        ("student", "teacher"), ids, ("labels", "teacher_labels"), strict=True
-    ):
-        tokens = getattr(aligned, side)
-        held = [tokens[i] for g in aligned.groups for i in getattr(g, side)]
+    groups = divided(row)
+    for side, all_ids, column in zip((0, 1), ids, ("labels", "teacher_labels"), strict=True):
+        held = [token for group in groups for token in group[side]]
         assert held == [all_ids[i] for i, y in enumerate(row[column]) if i and y != -100]
-    for place, group in enumerate(aligned.groups):
-        if group.exact:
-            ours = tables[0][aligned.student[group.student[0]]]
-            theirs = tables[1][aligned.teacher[group.teacher[0]]]
+    for place, group in enumerate(groups):
+        if is_exact(group):
+            ours, theirs = (table[side[0]] for table, side in zip(tables, group, strict=True))
             # The first piece may have sentencepiece's space.
             assert ours == theirs or (place == 0 and b" " + ours == theirs) or not text
 
 
 def test_tokens_of_one_vocabulary_meet_one_by_one():
     stored = {"labels": [-100, 5, -100, 7], "teacher_labels": [5, -100, -100, 5, 7]}
-    row = AlignedRow.of(stored | dict.fromkeys((SPANS, TEACHER_SPANS), tile([2, 3]).to_bytes()))
-    assert row.student == row.teacher == [5, 7]
-    assert [(list(g.student), list(g.teacher)) for g in row.groups] == [([0], [0]), ([1], [1])]
-    assert row.exact == 2
+    row = stored | dict.fromkeys((SPANS, TEACHER_SPANS), tile([2, 3]).to_bytes())
+    assert divided(row) == [([5], [5]), ([7], [7])]
+    assert all(map(is_exact, divided(row)))
 
 
 # ---- memory -------------------------------------------------------------------------------------

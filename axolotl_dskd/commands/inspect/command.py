@@ -24,7 +24,9 @@ from axolotl_dskd.commands.inspect.sample import Sample, sample_rows
 from axolotl_dskd.commands.inspect.shown import html_page, print_report
 from axolotl_dskd.commands.inspect.sides import side_facts
 from axolotl_dskd.config import DSKDConfig, about_teacher, loading
+from axolotl_dskd.data.byte_spans import BYTES_PER_TOKEN
 from axolotl_dskd.data.outcomes import refusal
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import shared_tokens
 from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.objectives import Facts
@@ -126,10 +128,9 @@ def inspect_run(
     progress("models")
     run, datasets, whole = runs.pop(name), samples[name], Sample.together(samples[name])
     student, facts = student_skeleton(cfg, tokenizer), run.facts
-    kept = [aligned.row for aligned in whole.rows]
     sides = (
-        side_facts("student", student, facts.student, str(cfg.base_model), kept),
-        side_facts("teacher", run.teacher, facts.teacher, one.one_teacher.base_model, kept),
+        side_facts("student", student, facts.student, str(cfg.base_model), whole.rows),
+        side_facts("teacher", run.teacher, facts.teacher, one.one_teacher.base_model, whole.rows),
     )
     why = refusal(whole.outcomes, whole.differing)
     remarks = [f"Training will stop: {why}"] if why else []
@@ -147,7 +148,7 @@ def inspect_run(
     if probe:
         size = facts.vocab_sizes[1]
         here = card.device if torch.cuda.is_available() else torch.device("cpu")
-        probed = compare_forms(one.one_teacher, kept, probe, size, here, progress).words
+        probed = compare_forms(one.one_teacher, whole.rows, probe, size, here, progress).words
     return Report(
         config=path,
         student=sides[0],
@@ -168,19 +169,23 @@ def _run(cfg: Any, config: DSKDConfig, card: Card, student: Any, sample: Sample,
     """What the plan with one of the teachers is made from.
 
     Args:
-        student: its tokenizer.
-        sample: of the teacher's rows.
+        student: its tokenizer; `sample`: of the teacher's rows.
 
     Raises:
-        ValueError: there are none to train on, or the teacher cannot be loaded.
+        ValueError: there are none to train on.
     """
     if not sample.sampled:
         raise ValueError("none of the sampled rows asks this teacher. Sample more with --rows.")
     if not sample.kept:
         raise ValueError(refusal(sample.outcomes, sample.differing))
     sizes = [
-        RowSize(*map(len, (r.row["input_ids"], r.student, r.row["teacher_input_ids"], r.teacher)))
-        for r in sample.rows
+        RowSize(
+            len(row["input_ids"]),
+            len(row[SPANS]) // BYTES_PER_TOKEN,
+            len(row["teacher_input_ids"]),
+            len(row[TEACHER_SPANS]) // BYTES_PER_TOKEN,
+        )
+        for row in sample.rows
     ]
     tokenizer = load_teacher_tokenizer(config)
     vocabularies = vocabulary_size(student), vocabulary_size(tokenizer)

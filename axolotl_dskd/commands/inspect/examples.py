@@ -5,18 +5,21 @@ Knows rows and what tokens spell; nothing of models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-from axolotl_dskd.commands.inspect.sample import AlignedRow, Sample
+from axolotl_dskd.commands.inspect.sample import Sample
+from axolotl_dskd.data.byte_spans import Spans, aligned_groups
+from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import token_bytes
+from axolotl_dskd.types import IGNORE_INDEX
 
 #: Example rows of a report, and the groups that are shown of each.
 EXAMPLES, EXAMPLE_GROUPS = 6, 80
-#: Places among the rows of a data set, from those that are divided least alike (0) to the most.
-_PLACES = 0.5, 0.0, 1.0, 0.25, 0.75
+#: Where among the rows of a data set, from those that are divided least alike (0) to the most (1).
+_SHARES = 0.5, 0.0, 1.0, 0.25, 0.75
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,29 @@ class Example:
 
     Attributes:
         dataset: its name.
-        groups: the first of `shown_of` groups: student's and teacher's tokens that begin and end
-            at the same bytes.
+        groups: the first of `shown_of` groups of student's and teacher's tokens.
     """
 
     dataset: str
     groups: list[tuple[list[str], list[str]]]
     shown_of: int
+
+
+def divided(row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """The supervised tokens of a prepared row in groups: ids of student and teacher that begin and
+    end at the same bytes."""
+    ours, theirs = (
+        # Nothing predicts the first token of a row.
+        [label for label in row[column][1:] if label != IGNORE_INDEX]
+        for column in ("labels", "teacher_labels")
+    )
+    groups = aligned_groups(Spans.from_bytes(row[SPANS]), Spans.from_bytes(row[TEACHER_SPANS]))
+    return [([ours[i] for i in g.student], [theirs[i] for i in g.teacher]) for g in groups]
+
+
+def is_exact(group: tuple[list[Any], list[Any]]) -> bool:
+    """Whether a group has one token on each side."""
+    return len(group[0]) == len(group[1]) == 1
 
 
 def pick_examples(datasets: Sequence[Sample], student: Any, teacher: Any) -> list[Example]:
@@ -44,21 +63,20 @@ def pick_examples(datasets: Sequence[Sample], student: Any, teacher: Any) -> lis
         student, teacher: the tokenizers.
     """
     ours, theirs = _texts(student), _texts(teacher)
-
-    def example(name: str, row: AlignedRow) -> Example:
-        groups = [
-            ([ours[row.student[i]] for i in g.student], [theirs[row.teacher[i]] for i in g.teacher])
-            for g in row.groups[:EXAMPLE_GROUPS]
-        ]
-        return Example(name, groups, len(row.groups))
-
     found = []
     for sample in datasets:
+        rows = [divided(row) for row in sample.rows]
         # Short rows show little.
-        some = [row for row in sample.rows if len(row.groups) >= 12] or sample.rows
-        alike = sorted(some, key=lambda row: row.exact / len(row.groups))
-        places = dict.fromkeys(round(place * (len(alike) - 1)) for place in _PLACES if alike)
-        found.append([example(sample.name, alike[i]) for i in places])
+        some = [groups for groups in rows if len(groups) >= 12] or rows
+        some.sort(key=lambda groups: sum(map(is_exact, groups)) / len(groups))
+        examples = []
+        for place in dict.fromkeys(round(share * (len(some) - 1)) for share in _SHARES if some):
+            groups = [
+                ([ours[i] for i in student_ids], [theirs[i] for i in teacher_ids])
+                for student_ids, teacher_ids in some[place][:EXAMPLE_GROUPS]
+            ]
+            examples.append(Example(sample.name, groups, len(some[place])))
+        found.append(examples)
     return list(filter(None, chain.from_iterable(zip_longest(*found))))[:EXAMPLES]
 
 

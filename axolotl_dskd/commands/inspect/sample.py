@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from unittest import mock
 
@@ -21,45 +22,12 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.byte_spans import Group, Spans, aligned_groups
+from axolotl_dskd.data.collator import find_matches
 from axolotl_dskd.data.hooks import make_reconcile
 from axolotl_dskd.data.outcomes import CUT, DIFFERENT, KEPT, STUDENT_LENGTH, UNTOKENIZED
 from axolotl_dskd.data.reconcile import SPANS, STATUS, TEACHER_SPANS, differing_example
 from axolotl_dskd.data.routing import rows_of_teacher
-from axolotl_dskd.types import IGNORE_INDEX
-
-
-@dataclass(frozen=True)
-class AlignedRow:
-    """A row as preparation leaves it.
-
-    Attributes:
-        row: its columns.
-        student, teacher: ids of the supervised tokens, in order.
-        groups: which of them begin and end at the same bytes.
-    """
-
-    row: Mapping[str, Any]
-    student: list[int]
-    teacher: list[int]
-    groups: list[Group]
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> AlignedRow:
-        """From its columns."""
-        student, teacher = (
-            # Nothing predicts the first token of a row.
-            [label for label in row[column][1:] if label != IGNORE_INDEX]
-            for column in ("labels", "teacher_labels")
-        )
-        spans = Spans.from_bytes(row[SPANS]), Spans.from_bytes(row[TEACHER_SPANS])
-        assert (len(student), len(teacher)) == tuple(map(len, spans))
-        return cls(row, student, teacher, aligned_groups(*spans))
-
-    @property
-    def exact(self) -> int:
-        """Groups with one token on each side."""
-        return sum(group.exact for group in self.groups)
+from axolotl_dskd.types import Matches
 
 
 @dataclass(frozen=True)
@@ -70,7 +38,7 @@ class Sample:
         name: as in the configuration, with the subset's name where there is one.
         total: rows that the dataset has; `sampled` of them were read.
         outcomes: outcome -> rows (of the tokenized ones where a raw row becomes several).
-        rows: those that would be trained on.
+        rows: those that would be trained on, as preparation leaves them.
         differing: of rows whose texts differ, both texts.
     """
 
@@ -78,7 +46,7 @@ class Sample:
     total: int
     sampled: int
     outcomes: Counter[str]
-    rows: list[AlignedRow] = field(repr=False)
+    rows: list[dict[str, Any]] = field(repr=False)
     differing: list[str] = field(repr=False)
 
     @classmethod
@@ -98,20 +66,24 @@ class Sample:
         """Rows that would be trained on."""
         return len(self.rows)
 
+    @cached_property
+    def _matches(self) -> Matches:
+        return find_matches(*([row[c] for row in self.rows] for c in (SPANS, TEACHER_SPANS)))
+
     @property
     def student_tokens(self) -> int:
         """Supervised ones."""
-        return sum(len(row.student) for row in self.rows)
+        return len(self._matches.spans)
 
     @property
     def teacher_tokens(self) -> int:
         """Supervised ones."""
-        return sum(len(row.teacher) for row in self.rows)
+        return len(self._matches.teacher_spans)
 
     @property
     def share(self) -> float:
         """Of the student's supervised tokens, those with an exact partner."""
-        return sum(row.exact for row in self.rows) / max(1, self.student_tokens)
+        return len(self._matches.exact) / max(1, self.student_tokens)
 
 
 def sample_rows(
@@ -142,14 +114,11 @@ def sample_rows(
         if len(rows):
             rows = handle_long_seq_in_dataset(rows, cfg.sequence_len, cfg)
         outcomes[STUDENT_LENGTH] -= len(rows)
-        kept, differing = [], []
-        for row in rows:
-            prepared = {**row, **reconcile(row)}
-            outcomes[prepared[STATUS]] += 1
-            if prepared[STATUS] == DIFFERENT:
-                differing.append(differing_example(prepared, reconcile))
-            if prepared[STATUS] in (KEPT, CUT):
-                kept.append(AlignedRow.of(prepared))
+        prepared = [{**row, **reconcile(row)} for row in rows]
+        outcomes.update(row[STATUS] for row in prepared)
+        kept = [row for row in prepared if row[STATUS] in (KEPT, CUT)]
+        different = [row for row in prepared if row[STATUS] == DIFFERENT]
+        differing = [differing_example(row, reconcile) for row in different]
         samples.append(Sample(name, total, sampled, outcomes, kept, differing))
     return samples
 

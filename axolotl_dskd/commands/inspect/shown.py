@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from axolotl_dskd.commands.inspect.examples import Example
+from axolotl_dskd.commands.inspect.examples import Example, is_exact
 from axolotl_dskd.commands.inspect.report import Line, Report, Table, sections
 from axolotl_dskd.commands.pages import environment
 from axolotl_dskd.commands.words import visible
@@ -55,7 +55,7 @@ def _example(example: Example) -> Columns:
     cells = (
         Text(
             "\n".join(visible("|".join(side)) for side in group),
-            style="green" if list(map(len, group)) == [1, 1] else "yellow",
+            style="green" if is_exact(group) else "yellow",
         )
         for group in example.groups[:_GROUPS]
     )
