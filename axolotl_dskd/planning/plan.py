@@ -101,12 +101,15 @@ class Plan:
         return self.total <= self.card
 
 
-def of_all_teachers(plans: Sequence[Plan]) -> Plan:
-    """The plan of a run with several teachers, as if whole batches asked the one that takes most.
+def make_plan(student: Any, runs: Sequence[Run]) -> Plan:
+    """The plan for one process with nothing sharded; with several teachers as if whole batches
+    asked the one that takes most.
 
     Args:
-        plans: with each of them alone.
+        student: its skeleton.
+        runs: configuration and rows with each of the teachers alone.
     """
+    plans = [_with_one_teacher(student, run) for run in runs]
     held = {name: sum(plan.held[name] for plan in plans) for name in _OF_A_TEACHER}
     fullest = max((replace(p, held=p.held | held) for p in plans), key=lambda plan: plan.total)
     if len(plans) == 1:
@@ -115,13 +118,7 @@ def of_all_teachers(plans: Sequence[Plan]) -> Plan:
     return replace(fullest, notes=[*fullest.notes, note])
 
 
-def make_plan(student: Any, run: Run) -> Plan:
-    """The plan for one process with nothing sharded, and with this teacher alone.
-
-    Args:
-        student: its skeleton.
-        run: configuration, rows and teacher.
-    """
+def _with_one_teacher(student: Any, run: Run) -> Plan:
     step, keys, on_gpu = TrainingStep(student, run), run.config.one_teacher, run.card.gpu
     pair = step.pair
     with step.watched() as memory:

@@ -26,7 +26,7 @@ _SHARES = 0.5, 0.0, 1.0, 0.25, 0.75
 class Example:
     """One row's supervised text, divided by both tokenizers.
 
-    A token is its text, or `‹name›` where it stands for no text, or `‹E2 82›` for loose bytes.
+    A token is its text, with `\\xe2` for bytes of a divided character, or, without text, `‹name›`.
 
     Attributes:
         dataset: its name.
@@ -83,11 +83,5 @@ def pick_examples(datasets: Sequence[Sample], student: Any, teacher: Any) -> lis
 def _texts(tokenizer: Any) -> list[str]:
     """Each token of a vocabulary, see `Example`."""
     table, name = token_bytes(tokenizer), tokenizer.convert_ids_to_tokens
-    return [_text(data) if data else f"‹{name(i)}›" for i, data in enumerate(table)]
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return f"‹{data.hex(' ').upper()}›"
+    texts = (data.decode(errors="backslashreplace") for data in table)
+    return [text or f"‹{name(i)}›" for i, text in enumerate(texts)]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from axolotl_dskd.models.heads import output_head
-from axolotl_dskd.planning.plan import CUDA_CONTEXT, Plan, Step, make_plan, of_all_teachers
+from axolotl_dskd.planning.plan import CUDA_CONTEXT, Plan, Step, make_plan
 from axolotl_dskd.planning.run import Run
 from axolotl_dskd.progress import quantity
 
@@ -28,7 +28,7 @@ def fit(student: Any, runs: Sequence[Run], teacher_tokens: float) -> Plan:
         runs: with each of the teachers, first with the one whose keys may change.
         teacher_tokens: supervised ones of all rows of that one's.
     """
-    whole = plan = _plan(student, runs)
+    whole = plan = make_plan(student, runs)
     steps: list[Step] = []
     useless: list[set[str]] = []
     while not plan.fits:
@@ -37,7 +37,7 @@ def fit(student: Any, runs: Sequence[Run], teacher_tokens: float) -> Plan:
         if not changes:
             break
         changed = [run.changed(changes) for run in runs]
-        smaller = _plan(student, changed)
+        smaller = make_plan(student, changed)
         saves = plan.total - smaller.total
         if saves < 0.01 * (plan.total - CUDA_CONTEXT):
             useless.append(set(changes))
@@ -46,10 +46,6 @@ def fit(student: Any, runs: Sequence[Run], teacher_tokens: float) -> Plan:
         steps.append(Step(written[1:-2], smaller.total, saves, cost))
         runs, plan = changed, smaller
     return replace(whole, steps=steps)
-
-
-def _plan(student: Any, runs: Sequence[Run]) -> Plan:
-    return of_all_teachers([make_plan(student, run) for run in runs])
 
 
 def _proposals(run: Run, teacher_tokens: float) -> Iterator[tuple[dict[str, Any], str]]:
