@@ -24,10 +24,8 @@ from axolotl_dskd.planning.skeleton import model_bytes, tensors_of
 from axolotl_dskd.planning.step import TrainingStep
 from axolotl_dskd.progress import quantity
 
-GIB = 1 << 30
-
 #: The CUDA context with its kernels and cuBLAS' workspaces, per process.
-CUDA_CONTEXT = int(0.6 * GIB)
+CUDA_CONTEXT = int(0.6 * (1 << 30))
 #: Of what a step allocates and frees, the share that PyTorch's allocator keeps on top in pieces.
 FRAGMENTATION = 0.05
 #: Of each row and id that is written: logits and log-probabilities in float32, probabilities and

@@ -44,7 +44,6 @@ def side_facts(
     """
     head, size = output_head(model), vocabulary_size(tokenizer)
     head_rows = head.weight.shape[0]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     whole = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     prefix = "" if side == "student" else "teacher_"
@@ -68,7 +67,7 @@ def side_facts(
             f"{head_rows} rows: training will refuse this pair."
         )
     table = {
-        "model": f"{name} ({type(base).__name__})",
+        "model": name,
         "parameters": count(whole) + (f", {count(trained)} train" if trained else ""),
         "vocabulary": f"{size:,} ids",
         "output head": f"{head_rows:,} × {head.hidden_size:,}",
