@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -16,11 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from axolotl_dskd.commands.cli import main
+from axolotl_dskd.commands.compare import launch
 from axolotl_dskd.commands.compare.outcome import Outcome, Point
 from axolotl_dskd.commands.compare.plan import plan_runs, shown
+from axolotl_dskd.commands.compare.reporter import Reporter
 from axolotl_dskd.commands.compare.summary import compared, summarise
 from axolotl_dskd.config import CompareConfig, DSKDConfig
 from axolotl_dskd.evaluation.rows import Row, bits_per_byte
@@ -276,6 +281,25 @@ def test_more_runs_at_a_time_than_gpus_are_refused(folder: Path, monkeypatch: py
     result = CliRunner().invoke(main, command(folder, "crowded", *options))
     assert result.exit_code == 1
     assert "3 GPUs have room for 1 runs of 2" in result.output
+
+
+def test_runs_side_by_side_meet_at_ports_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else the second one finds the port taken, at which the first one's ranks have met."""
+    says = [sys.executable, "-c", "import os; print(os.environ['MASTER_PORT'])"]
+    monkeypatch.setattr(launch, "train_command", lambda config, several: says)
+    runs = plan(folder, tiny.base_config(folder), seeds=[1, 2])
+    reporter = Reporter(Console(file=io.StringIO()), [run.name for run in runs])
+    with launch.only_one(folder / "ports") as lock:
+        _, ended = launch.run_all(runs, ["", ""], reporter, lock)
+    ports = {failure.log.read_text().strip() for failure in ended}
+    assert len(ports) == 2
+    assert "29500" not in ports
+    monkeypatch.undo()
+    _, more = " ".join(launch.train_command(Path("c.yaml"), several=True)).split(" -- ")
+    told = launch_command_parser().parse_args([*more.split(), "train.py"])
+    assert told.main_process_port == 0  # accelerate looks for a free one
 
 
 def test_a_seed_that_is_named_twice_is_one_run(folder: Path):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -121,9 +122,11 @@ def only_one(folder: Path) -> Iterator[int]:
 
 
 def train_command(config: Path, *, several: bool) -> list[str]:
-    """`axolotl train`; several: processes, one for each of the GPUs that it sees."""
+    """`axolotl train`; several: processes, one for each of the GPUs that it sees. These meet at a
+    free port, or launchers that start side by side would take the same one."""
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config)]
-    return command if several else [*command, "--launcher", "python"]
+    more = ["--", "--main_process_port", "0"] if several else ["--launcher", "python"]
+    return [*command, *more]
 
 
 def _start(run: Run, place: str, lock: int) -> _Running:
@@ -131,7 +134,8 @@ def _start(run: Run, place: str, lock: int) -> _Running:
     run.folder.mkdir(parents=True)
     path = run.folder / "config.yaml"
     path.write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    # DeepSpeed opens a process group in a run alone, too.
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "MASTER_PORT": str(_free_port())}
     if place:
         environment["CUDA_VISIBLE_DEVICES"] = place
     with (run.folder / LOG).open("wb") as log:
@@ -144,6 +148,12 @@ def _start(run: Run, place: str, lock: int) -> _Running:
             pass_fds=(lock,),
         )
     return _Running(run, process, place, time.monotonic())
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
 
 
 def _clear(folder: Path) -> None:
