@@ -365,10 +365,13 @@ def test_what_the_teacher_writes_is_shared_by_runs_of_all_seeds(folder: Path):
     assert {answers_folder(own, path) for path in prepared} == {Path(path) for path in prepared}
 
 
-def test_a_sharded_teacher_is_given_no_cache_and_devices_may_be_numbers(folder: Path):
-    base = tiny.base_config(folder)
-    base["dskd"]["teacher"]["shard"] = "full"
-    assert "cache" not in plan(folder, base, runs=["dskd"])[0].config["dskd"]["teacher"]
+def test_a_teacher_that_fills_no_cache_is_given_none_and_devices_may_be_numbers(folder: Path):
+    for teacher in ({"shard": "full"}, {"server": {"url": "http://a", "gives": "logprobs"}}):
+        base = tiny.base_config(folder)
+        base["dskd"]["teacher"] |= teacher
+        block = plan(folder, base, runs=["dskd"])[0].config["dskd"]
+        assert "cache" not in block["teacher"]
+        DSKDConfig.model_validate(block)  # training takes it
     base = tiny.base_config(folder)
     base["dskd"]["teacher"] |= {"device_map": "auto", "max_memory": {0: "10GiB", "cpu": "9GiB"}}
     plan(folder, base, runs=["dskd"])

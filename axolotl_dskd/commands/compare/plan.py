@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from axolotl_dskd.config import CompareConfig, DSKDConfig, ObjectiveConfig
+from axolotl_dskd.config import CompareConfig, DSKDConfig, ObjectiveConfig, TeacherConfig
 
 Config = dict[str, Any]
 
@@ -116,7 +116,7 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path, gpus: int = 1) ->
             }
             ours = config["dskd"]
             for teacher in (ours.get("teachers") or {"": ours["teacher"]}).values():
-                if teacher.get("shard") != "full":  # a part of each layer fills no cache
+                if _gives_whole_states(TeacherConfig.model_validate(teacher)):
                     teacher.setdefault("cache", _cache(teacher, out))
             runs.append(Run(name, seed, config, folder, digest))
     return runs
@@ -176,10 +176,15 @@ def _block(base: Config, name: str, changes: Config) -> Config:
         raise ValueError(f"the run {name} is refused: {error}") from error
     block["evaluation"] = merged(block.get("evaluation", {}), {"record": True})
     teachers = [one.one_teacher for one in typed.each().values()]
-    if all(teacher.gives == "states" and teacher.shard != "full" for teacher in teachers):
+    if all(map(_gives_whole_states, teachers)):
         # From its cache, so that it costs runs without a teacher little.
         block["evaluation"].setdefault("teacher", True)
     return block
+
+
+def _gives_whole_states(teacher: TeacherConfig) -> bool:
+    """Whether it can fill a cache: with a part of each layer, or log-probabilities, it cannot."""
+    return teacher.gives == "states" and teacher.shard != "full"
 
 
 def _run_config(base: Config, block: Config, seed: int) -> Config:
