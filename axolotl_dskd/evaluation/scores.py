@@ -7,6 +7,8 @@ twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import xxhash
 from torch import Tensor
@@ -17,28 +19,37 @@ from axolotl_dskd.ranks import gather_objects
 from axolotl_dskd.types import DualBatch
 
 
+def row_keys(batch: DualBatch) -> list[str]:
+    """What the rows of a batch are known by, in the order of the samples' numbers."""
+    flat, owners = batch.input_ids.flatten().cpu(), batch.segment_ids.flatten().cpu()
+    return [
+        xxhash.xxh3_64_hexdigest(flat[owners == sample].numpy().tobytes())
+        for sample in range(int(owners.max()) + 1)
+    ]
+
+
 class RowScores:
     """What one evaluation has found so far, by row."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}
 
-    def add(self, batch: DualBatch, measured: Measured, text_bytes: Tensor) -> None:
+    def add(
+        self, keys: Sequence[str], sample_ids: Tensor, measured: Measured, text_bytes: Tensor
+    ) -> None:
         """Count a batch in.
 
         Args:
-            measured: of its supervised student tokens.
+            keys: of its rows, see `row_keys`.
+            sample_ids: [N] of its supervised student tokens.
+            measured: of the same tokens.
             text_bytes: [N] of the same tokens.
         """
-        sample_ids = batch.student_side().sample_ids
-        samples = int(batch.segment_ids.max()) + 1
         columns = (measured.nats, text_bytes, torch.ones_like(measured.nats), measured.right)
         values = torch.stack([column.double() for column in columns], 1)
-        sums = values.new_zeros(samples, len(columns)).index_add_(0, sample_ids, values).tolist()
-        flat, owners = batch.input_ids.flatten().cpu(), batch.segment_ids.flatten().cpu()
-        for sample, (nats, size, tokens, right) in enumerate(sums):
+        sums = values.new_zeros(len(keys), len(columns)).index_add_(0, sample_ids, values).tolist()
+        for key, (nats, size, tokens, right) in zip(keys, sums, strict=True):
             if tokens:
-                key = xxhash.xxh3_64_hexdigest(flat[owners == sample].numpy().tobytes())
                 self.rows[key] = Row(nats, int(size), int(tokens), right)
 
     def gathered(self) -> dict[str, Row]:

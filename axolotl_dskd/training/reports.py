@@ -15,16 +15,16 @@ from axolotl_dskd.evaluation import answers
 from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.evaluation.measure import TextBytes
 from axolotl_dskd.evaluation.rows import means
-from axolotl_dskd.evaluation.scores import RowScores
+from axolotl_dskd.evaluation.scores import RowScores, row_keys
 from axolotl_dskd.objectives import Objective
 from axolotl_dskd.objectives.cross_entropy import TERMS as CROSS_ENTROPY
 from axolotl_dskd.objectives.own_text import TERMS as OF_OWN_TEXT
 from axolotl_dskd.training.answering import Answering, evaluations_before
 from axolotl_dskd.training.attending import Attending
-from axolotl_dskd.training.metrics import MetricSums
+from axolotl_dskd.training.metrics import MetricSums, RowSums
 from axolotl_dskd.training.recorder import Recorder
 from axolotl_dskd.training.step import Step
-from axolotl_dskd.types import IGNORE_INDEX, LossOutput, View
+from axolotl_dskd.types import IGNORE_INDEX, LossOutput, Per, View
 
 LOG = get_logger(__name__)
 
@@ -83,7 +83,7 @@ class Reports:
         """Drop what was counted."""
         if self._recorder is not None:
             self._recorder.learned_tokens = 0
-        self._train, self._eval = self._no_sums(), self._no_sums(evaluates=True)
+        self._train, self._eval = self._no_sums(), self._no_row_sums()
 
     def count(self, step: Step, out: LossOutput) -> None:
         """Add a batch.
@@ -96,15 +96,22 @@ class Reports:
         side = batch.student_side()
         text_bytes = self._text_bytes(batch.matches.spans, side.labels)
         known = View(side, written=batch.written).references != IGNORE_INDEX
-        sums = self._eval if step.evaluates else self._train
         known_bytes = text_bytes * known
-        sums[""].add(out, known_bytes.sum())
+        if step.evaluates:
+            keys = row_keys(batch)
+            self._eval[""].add(out, keys, side.sample_ids, known, known_bytes)
+            for name, (part, found) in step.found.items():
+                mine, theirs = part.tokens, [keys[sample] for sample in part.samples.tolist()]
+                samples = part.numbers[side.sample_ids[mine]]
+                self._eval[name].add(found, theirs, samples, known[mine], known_bytes[mine])
+            if measured is not None and len(side):
+                self._rows.add(keys, side.sample_ids, measured, text_bytes)
+            return
+        self._train[""].add(out, known_bytes.sum())
         for name, (part, found) in step.found.items():
-            sums[name].add(found, known_bytes[part.tokens].sum())
-        if self._recorder is not None and not step.evaluates:
+            self._train[name].add(found, known_bytes[part.tokens].sum())
+        if self._recorder is not None:
             self._recorder.learned_tokens += out.tokens
-        if measured is not None and len(side):
-            self._rows.add(batch, measured, text_bytes)
 
     def log(self, logs: dict[str, float]) -> None:
         """Add the means since the last log to training logs, and say what follows from them."""
@@ -133,7 +140,7 @@ class Reports:
 
     def begin_evaluation(self) -> None:
         """The batches to come are of one evaluation."""
-        self._eval, self._rows = self._no_sums(evaluates=True), RowScores()
+        self._eval, self._rows = self._no_row_sums(), RowScores()
         if self._attending is not None:
             self._attending.begin_evaluation()
         if not self._objectives:
@@ -158,13 +165,24 @@ class Reports:
         if self._recorder is not None:
             self._recorder.evaluation(prefix, metrics, rows, answered, self._attending)
 
-    def _no_sums(self, *, evaluates: bool = False) -> dict[str, MetricSums]:
+    def _no_sums(self) -> dict[str, MetricSums]:
         """Of all rows, under an empty name, and of those of each of several teachers."""
+        return {name: MetricSums(terms, name) for name, terms in self._terms(()).items()}
+
+    def _no_row_sums(self) -> dict[str, RowSums]:
+        """The same for an evaluation."""
+        return {name: RowSums(terms, name) for name, terms in self._terms(self._compared).items()}
+
+    def _terms(self, compared: Iterable[str]) -> dict[str, dict[str, Per]]:
+        """What is counted, by the teacher's name.
+
+        Args:
+            compared: teachers that evaluations alone ask.
+        """
         first = next(iter(self._objectives.values()), None)
-        terms = CROSS_ENTROPY if first is None else first.terms
-        names = [*self._objectives, *(self._compared if evaluates else [])]
+        terms: dict[str, Per] = dict(CROSS_ENTROPY if first is None else first.terms)
+        names = [*self._objectives, *compared]
         if names:
-            terms = {**terms, **TeacherAgreement.terms, **OF_OWN_TEXT}
+            terms |= {**TeacherAgreement.terms, **OF_OWN_TEXT}
         beside = self._attending.terms if self._attending else {}
-        sums = {name: MetricSums(terms, name) for name in names if name}
-        return {"": MetricSums(terms | beside, ""), **sums}
+        return {"": terms | beside, **{name: terms for name in names if name}}

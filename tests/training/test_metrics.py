@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from axolotl_dskd.training.metrics import MetricSums
+from axolotl_dskd.training.metrics import MetricSums, RowSums
 from axolotl_dskd.training.recorder import best_by_name
 from axolotl_dskd.types import LossOutput, Term
 
@@ -61,3 +61,36 @@ def test_of_what_no_token_has_nothing_is_said():
     sums = MetricSums({"kl": "student_token", "watched": "value"})
     sums.add(output(2, kl=[1.0, 3.0], watched=[]), 4)
     assert sums.means(CPU) == {"dskd/kl": 2.0, "dskd/supervised_tokens": 2}
+
+
+def test_a_row_that_an_evaluation_sees_again_counts_once():
+    """As a distributed sampler repeats rows to fill its last batch."""
+    per = {"ce": "reference_token", "kl": "student_token", "watched": "value", "unseen": "value"}
+
+    def add(sums: RowSums, *rows: tuple[str, list[float], list[float]]) -> None:
+        ids = torch.tensor([k for k, (_, ce, _) in enumerate(rows) for _ in ce])
+        watched_ids = torch.tensor([k for k, (*_, watched) in enumerate(rows) for _ in watched])
+        ce = torch.tensor([x for _, ce, _ in rows for x in ce])
+        watched = torch.tensor([x for *_, watched in rows for x in watched])
+        terms = {"ce": Term(ce, ids), "kl": Term(2 * ce, ids)}
+        terms["watched"] = Term(watched, watched_ids.long())
+        out = LossOutput(torch.tensor(0.0), len(ids), terms)
+        known = torch.ones(len(ids), dtype=torch.bool)
+        sums.add(out, [key for key, *_ in rows], ids, known, 3 * known.long())
+
+    a, b, c = ("a", [1.0, 2.0], [5.0]), ("b", [9.0], []), ("c", [4.0, 4.0, 1.0], [1.0, 3.0])
+    once, again = RowSums(per), RowSums(per)
+    add(once, a, b, c)
+    add(again, c, a)
+    add(again, b, c)
+    assert again.means(CPU) == pytest.approx(once.means(CPU))
+    assert once.means(CPU) == pytest.approx(
+        {
+            "dskd/ce": 21 / 6,
+            "dskd/bits_per_byte": 21 / 18 / torch.tensor(2.0).log().item(),
+            "dskd/kl": 42 / 6,
+            "dskd/watched": 9 / 3,
+            "dskd/supervised_tokens": 6,
+        }
+    )
+    assert RowSums(per).means(CPU) == {}
