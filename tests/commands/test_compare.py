@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from axolotl_dskd.commands.cli import main
-from axolotl_dskd.commands.compare import launch
+from axolotl_dskd.commands.compare import launch, summary
 from axolotl_dskd.commands.compare.outcome import Outcome, Point
 from axolotl_dskd.commands.compare.plan import plan_runs, shown
 from axolotl_dskd.commands.compare.reporter import Reporter
@@ -408,6 +409,28 @@ def test_a_difference_in_every_row_is_one_and_noise_is_none():
     assert same is not None
     assert same.verdict == "no difference"
     assert same.low < 0 < same.high
+
+
+def test_many_held_out_rows_take_no_more_memory_and_give_the_same_interval(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    draws = np.random.default_rng(4)
+
+    def two(rows: int) -> list[list[Outcome]]:
+        values = draws.uniform(5, 15, (2, rows))
+        made = [dict(zip(map(str, range(rows)), row.tolist(), strict=True)) for row in values]
+        return [[outcome("a", 1, nats)] for nats in made]
+
+    few, many = two(50), two(20_000)
+    whole = compared(*few, "last")
+    monkeypatch.setattr(summary, "_DRAWN_AT_ONCE", 120)
+    assert compared(*few, "last") == whole
+    monkeypatch.undo()
+    tracemalloc.start()
+    compared(*many, "last")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 200 << 20  # all at once they would take 900 MiB
 
 
 def test_methods_without_a_common_seed_are_not_compared():

@@ -16,6 +16,8 @@ from axolotl_dskd.commands.compare.outcome import Outcome, Point
 #: Relative differences below this are no difference.
 SAME = 0.001
 _RESAMPLES = 2000
+#: Rows that are held at once: some 25 bytes each.
+_DRAWN_AT_ONCE = 1 << 22
 
 Moment = Literal["best", "last"]
 MOMENTS: tuple[Moment, Moment] = ("best", "last")
@@ -95,8 +97,13 @@ def compared(
         for seed in seeds
     ]
     nats, sizes = _row_sums(pairs)
-    draws = np.random.default_rng(0).integers(len(sizes), size=(_RESAMPLES, len(sizes)))
-    drawn = nats[draws].sum(1)  # [resamples, 2]
+    draw, at_once = np.random.default_rng(0), max(1, _DRAWN_AT_ONCE // len(sizes))
+    drawn = np.concatenate(  # [resamples, 2]
+        [
+            nats[draw.integers(len(sizes), size=(min(at_once, _RESAMPLES - k), len(sizes)))].sum(1)
+            for k in range(0, _RESAMPLES, at_once)
+        ]
+    )
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1] - 1, [0.025, 0.975])
     total = nats.sum(0)
     wins = sum(ours.bits_per_byte < theirs.bits_per_byte for ours, theirs in pairs)
