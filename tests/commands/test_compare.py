@@ -433,6 +433,18 @@ def test_many_held_out_rows_take_no_more_memory_and_give_the_same_interval(
     assert most < 200 << 20  # all at once they would take 900 MiB
 
 
+def test_the_best_evaluation_may_be_the_first_one_after_a_step():
+    """`eval_on_start: false` leaves out the one before any."""
+
+    def best(*points: tuple[int, float]) -> int:
+        found = [Point(s, s / 2, {"dskd/bits_per_byte": bits}, {}, []) for s, bits in points]
+        return Outcome("sft", 1, "", "", 1, 1.0, 1, 0, found, []).best.step
+
+    assert best((2, 1.0), (4, 2.0)) == 2
+    assert best((0, 1.0), (2, 3.0), (4, 2.0)) == 4
+    assert best((0, 1.0)) == 0
+
+
 def test_methods_without_a_common_seed_are_not_compared():
     methods = summarise([outcome("sft", 1, {"a": 1.0}), outcome("uld", 2, {"a": 1.0})])
     assert methods[1].against == {}

@@ -46,7 +46,7 @@ class Outcome:
         learned_tokens: supervised tokens that it trained on, over all epochs.
         seconds: from the start of its process to its end.
         host_bytes, gpu_bytes: most memory that it held on the host and on one GPU.
-        points: its evaluations, the first before any step.
+        points: its evaluations, before any step, too, unless `eval_on_start: false`.
         log: what the trainer logged.
     """
 
@@ -72,9 +72,14 @@ class Outcome:
         return self.points[-1]
 
     @property
+    def led_to(self) -> list[Point]:
+        """The evaluations after a step; all of them where there is none."""
+        return [point for point in self.points if point.step] or self.points
+
+    @property
     def best(self) -> Point:
         """The evaluation with the fewest bits per byte among those that training led to."""
-        return min(self.points[1:] or self.points, key=lambda point: point.bits_per_byte)
+        return min(self.led_to, key=lambda point: point.bits_per_byte)
 
     @property
     def answered(self) -> Point | None:

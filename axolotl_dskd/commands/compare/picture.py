@@ -18,7 +18,7 @@ def curves(outcomes: Sequence[Outcome]) -> bytes:
     for number, method in enumerate(dict.fromkeys(o.method for o in outcomes)):
         color = "#7f7f7f" if method == "sft" else f"C{number}"
         lines = [
-            [(point.epoch, point.bits_per_byte) for point in o.points[1:] or o.points]
+            [(point.epoch, point.bits_per_byte) for point in o.led_to]
             for o in outcomes
             if o.method == method
         ]
