@@ -50,7 +50,7 @@ def serve_commands(
     longest = int(rows_of(cfg, teacher).lengths.max()) + behind
     # Room for rows that are added later, and a number that is easy to read.
     room = limit = teacher_position_limit(config) + behind
-    if config.samples.source != "student":  # what that writes may be as long as the limit
+    if config.samples.source == "dataset":  # what is written may be as long as the limit
         room = min(-(-longest // 64) * 64, limit)
     for url in server.addresses:
         _check_encryption(url, more)

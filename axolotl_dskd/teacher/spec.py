@@ -59,7 +59,9 @@ class TrainingRun:
             on all of them if anything did on one.
         local_main_first: while open, the others of this machine wait until its main process
             has left.
-        longest_written: tokens of the longest row with an answer that is written in training.
+        longest_written: tokens of the longest row whose answer is yet to be written, before or
+            in training.
+        writes: answers are written in training, and the teacher is asked about each of them.
         how_to_resume: in words, from which checkpoint; nothing where there is none.
         needs: what the teacher will be asked for.
         only_evaluates: no training step asks the teacher. What a cache lacks is computed before
@@ -73,6 +75,7 @@ class TrainingRun:
     stop_together: Callable[[str | None], None] = _stop_alone
     local_main_first: Callable[[], AbstractContextManager[Any]] = nullcontext
     longest_written: int = 0
+    writes: bool = False
     how_to_resume: Callable[[], str] = lambda: ""
     needs: Needs = field(default_factory=Needs)
     only_evaluates: bool = False

@@ -115,7 +115,7 @@ def training_run(
         evaluated: see `open_teachers`.
     """
     device = trainer.accelerator.device
-    writes = config.samples.source == "student" and evaluated is None
+    source = "dataset" if evaluated is not None else config.samples.source
 
     def datasets() -> list[Any]:
         if evaluated is None:
@@ -131,7 +131,8 @@ def training_run(
         ).tolist(),
         stop_together=partial(raise_together, device=device),
         local_main_first=trainer.accelerator.local_main_process_first,
-        longest_written=teacher_position_limit(config) if writes else 0,
+        longest_written=0 if source == "dataset" else teacher_position_limit(config),
+        writes=source == "student",
         how_to_resume=partial(how_to_resume, trainer),
         needs=needs,
         only_evaluates=evaluated is not None,

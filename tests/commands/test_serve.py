@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from axolotl_dskd.commands.cli import main
+from axolotl_dskd.config import DSKDConfig
+from axolotl_dskd.data.tokenizers import teacher_position_limit
+from axolotl_dskd.training.opening import training_run
+from axolotl_dskd.types import Needs
 from tests.support import tiny, two_teachers
 
 
@@ -46,6 +51,32 @@ def test_a_server_of_log_probabilities_is_one_that_writes(pair_folder: Path, val
     (command,) = serve(pair_folder, server).stdout.splitlines()
     assert "--max-logprobs 40" in command
     assert "pooling" not in command
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_there_is_room_for_answers_that_are_yet_to_be_written(
+    pair_folder: Path, validated: Any, source: str
+):
+    """They may be longer than the data's own, and training finds that out before it begins."""
+    teacher = {"base_model": str(pair_folder / "teacher"), "server": {"url": "http://a"}}
+    writer = {"vllm": {"url": "http://b"}}
+    block = {"teacher": teacher, "samples": {"from": source, "engine": writer}}
+    path = pair_folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny.base_config(pair_folder, dskd=block)))
+    result = CliRunner().invoke(main, ["serve", str(path)])
+    command = shlex.split(result.stdout.splitlines()[-1])
+    room = int(command[command.index("--max-model-len") + 1])
+    config = DSKDConfig.model_validate(block)
+    assert room == teacher_position_limit(config)
+    process = SimpleNamespace(device=None, local_main_process_first=None)
+    trainer = SimpleNamespace(
+        accelerator=process,
+        student=SimpleNamespace(is_sharded=False),
+        args=SimpleNamespace(process_index=0),
+    )
+    run = training_run(trainer, 0, config, Needs())
+    assert (run.longest_written, run.writes) == (room, source == "student")
+    assert training_run(trainer, 0, config, Needs(), evaluated=[]).longest_written == 0
 
 
 def test_https_asks_who_encrypts(pair_folder: Path, validated: Any):

@@ -81,7 +81,7 @@ class CacheSession:
 
     def _free(self) -> None:
         """Nothing of the data is missing; answers that the student writes are asked about anew."""
-        if self.run.longest_written:
+        if self.run.writes:
             self.run.together(self.states.body.get)
         else:
             self.states.body.free()
