@@ -68,12 +68,19 @@ def cached_teachers(config: DSKDConfig) -> Iterator[tuple[int, DSKDConfig]]:
         yield number, one
 
 
-def rows_of(cfg: Any, teacher: int = 0) -> CacheableRows:
+def rows_are_answered(config: DSKDConfig) -> bool:
+    """Whether other rows than the data's are trained on: the teacher writes their answers when
+    training begins, and nobody knows them before."""
+    return config.uses_teacher and config.samples.source == "teacher"
+
+
+def rows_of(cfg: Any, teacher: int = 0, *, ahead: bool = False) -> CacheableRows:
     """The distinct samples of a configuration's datasets, which are prepared if they are not; those
     of evaluations alone where training asks no teacher.
 
     Args:
         teacher: of several, the number of the one that the samples ask.
+        ahead: leave out those that are still to be answered by a teacher.
 
     Raises:
         ValueError: no row would ask a teacher.
@@ -83,7 +90,14 @@ def rows_of(cfg: Any, teacher: int = 0) -> CacheableRows:
     parts = list(evaluation.values()) if isinstance(evaluation, dict) else [evaluation]
     config = DSKDConfig.of(cfg)
     trains = config is None or config.uses_teacher
-    datasets = [d for d in (meta.train_dataset if trains else None, *parts) if d is not None]
+    answered = ahead and config is not None and rows_are_answered(config)
+    train = meta.train_dataset if trains and not answered else None
+    datasets = [d for d in (train, *parts) if d is not None]
+    if not datasets and answered:
+        raise ValueError(
+            "samples: teacher: the teacher answers the rows when training begins, and its states "
+            "of them are cached then; nothing is held out, so there is nothing to cache ahead."
+        )
     if not datasets:
         raise ValueError(
             "kd_ratio is 0 and nothing is held out, so there is nothing to cache. Set val_set_size "
@@ -115,7 +129,7 @@ def write_cache(
     """
     spec = spec_of(config)
     _check_writable(Path(cache_settings(spec).path))
-    rows = rows_of(cfg, teacher)
+    rows = rows_of(cfg, teacher, ahead=True)
     states = open_cache(spec)
     store = states.store
     missing = missing_rows(states, rows, part)
@@ -137,11 +151,21 @@ def write_cache(
         write_json(store.folder / FIDELITY, {f.storage: f.as_dict() for f in fidelity})
     left = missing_rows(states, rows)
     if not len(left):
-        print(
-            "Complete: training on this configuration never loads the teacher's layers.", file=out
-        )
+        print(f"Complete: {_what_is_left(config)}.", file=out)
     elif part[1] > 1:
         print(f"This part is done; {len(left):,} samples are other parts'.", file=out)
+
+
+def _what_is_left(config: DSKDConfig) -> str:
+    """When training still needs the teacher's layers, in words."""
+    if rows_are_answered(config):
+        return (
+            "training loads the teacher's layers to answer the rows and to read its answers, which "
+            "are cached then; of what is held out it has all"
+        )
+    if config.samples.source == "student" and config.uses_teacher:
+        return "training runs the teacher's layers for what the student writes alone"
+    return "training on this configuration never loads the teacher's layers"
 
 
 def _check_writable(root: Path) -> None:

@@ -27,6 +27,7 @@ from axolotl_dskd.commands.cache import (
     cached_teachers,
     console,
     print_fidelity,
+    rows_are_answered,
     rows_of,
     spec_of,
 )
@@ -97,6 +98,13 @@ def show_cache(cfg: Any, config: DSKDConfig, out: TextIO, *, teacher: int = 0) -
     for path in _teachers(folder.root):
         table.add_row(*_line(path), "this configuration" if path == folder.path else "")
     console(out).print(table)
+    if rows_are_answered(config):
+        print(
+            "This configuration: the teacher answers its rows when training begins (samples: "
+            "teacher); which of the samples are theirs is known then.",
+            file=out,
+        )
+        return
     rows = rows_of(cfg, teacher)
     index = ShardIndex(folder.path)
     width = index.shards[0].bytes_per_token if index.shards else 0
@@ -155,7 +163,14 @@ def prune_cache(
         ValueError: there is no such teacher, or nothing of it is to be cached.
     """
     folder = CacheFolder.of(spec_of(config))
-    plan = plan_prune(folder.path, rows_of(cfg, teacher).keys)
+    if rows_are_answered(config):
+        LOG.warning(
+            f"{folder.path} stays as it is: training asks about rows that the teacher answers when "
+            "it begins (samples: teacher), so which samples are used is not known here"
+        )
+        plan = Plan()
+    else:
+        plan = plan_prune(folder.path, rows_of(cfg, teacher).keys)
     for path in folder_status(folder.root).abandoned:
         plan.drop(path, "left by a killed process")
     lines = [f"{path}: {why}" for path, why in plan.remove]

@@ -73,6 +73,29 @@ def test_of_a_teacher_for_evaluations_alone_the_held_out_rows_are_cached(
 
 
 @pytest.mark.slow
+def test_rows_that_the_teacher_will_answer_are_neither_written_ahead_nor_pruned(
+    pair_folder: Path, train: Train
+):
+    """Training asks about its answers, not about the data's own."""
+    answered = config(pair_folder)
+    answered["dskd"]["samples"] = {"from": "teacher", "max_new_tokens": 8}
+    written = command(pair_folder, answered)
+    assert written.exit_code == 0, written.output
+    assert "0 of 4 samples cached" in written.stdout
+    assert "loads the teacher's layers to answer the rows" in " ".join(written.stdout.split())
+    nothing = command(pair_folder, {**answered, "val_set_size": 0})
+    assert nothing.exit_code == 1
+    assert "nothing to cache ahead" in nothing.output
+    train(answered)
+    shards = set(pair_folder.glob("cache/*/states-*"))
+    assert len(shards) > 1
+    pruned = command(pair_folder, answered, "--yes", name="prune")
+    assert "Nothing to remove" in pruned.stdout
+    assert set(pair_folder.glob("cache/*/states-*")) == shards
+    assert "known then" in " ".join(command(pair_folder, answered, name="info").stdout.split())
+
+
+@pytest.mark.slow
 def test_parts_make_up_the_whole(pair_folder: Path):
     one = command(pair_folder, config(pair_folder), "--part", "1/2")
     assert "samples are other parts'" in one.output
