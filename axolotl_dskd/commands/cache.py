@@ -130,6 +130,9 @@ def write_cache(
     spec = spec_of(config)
     _check_writable(Path(cache_settings(spec).path))
     rows = rows_of(cfg, teacher, ahead=True)
+    if not len(rows):
+        print("No row asks this teacher: there is nothing to cache.", file=out)
+        return
     states = open_cache(spec)
     store = states.store
     missing = missing_rows(states, rows, part)

@@ -96,6 +96,20 @@ def test_rows_that_the_teacher_will_answer_are_neither_written_ahead_nor_pruned(
 
 
 @pytest.mark.slow
+def test_a_teacher_that_no_row_asks_has_nothing_to_cache(tmp_path: Path):
+    two_teachers.save(tmp_path)
+    block = two_teachers.block(tmp_path)
+    for teacher in block["teachers"].values():
+        teacher["cache"] = {"path": str(tmp_path / "cache"), "dtype": "float32"}
+    rows = [row for row in two_teachers.rows(8) if row[two_teachers.FIELD] == "chat"]
+    tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    written = command(tmp_path, tiny.base_config(tmp_path, dskd=block))
+    assert written.exit_code == 0, written.output
+    assert "No row asks this teacher" in written.stdout
+    assert "0 of 4 samples cached" in written.stdout
+
+
+@pytest.mark.slow
 def test_parts_make_up_the_whole(pair_folder: Path):
     one = command(pair_folder, config(pair_folder), "--part", "1/2")
     assert "samples are other parts'" in one.output
