@@ -42,19 +42,23 @@ def serve_commands(
         ValueError: the configuration names no server, or one that needs a certificate.
     """
     server = _server(config)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    tokenizer = load_teacher_tokenizer(config)
-    spec = TeacherSpec(config.one_teacher, vocabulary_size(tokenizer), device)
+    vocab_size = vocabulary_size(load_teacher_tokenizer(config))
     # Who is asked for log-probabilities writes a token behind the row.
     behind = 1 if config.one_teacher.gives == "logprobs" else 0
-    longest = int(rows_of(cfg, teacher).lengths.max()) + behind
+    rows = rows_of(cfg, teacher)
+    if not len(rows):
+        raise ValueError("no row asks this teacher, so it needs no server.")
+    longest = int(rows.lengths.max()) + behind
     # Room for rows that are added later, and a number that is easy to read.
     room = limit = teacher_position_limit(config) + behind
     if config.samples.source == "dataset":  # what is written may be as long as the limit
         room = min(-(-longest // 64) * 64, limit)
     for url in server.addresses:
         _check_encryption(url, more)
-    return {url: [*server_command(spec, url, room, python), *more] for url in server.addresses}
+    specs = {
+        url: TeacherSpec(config.one_teacher, vocab_size, _device(url)) for url in server.addresses
+    }
+    return {url: [*server_command(spec, url, room, python), *more] for url, spec in specs.items()}
 
 
 def writer_in_words(cfg: Any, config: DSKDConfig, python: str) -> str | None:
@@ -88,13 +92,30 @@ def run_command(config: DSKDConfig, url: str, command: list[str]) -> None:
 
     Raises:
         ValueError: the server is to run elsewhere, or its key is not in the environment.
-        OSError: there is no such program.
+        OSError: the program cannot be run.
     """
-    if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+    if not _is_here(url):
         raise ValueError(f"{url} is not this machine. Run the printed command there.")
     key = _server(config).api_key
     environment: Mapping[str, str] = os.environ | ({} if key is None else {_VLLM_KEY: key})
-    os.execvpe(command[0], command, environment)
+    try:
+        os.execvpe(command[0], command, environment)
+    except FileNotFoundError:
+        raise ValueError(
+            f"there is no program {command[0]!r}. Name the python of the environment that has "
+            "vLLM: --python ~/vllm/bin/python"
+        ) from None
+
+
+def _is_here(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+
+
+def _device(url: str) -> torch.device:
+    """What a server runs on, which decides its dtype: elsewhere that is a GPU, also where the
+    command is printed on a machine without one."""
+    gpu = torch.cuda.is_available() or not _is_here(url)
+    return torch.device("cuda", 0) if gpu else torch.device("cpu")
 
 
 def _check_encryption(url: str, more: tuple[str, ...]) -> None:

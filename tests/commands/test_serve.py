@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
@@ -20,8 +21,10 @@ from axolotl_dskd.types import Needs
 from tests.support import tiny, two_teachers
 
 
-def serve(folder: Path, server: dict[str, Any] | None, *arguments: str) -> Result:
-    teacher: dict[str, Any] = {"base_model": str(folder / "teacher"), "dtype": "float32"}
+def serve(
+    folder: Path, server: dict[str, Any] | None, *arguments: str, dtype: str = "float32"
+) -> Result:
+    teacher: dict[str, Any] = {"base_model": str(folder / "teacher"), "dtype": dtype}
     if server is not None:
         teacher["server"] = server
     path = folder / "config.yaml"
@@ -51,6 +54,22 @@ def test_a_server_of_log_probabilities_is_one_that_writes(pair_folder: Path, val
     (command,) = serve(pair_folder, server).stdout.splitlines()
     assert "--max-logprobs 40" in command
     assert "pooling" not in command
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="then servers here have a GPU, too")
+def test_a_server_elsewhere_runs_in_the_dtype_of_a_gpu(pair_folder: Path, validated: Any):
+    """The command may be printed on a machine without one."""
+    server = {"urls": ["http://a", "http://127.0.0.1:1"]}
+    there, here = serve(pair_folder, server, dtype="auto").stdout.splitlines()
+    assert "--dtype bfloat16" in there
+    assert "--dtype float32" in here
+
+
+def test_a_program_that_is_not_there_is_named(pair_folder: Path, validated: Any):
+    server = {"url": "http://127.0.0.1:1"}
+    result = serve(pair_folder, server, "--run", "--python", "nopython")
+    assert result.exit_code == 1
+    assert "no program 'nopython'. Name the python" in result.output
 
 
 @pytest.mark.parametrize("source", ["student", "teacher"])
