@@ -68,7 +68,7 @@ def _raw(path: Path) -> dict[str, Any]:
             f"{path} is no configuration: its top level is {type(raw).__name__ if raw else 'empty'}"
             ", not `key: value` lines."
         )
-    if not raw.get("dskd"):
+    if not isinstance(raw.get("dskd"), dict) or not raw["dskd"]:
         raise click.ClickException(
             f"{path} has no `dskd:` block. Add the plugin and\n"
             "dskd:\n  teacher:\n    base_model: <hub id or folder>"

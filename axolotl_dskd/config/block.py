@@ -231,6 +231,11 @@ class DSKDArgs(BaseModel):
                 "dskd:\n  teacher:\n    base_model: <hub id or folder>\n"
                 "or remove the plugin to fine-tune without a teacher."
             )
+        if not isinstance(data["dskd"], dict):
+            raise ValueError(
+                f"`dskd:` is {data['dskd']!r}, not a block of keys. Write\n"
+                "dskd:\n  teacher:\n    base_model: <hub id or folder>"
+            )
         if data.get("merge_lora") or data.get("inference"):
             return data
         typos = [

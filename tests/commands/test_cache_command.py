@@ -216,7 +216,10 @@ def test_a_config_in_place_of_a_subcommand_is_answered_with_the_command_to_use(
     assert "No such command 'wirte'" in unknown.output
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n", "a: [1,\n b: {"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "- 1\n", "a: [1,\n b: {", "plugins: [axolotl_dskd.DSKDPlugin]\ndskd: true\n"],
+)
 def test_a_file_that_holds_no_configuration_is_refused_in_words(tmp_path: Path, text: str):
     path = tmp_path / "config.yaml"
     path.write_text(text)

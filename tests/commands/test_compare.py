@@ -225,6 +225,21 @@ def test_what_cannot_be_compared_is_refused_in_words(
     assert words in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"datasets": None}, "no `datasets:`"),
+        ({"dskd": {"teacher": {"base_model": "x"}, "objective": None}}, "objective is None"),
+        ({"dskd": {"teacher": {"base_model": "x"}, "objective": ["uld"]}}, "is ['uld']"),
+    ],
+)
+def test_a_configuration_that_lacks_a_block_is_refused_in_words(
+    folder: Path, changes: dict[str, Any], words: str
+):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        plan(folder, tiny.base_config(folder) | changes)
+
+
 def test_runs_differ_in_the_dskd_block_alone(folder: Path):
     base = yaml.safe_load((folder / "config.yaml").read_text())
     base["dskd"]["objective"] = {"name": "dual_space", "temperature": 3.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,12 @@ def test_a_misspelt_block_does_not_train_without_a_teacher(
     config[key] = config.pop("dskd")
     with pytest.raises(ValueError, match=rf"no `dskd:` block\. Did you mean it by `{key}:`"):
         validated(config)
+
+
+@pytest.mark.parametrize("block", [True, "Qwen/Qwen2.5-7B-Instruct", ["teacher"]])
+def test_what_is_no_block_is_refused_in_words(pair_folder: Path, validated: Validated, block: Any):
+    with pytest.raises(ValueError, match=re.escape(f"`dskd:` is {block!r}, not a block")):
+        validated(tiny.base_config(pair_folder, dskd=block))
 
 
 def test_a_key_of_the_block_at_top_level_is_refused(pair_folder: Path, validated: Validated):

@@ -90,6 +90,8 @@ def plan_runs(base: Config, compare: CompareConfig, out: Path, gpus: int = 1) ->
             "nothing to compare. Name the runs, such as --runs sft,dual_space, or write\n"
             "compare:\n  runs: {sft: {}, dual_space: {}}"
         )
+    if not base.get("datasets"):
+        raise ValueError("there are no `datasets:`, whose rows the runs would train on.")
     base = _held_out(copy.deepcopy(base), compare.held_out)
     if strange := [name for name in compare.runs if re.search(r"^$|^\.|[/\\\0]", name)]:
         raise ValueError(
@@ -147,13 +149,16 @@ def merged(base: Config, changes: Config) -> Config:
 
 def _block(base: Config, name: str, changes: Config) -> Config:
     """A run's `dskd:` block."""
-    block = copy.deepcopy(base["dskd"])
-    if isinstance(block.get("objective"), str):
-        block["objective"] = {"name": block["objective"]}
+    block, changes = copy.deepcopy(base["dskd"]), copy.deepcopy(changes)
+    for keys in (block, changes):
+        if isinstance(keys.get("objective"), str):
+            keys["objective"] = {"name": keys["objective"]}
+        elif not isinstance(keys.get("objective", {}), dict):
+            raise ValueError(
+                f"the run {name} is refused: its objective is {keys['objective']!r}. Write a name, "
+                "or a block with a `name:`."
+            )
     configured = block.get("objective", {}).get("name", "dual_space")
-    changes = copy.deepcopy(changes)
-    if isinstance(changes.get("objective"), str):
-        changes["objective"] = {"name": changes["objective"]}
     if name == "sft":
         changes.setdefault("kd_ratio", 0)
         for key in ("samples", "virtual_attention"):  # the data's rows, plainly
