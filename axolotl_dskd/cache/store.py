@@ -21,6 +21,7 @@ from torch import Tensor
 
 from axolotl_dskd.cache.files import Damaged, folder_status
 from axolotl_dskd.cache.keys import KEY_BYTES, sample_key, supervised_positions
+from axolotl_dskd.cache.places import Places
 from axolotl_dskd.cache.shards import Shard, is_shard, open_shard, write_shard
 
 LOG = get_logger(__name__)
@@ -30,6 +31,9 @@ _OPEN_FILES = 64
 #: that is what a killed run loses.
 SHARD_BYTES = 256 << 20
 SHARD_SECONDS = 120.0
+#: Nanoseconds between two ticks of a file system's clock, as they are and as they may be, and
+#: between two listings meanwhile.
+_TICK, _COARSE_TICK, _LISTED_EVERY = 50_000_000, 2_000_000_000, 200_000_000
 
 
 class ShardIndex:
@@ -49,11 +53,9 @@ class ShardIndex:
         self.damage: dict[Path, str] = {}
         self._width = bytes_per_token
         self._shards: dict[str, Shard] = {}
-        self._order: list[Shard] = []
-        # Sorted by the first half of the key, newest first where that is the same.
-        self._first = self._second = np.zeros(0, np.uint64)
-        self._place = np.zeros((0, 2), np.int64)
-        self._changed = -1
+        self._numbered: list[Shard] = []
+        self._keys = Places()
+        self._changed = self._listed = -1
         self.rescan()
 
     def rescan(self, *, list_anyway: bool = False) -> bool:
@@ -65,60 +67,57 @@ class ShardIndex:
         """
         try:
             changed = self.folder.stat().st_mtime_ns
-            settled = changed == self._changed and time.time_ns() - changed > 2_000_000_000
-            if settled and not list_anyway:
+            if changed == self._changed and not list_anyway and self._is_settled(time.time_ns()):
                 return False
+            self._listed = time.time_ns()
             names = sorted(filter(is_shard, os.listdir(self.folder)))
         except FileNotFoundError:
             return False
         self._changed = changed
-        if names == list(self._shards):
-            return False
-        shards = {}
+        gone = self._shards.keys() - names
+        known, before = self._shards, len(self._numbered)
+        if gone:
+            self._shards, self._numbered, self._keys, before = {}, [], Places(), 0
         for name in names:
-            path = self.folder / name
-            if (known := self._shards.get(name)) is None:
-                try:
-                    known = open_shard(path, self._width)
-                except Damaged as error:
-                    self._report(error)
-                    # Stands for the file, so that it is not opened again at every look.
-                    none = np.zeros(0, np.uint64)
-                    known = Shard(path, np.zeros((0, KEY_BYTES), np.uint8), none, none, 0, 0)
-                except OSError:  # pruned between listing and opening
-                    continue
-            shards[name] = known
-        self._shards = shards
-        self._order = list(reversed(shards.values()))  # newest first
-        halves = [_halves(shard.keys) for shard in self._order]
-        places = [
-            np.stack([np.full(len(shard.keys), number), np.arange(len(shard.keys))], 1)
-            for number, shard in enumerate(self._order)
-        ]
-        both = np.concatenate(halves) if halves else np.zeros((0, 2), np.uint64)
-        order = np.argsort(both[:, 0], kind="stable")
-        self._first, self._second = (np.ascontiguousarray(both[order, i]) for i in (0, 1))
-        self._place = np.concatenate(places)[order] if places else np.zeros((0, 2), np.int64)
-        return True
+            if name not in self._shards and (shard := known.get(name) or self._open(name)):
+                self._shards[name] = shard
+                self._keys.add(shard.keys, len(self._numbered))
+                self._numbered.append(shard)
+        return bool(gone) or len(self._numbered) > before
+
+    def _is_settled(self, now: int) -> bool:
+        """Whether nothing can have come since the last listing under the same time of change.
+
+        Clocks of file systems tick every few milliseconds, some every two seconds: where one may
+        be of those, a folder that others write to is listed a few times a second, and not for
+        every sample.
+        """
+        if now - self._changed > _COARSE_TICK:
+            return True
+        return self._listed - self._changed > _TICK and now - self._listed < _LISTED_EVERY
+
+    def _open(self, name: str) -> Shard | None:
+        """A shard; None where it cannot be read now."""
+        path = self.folder / name
+        try:
+            return open_shard(path, self._width)
+        except Damaged as error:
+            self._report(error)
+            # Stands for the file, so that it is not opened again at every look.
+            none = np.zeros(0, np.uint64)
+            return Shard(path, np.zeros((0, KEY_BYTES), np.uint8), none, none, 0, 0)
+        except FileNotFoundError:  # pruned between listing and opening
+            return None
+        except OSError as error:
+            self._report(Damaged(path, f"it cannot be read ({error})"))
+            return None
 
     def missing(self, keys: np.ndarray) -> np.ndarray:
         """[n] bool: which of the keys [n, 16] no shard holds."""
-        wanted = _halves(keys)
-        if not len(self._first):
-            return np.ones(len(wanted), bool)
-        at = np.minimum(np.searchsorted(self._first, wanted[:, 0]), len(self._first) - 1)
-        return (self._first[at] != wanted[:, 0]) | (self._second[at] != wanted[:, 1])
+        return self._keys.missing(keys)
 
     def _places(self, key: bytes) -> list[tuple[Shard, int]]:
-        first, second = _halves(np.frombuffer(key, np.uint8)[None])[0]
-        places = []
-        for at in range(int(np.searchsorted(self._first, first)), len(self._first)):
-            if self._first[at] != first:
-                break
-            if self._second[at] == second:
-                number, row = self._place[at]
-                places.append((self._order[number], int(row)))
-        return places
+        return [(self._numbered[number], row) for number, row in self._keys.of(key)]
 
     def _report(self, error: Damaged) -> None:
         if error.path not in self.damage and not self.quiet:
@@ -131,7 +130,8 @@ class ShardIndex:
     @property
     def shards(self) -> list[Shard]:
         """The readable ones, newest first."""
-        return [shard for shard in self._order if shard.bytes_per_token]
+        names = sorted(self._shards, reverse=True)
+        return [self._shards[name] for name in names if self._shards[name].bytes_per_token]
 
 
 class RowReader(ShardIndex):
@@ -270,7 +270,3 @@ class RowStore(RowReader):
             )
             return
         self.rescan()
-
-
-def _halves(keys: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)

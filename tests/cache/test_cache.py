@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from axolotl_dskd.cache import (
     sample_key,
     write_json,
 )
+from axolotl_dskd.cache import places as places_module
 from axolotl_dskd.cache import store as store_module
 
 STORAGES = ("float32", "bfloat16", "int8", "int4")
@@ -155,6 +157,60 @@ def test_a_reader_sees_what_another_process_writes_later(tmp_path: Path):
     assert found(reader, 3)
     written(tmp_path / "later", range(5, 9))
     assert found(reader, 7)
+
+
+def test_places_are_those_of_all_files_newest_first_and_a_file_more_costs_about_its_keys(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A cache of a million rows gets thousands of files, each seen by every data worker."""
+    draws = np.random.default_rng(0)
+    sorted_before, moved = places_module._sorted, 0
+
+    def counted(*columns: np.ndarray) -> object:
+        nonlocal moved
+        moved += len(columns[0])
+        return sorted_before(*columns)
+
+    monkeypatch.setattr(places_module, "_sorted", counted)
+    asked = [draws.bytes(16) for _ in range(5100)]
+    places, plain = places_module.Places(), {}
+    for number in range(1000):
+        ids = draws.choice(5000, 8, replace=False)
+        keys = np.frombuffer(b"".join(asked[i] for i in ids), np.uint8)
+        places.add(keys.reshape(-1, 16), number)
+        for row, i in enumerate(ids.tolist()):
+            plain.setdefault(i, []).insert(0, (number, row))
+    assert [places.of(key) for key in asked] == [plain.get(i, []) for i in range(5100)]
+    flat = np.frombuffer(b"".join(asked), np.uint8).reshape(-1, 16)
+    assert places.missing(flat).tolist() == [i not in plain for i in range(5100)]
+    assert moved < 30 * 8000  # 500 times all keys, if each file had them sorted again
+
+
+def test_a_folder_that_others_write_to_is_not_listed_for_every_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    written(tmp_path, range(5))
+    reader = RowReader(tmp_path, WIDTH)
+    lately = time.time() - 0.5
+    os.utime(tmp_path, (lately, lately))
+    listed, list_folder = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or list_folder(path))
+    assert not any(found(reader, number) for number in range(100, 200))
+    assert len(listed) < 10
+
+
+def test_a_shard_that_cannot_be_read_is_said_and_the_others_are(
+    tmp_path: Path, cache_warnings: list[str]
+):
+    """As one that another user's umask keeps for himself."""
+    written(tmp_path, range(5))
+    (tmp_path / "states-1-f.safetensors").mkdir()
+    reader = RowReader(tmp_path, WIDTH)
+    assert all(found(reader, number) for number in range(5))
+    assert not found(reader, 7)
+    (warning,) = cache_warnings
+    assert "states-1-f.safetensors" in warning
+    assert "it cannot be read" in warning
 
 
 def test_samples_that_wait_to_be_written_can_be_read_by_their_writer_alone(tmp_path: Path):
