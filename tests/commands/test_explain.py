@@ -120,7 +120,20 @@ def test_a_run_without_attention_is_refused_in_words(tmp_path: Path):
     assert "no record of virtual attention" in result.output
 
 
-def test_of_a_resumed_run_the_steps_that_count_are_shown(tmp_path: Path):
+def test_runs_with_one_kd_ratio_are_told_apart_by_their_names(tmp_path: Path):
+    for name in ("classes-1", "classes-2", "again/classes-1"):
+        (tmp_path / name).mkdir(parents=True)
+        record(tmp_path / name, [(1, 0.9)])
+    for other in ("classes-2", "again/classes-1"):
+        result = explain(tmp_path, "classes-1", "--against", other)
+        assert not result.exit_code, result.output
+        one, two = re.findall(r"(\S+), kd_ratio 0\.5: after step", result.output)
+        assert one != two
+        assert f"with {one}, kd_ratio 0.5 is no different" in result.output
+
+
+def record(folder: Path, moments: list[tuple[int, float]]) -> None:
+    """What a training of three steps leaves: steps and entropies."""
     head = {
         "blocks": 2,
         "groups": "classes",
@@ -130,11 +143,15 @@ def test_of_a_resumed_run_the_steps_that_count_are_shown(tmp_path: Path):
         "examples": [[" x"]],
     }
     lines: list[dict[str, Any]] = [{"virtual_attention": head, "kd_ratio": 0.5}]
-    for step, entropy in [(1, 0.9), (2, 0.8), (3, 0.7), (2, 0.85), (3, 0.75)]:
+    for step, entropy in moments:
         attention = {"alpha": [[0.5, 0.5]], "entropy": entropy, "strength": 1.0}
         lines.append({"log": {}, "step": step, "max_steps": 3, "attention": attention})
-    path = tmp_path / "dskd-record.jsonl"
+    path = folder / "dskd-record.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_of_a_resumed_run_the_steps_that_count_are_shown(tmp_path: Path):
+    record(tmp_path, [(1, 0.9), (2, 0.8), (3, 0.7), (2, 0.85), (3, 0.75)])
     found = read(tmp_path)
     assert [(m.step, m.entropy) for m in found.moments] == [(1, 0.9), (2, 0.85), (3, 0.75)]
     assert found.whole_margins is None

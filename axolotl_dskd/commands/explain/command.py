@@ -9,7 +9,13 @@ from pathlib import Path
 import click
 
 from axolotl_dskd.commands.explain.pictures import attention_maps, margin_maps, over_time
-from axolotl_dskd.commands.explain.shown import Shown, check_alike, read, specialisation
+from axolotl_dskd.commands.explain.shown import (
+    Shown,
+    check_alike,
+    read,
+    specialisation,
+    told_apart,
+)
 from axolotl_dskd.commands.pages import environment, in_page
 
 PAGE = "dskd-explain.html"
@@ -49,6 +55,7 @@ def run_explain(run: Path, *, against: Path | None = None, html: Path | None = N
         if against is not None:
             runs.append(read(against))
             check_alike(*runs)
+            runs = told_apart(runs, [run, against])
         path = html or run / PAGE
         path.write_text(html_page(runs), encoding="utf-8", errors="replace")
     except (ValueError, OSError) as error:

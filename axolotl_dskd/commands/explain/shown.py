@@ -5,7 +5,8 @@ Knows records; nothing of pages or pictures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Shown:
         moments: at its logs, by step.
         margins: at its evaluations, by step.
         steps: of the whole training.
+        is_named: its name is needed to tell it from another one.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Shown:
     moments: list[Moment]
     margins: list[Margins]
     steps: int
+    is_named: bool = False
 
     @property
     def groups(self) -> list[str]:
@@ -74,7 +77,8 @@ class Shown:
     @property
     def label(self) -> str:
         """How pictures call it."""
-        return f"kd_ratio {self.kd_ratio:g}" if self.kd_ratio else "no teacher (kd_ratio 0)"
+        text = f"kd_ratio {self.kd_ratio:g}" if self.kd_ratio else "no teacher (kd_ratio 0)"
+        return f"{self.name}, {text}" if self.is_named else text
 
     @property
     def whole(self) -> Moment:
@@ -148,6 +152,16 @@ def check_alike(one: Shown, other: Shown) -> None:
             f"{one.name} and {other.name} cannot be compared: they have {one.steps} and "
             f"{other.steps} steps. Train both equally long."
         )
+
+
+def told_apart(runs: Sequence[Shown], folders: Sequence[Path]) -> list[Shown]:
+    """Two runs as they are, or with their names where their teacher's part is the same."""
+    if len({run.label for run in runs}) == len(runs):
+        return list(runs)
+    names = [run.name for run in runs]
+    if len(set(names)) < len(runs):
+        names = [str(folder) for folder in folders]
+    return [replace(run, name=name, is_named=True) for run, name in zip(runs, names, strict=True)]
 
 
 def specialisation(alpha: np.ndarray) -> np.ndarray:
