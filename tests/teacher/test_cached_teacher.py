@@ -250,6 +250,17 @@ def test_the_identity_follows_content_and_nothing_else(pair_folder: Path):
     assert len(found) == 6
 
 
+def test_a_served_teacher_is_known_by_its_name_there_too(pair_folder: Path):
+    """Files here cannot tell an adapter or a fine-tune that the server has."""
+    teacher = pair_folder / "teacher"
+
+    def served(**keys: Any) -> str:
+        return digest(teacher, pair_folder / "memo", server={"url": "http://a", **keys})
+
+    assert served() == served(model=str(teacher), timeout=3.0)
+    assert len({served(), served(model="tuned"), served(model="tuned again")}) == 3
+
+
 def test_weights_in_shards_have_an_identity_and_missing_ones_are_an_error(pair_folder: Path):
     model = AutoModelForCausalLM.from_pretrained(pair_folder / "teacher")
     sharded = pair_folder / "sharded"

@@ -5,8 +5,9 @@ files lie, when they were downloaded or what the commit is called: a README edit
 not make a cache worthless. Nor the device or the attention kernel, which only round differently.
 Tokenizer and template act through the token ids, which every sample is filed under.
 
-Of a served teacher the layers need not be here: it is known by the files that hold its ends, and
-kept apart from one that is loaded, since the server's dtype and quantisation are its own.
+Of a served teacher the layers need not be here: it is known by the files that hold its ends and by
+its name there, where that is another one, and kept apart from one that is loaded, since the
+server's dtype and quantisation are its own.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def teacher_identity(config: TeacherConfig, dtype: torch.dtype, root: Path) -> T
             )
         parts["adapter"] = memo.hash_all([path for path in files if path])
     if config.server is not None:
-        parts["served"] = "yes"
+        # Files here cannot tell a fine-tune or an adapter of theirs that the server has.
+        name_there = config.server.model
+        parts["served"] = "yes" if name_there in (None, name) else f"as {name_there}"
     if config.trust_remote_code:
         config_file = _file(name, revision, "config.json")
         assert config_file is not None
