@@ -74,7 +74,7 @@ class Recorder:
             attending: virtual attention, where there is one.
         """
         state, device = self.trainer.state, self.trainer.accelerator.device
-        learned = sum_over_ranks(torch.tensor(float(self.learned_tokens), device=device))
+        learned = sum_over_ranks(torch.tensor(self.learned_tokens, device=device))
         shown = {} if attending is None else {"attention": attending.margins()}
         self.say(
             shown

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from axolotl_dskd.evaluation.record import read_record
 from axolotl_dskd.training.metrics import MetricSums, RowSums
-from axolotl_dskd.training.recorder import best_by_name
+from axolotl_dskd.training.recorder import Recorder, best_by_name
 from axolotl_dskd.types import LossOutput, Term
 
 CPU = torch.device("cpu")
@@ -61,6 +63,19 @@ def test_of_what_no_token_has_nothing_is_said():
     sums = MetricSums({"kl": "student_token", "watched": "value"})
     sums.add(output(2, kl=[1.0, 3.0], watched=[]), 4)
     assert sums.means(CPU) == {"dskd/kl": 2.0, "dskd/supervised_tokens": 2}
+
+
+def test_a_record_counts_the_tokens_of_a_long_training_exactly(tmp_path: Path):
+    """float32 has whole numbers up to 2^24 only."""
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=1, epoch=1.0),
+        accelerator=SimpleNamespace(device=CPU),
+        args=SimpleNamespace(process_index=0, output_dir=str(tmp_path)),
+    )
+    recorder = Recorder(trainer)
+    recorder.learned_tokens = 2**24 + 1
+    recorder.evaluation("eval", {}, {}, [])
+    assert read_record(tmp_path)[0]["learned_tokens"] == 2**24 + 1
 
 
 def test_a_row_that_an_evaluation_sees_again_counts_once():
