@@ -21,6 +21,9 @@ class WritingServer:
         longest: tokens of a prompt and its answer.
         adapter_rank: of the adapters that it is given; None: it is given none.
         takes_weights: it is given weights.
+        revision: of the base model on the hub; None: its default.
+        tokenizer: where it comes from; None: from the base model.
+        trust_remote_code: the base model brings code of its own.
     """
 
     url: str
@@ -29,6 +32,9 @@ class WritingServer:
     longest: int
     adapter_rank: int | None = None
     takes_weights: bool = False
+    revision: str | None = None
+    tokenizer: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def environment(self) -> dict[str, str]:
@@ -49,13 +55,18 @@ class WritingServer:
         for flag, value in (
             ("--model", self.base_model),
             ("--served-model-name", self.name),
+            ("--revision", self.revision),
+            ("--tokenizer", self.tokenizer),
             ("--max-model-len", str(self.longest)),
             # Else its own habits (stop tokens among them) join what is asked for.
             ("--generation-config", "vllm"),
             ("--host", str(address.hostname)),
             ("--port", str(port)),
         ):
-            command += [flag, value]
+            if value is not None:
+                command += [flag, value]
+        if self.trust_remote_code:
+            command.append("--trust-remote-code")
         if self.adapter_rank is not None:
             rank = next((r for r in _RANKS if r >= self.adapter_rank), self.adapter_rank)
             command += ["--enable-lora", "--max-lora-rank", str(rank)]

@@ -24,9 +24,22 @@ def writing_server(
         ValueError: what it shall be given is not what the student has.
     """
     if not isinstance(server, StudentWriterConfig):
-        base = config.one_teacher.base_model
-        longest = teacher_position_limit(config)
-        return WritingServer(server.url, base, server.model or base, longest)
+        teacher = config.one_teacher
+        if teacher.adapter and server.model is None:
+            raise ValueError(
+                f"dskd.samples.engine: a vLLM of {teacher.base_model} would write without "
+                "dskd.teacher.adapter. Merge it with `axolotl merge-lora` and name the merged "
+                "folder as base_model; or serve it and name it as the engine's model."
+            )
+        return WritingServer(
+            server.url,
+            teacher.base_model,
+            server.model or teacher.base_model,
+            teacher_position_limit(config),
+            revision=teacher.revision,
+            tokenizer=teacher.tokenizer,
+            trust_remote_code=teacher.trust_remote_code,
+        )
     has: Literal["weights", "adapter"] = "weights" if adapter_rank is None else "adapter"
     if server.sync not in ("auto", has):
         raise ValueError(
@@ -40,4 +53,7 @@ def writing_server(
         int(cfg.sequence_len),
         adapter_rank,
         takes_weights=has == "weights",
+        revision=cfg.revision_of_model,
+        tokenizer=None if cfg.tokenizer_config == cfg.base_model else cfg.tokenizer_config,
+        trust_remote_code=bool(cfg.trust_remote_code),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,6 +123,37 @@ def test_run_becomes_the_server_with_its_key(
     assert (program, command[0]) == ("python", "python")
     assert shlex.join(command) in result.stdout
     assert environment["VLLM_API_KEY"] == "sesame"
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_the_server_that_writes_has_the_model_of_the_configuration(
+    pair_folder: Path, validated: Any, source: str
+):
+    """Not another revision, nor the model without its tokenizer or adapter."""
+    folder, engine = str(pair_folder / source), {"vllm": {"url": "http://c"}}
+    ours = {"revision": "v2", "tokenizer": folder, "trust_remote_code": True}
+    teacher = {"base_model": str(pair_folder / "teacher")} | (ours if source == "teacher" else {})
+    theirs: dict[str, Any] = {
+        "revision_of_model": "v2",
+        "tokenizer_config": str(pair_folder / "tokenizer"),
+        "trust_remote_code": True,
+    }
+    shutil.copytree(folder, pair_folder / "tokenizer")
+    block = {"teacher": teacher, "samples": {"from": source, "engine": engine}}
+    config = tiny.base_config(pair_folder, dskd=block, **(theirs if source == "student" else {}))
+    path = pair_folder / "writes.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = CliRunner().invoke(main, ["serve", str(path)]).stdout
+    where = ours["tokenizer"] if source == "teacher" else theirs["tokenizer_config"]
+    assert f"--revision v2 --tokenizer {where} " in command
+    assert "--trust-remote-code" in command
+    block["teacher"] = {**teacher, "adapter": "me/mine"}
+    path.write_text(yaml.safe_dump(config))
+    adapted = CliRunner().invoke(main, ["serve", str(path)])
+    assert ("would write without dskd.teacher.adapter" in adapted.output) == (source == "teacher")
+    engine["vllm"]["model"] = "mine"
+    path.write_text(yaml.safe_dump(config))
+    assert "--served-model-name mine" in CliRunner().invoke(main, ["serve", str(path)]).stdout
 
 
 def test_it_prints_the_command_of_the_server_that_writes(pair_folder: Path, validated: Any):
