@@ -60,18 +60,24 @@ def end_ids(prompts: Sequence[Prompt], eos: int | None, token_bytes: Sequence[by
 
 
 def answer(
-    prompts: Sequence[Prompt], writer: Writer, config: EvaluationConfig, tokenizer: Any, seed: int
+    prompts: Sequence[Prompt],
+    writer: Writer,
+    config: EvaluationConfig,
+    tokenizer: Any,
+    seed: int,
+    max_length: int | None = None,
 ) -> list[Answered]:
     """Greedy and sampled answers to all prompts; ranks share them, and each gets all.
 
     Args:
         seed: of what is sampled; the same one and the same student give the same answers.
+        max_length: tokens of a prompt and its answer that the student can read; None: any number.
     """
     mine = list(prompts)[rank() :: world_size()]
     ids = [prompt.ids for prompt in mine]
     texts = []
     for temperature in (0.0, config.temperature):
-        sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=temperature)
+        sampling = Sampling(config.max_new_tokens, temperature, max_length=max_length)
         written = writer.write(ids, sampling, [prompt_seed(prompt, seed) for prompt in ids])
         texts.append([_text(tokenizer, found.ids) for found in written])
     scores = RougeL()

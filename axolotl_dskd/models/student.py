@@ -48,6 +48,11 @@ class Student:
         self._partitioned = self._embedding.weight if self._zero_stage == 3 else None
 
     @property
+    def position_limit(self) -> int | None:
+        """Tokens that it can read, as its config says; None: it does not say."""
+        return getattr(self._model().config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def is_sharded(self) -> bool:
         """Whether a rank holds a part of the student only, once training has begun."""
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None) is not None

@@ -64,4 +64,5 @@ class Answering:
             vocab_size=self.student.vocab_size,
             together=self.student.runs_together,
         )
-        return answer(prompts, writer, self.config, self.tokenizer, self.seed)
+        limit = self.student.position_limit
+        return answer(prompts, writer, self.config, self.tokenizer, self.seed, limit)

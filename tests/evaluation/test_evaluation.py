@@ -10,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerState,
+)
 
+from axolotl_dskd.config import EvaluationConfig
+from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.evaluation.answers import RougeL
 from axolotl_dskd.evaluation.record import read_record
-from axolotl_dskd.training.answering import evaluations_before
+from axolotl_dskd.models.student import Student
+from axolotl_dskd.training.answering import Answering, evaluations_before
 from tests.support import tiny
 from tests.support.ranks import run
 from tests.support.runs import dskd, steps
@@ -209,6 +220,21 @@ def test_a_step_that_is_evaluated_again_is_counted_once_and_each_set_by_itself()
     assert evaluations_before(state, "eval_a") == 2
     assert evaluations_before(state, "eval_b") == 1
     assert evaluations_before(state, "eval") == 0
+
+
+def test_an_answer_ends_where_the_student_has_no_position_left():
+    """As GPT-2, whose table of positions ends."""
+    tokenizer = tiny.byte_level_tokenizer()
+    sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes))
+    student = Student(lambda: model, Accelerator(cpu=True), len(tokenizer))
+    config = EvaluationConfig(answers=2, max_new_tokens=16)
+    answering = Answering(config, student, tokenizer, token_bytes(tokenizer), seed=0)
+    full, short = [5] * 24 + [6], [5] * 20 + [6, 6]
+    labels = [[-100] * 24 + [6], [-100] * 20 + [6, 6]]
+    rows = Dataset.from_dict({"input_ids": [full, short], "labels": labels})
+    none, _ = answering(0, rows)
+    assert (none.greedy, none.sampled, none.rouge_l) == ("", "", 0)
 
 
 def test_rouge_l_is_the_share_of_words_in_the_same_order():
