@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class RowSums:
         self.prefix = f"dskd/{teacher}/" if teacher else "dskd/"
         self._seen: set[str] = set()
         #: Numbers of a row in the order of `_means`, without whether a term was seen.
-        self._rows: dict[str, list[float]] = {}
+        self._rows: dict[str, np.ndarray] = {}
 
     def add(
         self,
@@ -103,15 +104,15 @@ class RowSums:
                 by_row(values, term.sample_ids)
                 for values in (term.values, torch.ones_like(term.values))
             ]
-        self._rows.update(zip(keys, torch.stack(columns, 1).tolist(), strict=True))
+        self._rows.update(zip(keys, torch.stack(columns, 1).cpu().numpy(), strict=True))
 
     def means(self, device: torch.device) -> dict[str, float]:
         """See `MetricSums`."""
         before = gather_objects(list(self._rows))[: rank()]
         others = {key for keys in before for key in keys}
         mine = [numbers for key, numbers in self._rows.items() if key not in others]
-        width = 3 + 2 * len(self.per)
-        sums = torch.tensor(mine, dtype=torch.float64).view(-1, width).sum(0).tolist()
+        nothing = np.zeros(3 + 2 * len(self.per))
+        sums = np.stack([nothing, *mine]).sum(0).tolist()
         numbers = sums[:3]
         for k, name in enumerate(self.per):
             numbers += (*sums[3 + 2 * k : 5 + 2 * k], float(name in self._seen))
