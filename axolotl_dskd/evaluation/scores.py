@@ -1,8 +1,8 @@
 """What one evaluation finds, gathered by row over batches and ranks.
 
-A row is known by its tokens. So packs, the order of rows and the rows that a distributed sampler
-repeats to fill its last batch change nothing: a row counts once, also one that the data have
-twice.
+A row is known by its tokens and labels. So packs, the order of rows and the rows that a distributed
+sampler repeats to fill its last batch change nothing: a row counts once, also one that the data
+have twice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from axolotl_dskd.types import DualBatch
 
 def row_keys(batch: DualBatch) -> list[str]:
     """What the rows of a batch are known by, in the order of the samples' numbers."""
-    flat, owners = batch.input_ids.flatten().cpu(), batch.segment_ids.flatten().cpu()
+    both = torch.stack([batch.input_ids, batch.labels]).flatten(1).cpu()
+    owners = batch.segment_ids.flatten().cpu()
     return [
-        xxhash.xxh3_64_hexdigest(flat[owners == sample].numpy().tobytes())
+        xxhash.xxh3_64_hexdigest(both[:, owners == sample].numpy().tobytes())
         for sample in range(int(owners.max()) + 1)
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from axolotl_dskd.config import EvaluationConfig
 from axolotl_dskd.data.token_bytes import token_bytes
 from axolotl_dskd.evaluation.answers import RougeL
 from axolotl_dskd.evaluation.record import read_record
+from axolotl_dskd.evaluation.scores import row_keys
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.training.answering import Answering, evaluations_before
 from tests.support import tiny
+from tests.support.batches import batch
 from tests.support.ranks import run
 from tests.support.runs import dskd, steps
 
@@ -220,6 +223,12 @@ def test_a_step_that_is_evaluated_again_is_counted_once_and_each_set_by_itself()
     assert evaluations_before(state, "eval_a") == 2
     assert evaluations_before(state, "eval_b") == 1
     assert evaluations_before(state, "eval") == 0
+
+
+def test_rows_of_the_same_tokens_that_are_trained_on_elsewhere_are_others():
+    row = batch([4])
+    assert row_keys(row) == row_keys(batch([4]))
+    assert row_keys(row) != row_keys(replace(row, labels=row.input_ids))
 
 
 def test_an_answer_ends_where_the_student_has_no_position_left():
