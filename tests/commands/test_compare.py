@@ -284,6 +284,16 @@ def test_a_run_starts_and_ends_in_its_own_folder(folder: Path):
     assert not {"hub_model_id", "resume_from_checkpoint"} & run.config.keys()
 
 
+@pytest.mark.parametrize("said", ["no", False, None])
+def test_a_comparison_evaluates_where_its_configuration_does_not(folder: Path, said: Any):
+    raw = yaml.safe_load((folder / "config.yaml").read_text()) | {"eval_strategy": said}
+    (run,) = plan(folder, raw)
+    assert run.config["eval_strategy"] == "epoch"
+    (run,) = plan(folder, raw | {"eval_steps": 2})
+    assert run.config.get("eval_strategy") is None
+    assert run.config["eval_steps"] == 2
+
+
 def test_runs_on_more_gpus_are_other_runs(folder: Path):
     raw = yaml.safe_load((folder / "config.yaml").read_text())
     compare = CompareConfig(runs={"sft": {}}, held_out=str(folder / "held-out.jsonl"))

@@ -195,6 +195,9 @@ def _gives_whole_states(teacher: TeacherConfig) -> bool:
 def _run_config(base: Config, block: Config, seed: int) -> Config:
     config = {key: value for key, value in copy.deepcopy(base).items() if key not in _ELSEWHERE}
     config |= {"dskd": copy.deepcopy(block), "seed": seed}
+    never = ("no", "false", "none")  # YAML reads no as False
+    if str(config.get("eval_strategy")).lower() in never:
+        config.pop("eval_strategy", None)
     if not any(config.get(key) for key in ("eval_strategy", "eval_steps", "evals_per_epoch")):
         config["eval_strategy"] = "epoch"
     if not any(config.get(key) for key in _PICKS_A_CHECKPOINT):
