@@ -111,6 +111,7 @@ class TrainingStep:
         """A batch of an evaluation that asks the teacher."""
         self.read()
         self.ask()
+        # No ends of turns: of labels that are none, all would be left out.
         student, teacher, matches = self._views(asks=True)
         shared, budget = self.run.facts.shared_ids, self.objective.setting.budget
         TeacherAgreement(shared, budget)(student, teacher, matches.starts)

@@ -28,7 +28,7 @@ from axolotl_dskd.data.byte_spans import BYTES_PER_TOKEN
 from axolotl_dskd.data.outcomes import refusal
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import shared_tokens
-from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
+from axolotl_dskd.data.tokenizers import ends_of, load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.objectives import Facts
 from axolotl_dskd.planning.run import Card, RowSize, Run
 from axolotl_dskd.planning.skeleton import student_skeleton
@@ -189,5 +189,6 @@ def _run(cfg: Any, config: DSKDConfig, card: Card, student: Any, sample: Sample,
     ]
     tokenizer = load_teacher_tokenizer(config)
     vocabularies = vocabulary_size(student), vocabulary_size(tokenizer)
-    facts = Facts(student, tokenizer, vocabularies, sample.share)
+    ends = ends_of(sample.rows, student, tokenizer)
+    facts = Facts(student, tokenizer, vocabularies, sample.share, turn_ends=ends)
     return Run(cfg, config, card, sizes, sample.sampled == sample.total, facts, name)
