@@ -217,6 +217,10 @@ class TeacherAnswers:
         """Of these answers: what decides them is in its name."""
         decides = self.config.model_dump(exclude={"batch_tokens", "engine"})
         decides["teacher"] = self.run.identity()
+        engine = self.config.engine
+        if engine != "transformers" and engine.vllm.model is not None:
+            # Under a name of its own a server may have an adapter or a fine-tune of the teacher.
+            decides["served_as"] = engine.vllm.model
         decides["ends"] = self.answered.end_ids["teacher"]
         decides["limit"] = self.answered.reconcile.teacher_limit
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]

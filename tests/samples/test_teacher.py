@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from axolotl_dskd.config.samples import TeacherSamplesConfig
+from axolotl_dskd.data.answers import AnsweredRows
 from axolotl_dskd.generation import Answer
-from axolotl_dskd.samples.teacher import _names, _read, _save
+from axolotl_dskd.samples.teacher import TeacherAnswers, _names, _read, _save
 
 
 def answers(keys: range, length: int) -> dict[int, Answer]:
@@ -55,3 +59,22 @@ def test_a_damaged_file_is_not_written_yet(tmp_path: Path):
     assert _read(tmp_path, [name]) == {}
     _save(tmp_path, answers(range(4), 8))
     assert (tmp_path / name).read_bytes() == whole
+
+
+def test_a_server_that_has_the_teacher_under_another_name_writes_other_answers(tmp_path: Path):
+    """It may be an adapter of the teacher, which no file here tells of."""
+
+    class Rows(AnsweredRows):
+        def __init__(self) -> None:
+            self.end_ids = {"teacher": [2]}
+            self.reconcile: Any = SimpleNamespace(teacher_limit=64)
+
+    run: Any = SimpleNamespace(folder=tmp_path, identity=lambda: "the same", answered=Rows)
+
+    def folder(**server: Any) -> Path:
+        engine = {"vllm": {"url": "http://127.0.0.1:8000", **server}} if server else "transformers"
+        keys = {"from": "teacher", "engine": engine}
+        return TeacherAnswers(TeacherSamplesConfig.model_validate(keys), run)._folder()
+
+    assert folder(concurrency=3) == folder(concurrency=4)
+    assert len({folder(), folder(concurrency=3), folder(model="math"), folder(model="chat")}) == 3
