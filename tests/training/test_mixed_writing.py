@@ -55,6 +55,8 @@ POLICY = {"name": "policy", "whiten": "none"}
 BLOCK = {"samples": SAMPLES, "teacher": TEACHER, "objective": POLICY}
 #: Row by row, so that one rank's answer ends while another's goes on.
 BY_ONE = {**BLOCK, "samples": {**SAMPLES, "batch_tokens": 1}}
+#: Of parameters: other batches round otherwise, which Adam turns into steps of nearly no gradient.
+ROUNDING = 1e-4
 WAYS = ("packed", "1x8", "two ranks", "fsdp2", "zero3", "resumed", "qlora two ranks")
 WEIGHT, LIGHT = "dskd/mixed_weight", "dskd/mixed_below_half"
 
@@ -189,7 +191,7 @@ def test_a_teacher_alone_is_cut_over_the_ranks(folder: Path, trainings: dict[str
     config = training_config(folder, block, "teacher cut", {"micro_batch_size": ROWS // 2})
     results = launch(2, [{"do": "train", "config": config}], timeout=600)[0]
     assert all(result["teacher_is_sharded"] for result in results)
-    assert_same_training(trainings[BASE], Training.of(results[0]))
+    assert_same_training(trainings[BASE], Training.of(results[0]), atol=ROUNDING)
 
 
 def test_a_student_alone_is_cut_over_the_ranks(folder: Path, trainings: dict[str, Training]):
@@ -198,7 +200,7 @@ def test_a_student_alone_is_cut_over_the_ranks(folder: Path, trainings: dict[str
     config = training_config(folder, block, "student cut", overrides)
     results = launch(2, [{"do": "train", "config": config}], timeout=600)[0]
     assert not any(result["teacher_is_sharded"] for result in results)
-    assert_same_training(trainings[BASE], Training.of(results[0]))
+    assert_same_training(trainings[BASE], Training.of(results[0]), atol=ROUNDING)
 
 
 def test_of_several_teachers_each_rows_own_takes_part(folder: Path):
