@@ -153,7 +153,7 @@ def inspect_run(
         config=path,
         student=sides[0],
         teacher=sides[1],
-        shared_tokens=len(shared_tokens(facts.student, facts.teacher)[0]),
+        shared_tokens=len(shared_tokens(facts.student, facts.teacher, facts.turn_ends)[0]),
         objective=objective.describe(),
         advice=objective.advice(),
         coverage=whole,
