@@ -2,9 +2,12 @@
 
 One program works on one row. It reads the row's logits three times (they stay in the GPU's second
 cache): for the maxima and sums of all softmaxes, for the divergence's value, for the gradients,
-which it writes over the logits. All arithmetic is float32 in log space. Every divergence is given
-by two numbers per token of the vocabulary: what it adds to the value, and G, the derivative of the
-value with respect to log q; the gradient of a logit is then `G - q * sum(G)` (`divergences.py`).
+which it writes over the logits. Forward KL, which the teacher space always is, needs no second
+reading: its value is a mean of log-ratios, its sum of G is -1. (Nor would reverse KL, but its
+gradient is a difference that only sums of like rounding keep exact.) All arithmetic is float32 in
+log space. Every divergence is given by two numbers per token of the vocabulary: what it adds to
+the value, and G, the derivative of the value with respect to log q; the gradient of a logit is then
+`G - q * sum(G)` (`divergences.py`).
 
 Run on a CPU by Triton's interpreter (`TRITON_INTERPRET=1`), which is how the tests compare it.
 """
@@ -130,6 +133,7 @@ def _rows(
     # Maxima, sums of exponentials at temperature 1 and T, the labels' logits.
     z_max, z_sum, z_sum_T, z_label = -infinity, 0.0, 0.0, 0.0
     u_max, u_sum, u_sum_T, u_label = -infinity, 0.0, 0.0, 0.0
+    ratio = 0.0  # the mean of (u - z) / T under p, times u_sum_T
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < V
@@ -144,7 +148,11 @@ def _rows(
             u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
             u_label += tl.sum(tl.where(at == target, u, 0.0), 0)
             new = tl.maximum(u_max, tl.max(u, 0))
-            u_sum_T = u_sum_T * tl.exp((u_max - new) / T) + tl.sum(tl.exp((u - new) / T), 0)
+            before, weights = tl.exp((u_max - new) / T), tl.exp((u - new) / T)
+            u_sum_T = u_sum_T * before + tl.sum(weights, 0)
+            if DIVERGENCE == _FORWARD_KL:
+                difference = tl.where(inside, (u - z) / T, 0.0)
+                ratio = ratio * before + tl.sum(weights * difference, 0)
             if SOURCE_CE:
                 u_sum = u_sum * tl.exp(u_max - new) + tl.sum(tl.exp(u - new), 0)
             u_max = new
@@ -197,18 +205,22 @@ def _rows(
             mix = tl.where(total > 0.0, head / tl.maximum(total, 1e-30), 0.5)
 
         value = 0.0
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            inside = at < V
-            z = _logits(z_row, at, inside, scale, softcap, SOFTCAP)
-            u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
-            log_q = tl.where(inside, (z - z_max) / T - z_log, 0.0)
-            log_p = tl.where(inside, (u - u_max) / T - u_log, 0.0)
-            q = tl.where(inside, tl.exp(log_q), 0.0)
-            p = tl.where(inside, tl.exp(log_p), 0.0)
-            v, G = _value_and_G(log_p, log_q, p, q, parameter, mix, DIVERGENCE)
-            value += tl.sum(v, 0)
-            G_sum += tl.sum(G, 0)
+        if DIVERGENCE == _FORWARD_KL:
+            value = ratio / u_sum_T + ((z_max - u_max) / T + z_log - u_log)
+            G_sum = -1.0
+        else:
+            for start in range(0, V, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                inside = at < V
+                z = _logits(z_row, at, inside, scale, softcap, SOFTCAP)
+                u = _logits(u_row, at, inside, u_scale, u_softcap, U_SOFTCAP)
+                log_q = tl.where(inside, (z - z_max) / T - z_log, 0.0)
+                log_p = tl.where(inside, (u - u_max) / T - u_log, 0.0)
+                q = tl.where(inside, tl.exp(log_q), 0.0)
+                p = tl.where(inside, tl.exp(log_p), 0.0)
+                v, G = _value_and_G(log_p, log_q, p, q, parameter, mix, DIVERGENCE)
+                value += tl.sum(v, 0)
+                G_sum += tl.sum(G, 0)
         if MASK_WRONG:
             value = value * agreeing
         tl.store(out_pointer + 2 * n + row, value)
