@@ -262,12 +262,6 @@ def serve(config: Path, run: bool, python: str, teacher: str | None, more: tuple
     "--html", type=click.Path(dir_okay=False, path_type=Path), help="Where the page goes."
 )
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--probe",
-    metavar="N",
-    type=click.IntRange(1),
-    help="Also measure what quantising the teacher changes, on N rows (loads it twice).",
-)
 @_teacher
 def inspect(**options: Any) -> None:
     """Tokenizer pair, sample of your rows and memory plan of CONFIG, before anything is trained."""
@@ -275,6 +269,21 @@ def inspect(**options: Any) -> None:
         from axolotl_dskd.commands.inspect import run_inspect
 
         run_inspect(read_config, **options)
+
+
+@main.command()
+@_config
+@click.option("--rows", default=32, show_default=True, type=click.IntRange(1), help="In all.")
+@_teacher
+def quantization(config: Path, rows: int, teacher: str | None) -> None:
+    """Measure on your rows what quantising the teacher of CONFIG changes.
+
+    Loads it whole and as configured, in 4 or 8 bits, one after the other.
+    """
+    with _work(config) as (cfg, dskd, out):
+        from axolotl_dskd.commands.quantization import measure_quantization
+
+        click.echo(measure_quantization(cfg, dskd, rows, teacher).words, out)
 
 
 @main.command()

@@ -9,7 +9,8 @@ dual space is measured from projected states on.
     python tests/benchmarks/bench_loss.py                       # the CPU sizes
     python tests/benchmarks/bench_loss.py --quick               # every objective in minutes
     python tests/benchmarks/bench_loss.py --objectives uld --sizes demo
-    python tests/benchmarks/bench_loss.py --sizes llama-1b --objectives dual_space --no-naive
+    python tests/benchmarks/bench_loss.py --sizes llama-1b --tokens 1024 --objectives dual_space \
+        --divergences skewed_reverse_kl --no-naive
     python tests/benchmarks/bench_loss.py --sizes large --device cuda --dtype bfloat16
 """
 
@@ -342,7 +343,7 @@ def chunk_tokens(x: Inputs, device: str) -> int:
 
 def print_table(size: str, args: argparse.Namespace) -> None:
     """Measure one size and print its Markdown table."""
-    N, d, D, V, U = SIZES[size]
+    N, d, D, V, U = numbers = (args.tokens or SIZES[size][0], *SIZES[size][1:])
     print(
         f"\n{size}: N=M={N}, d={d}, D={D}, V={V:,}, U={U:,} (both {U:,} for token_kd, sinkhorn)\n"
     )
@@ -355,7 +356,7 @@ def print_table(size: str, args: argparse.Namespace) -> None:
         if row.one_vocabulary not in inputs:
             inputs = {}  # one set at a time
             dtype = getattr(torch, args.dtype)
-            made = Inputs.make(SIZES[size], args.device, dtype, args.seed, row.one_vocabulary)
+            made = Inputs.make(numbers, args.device, dtype, args.seed, row.one_vocabulary)
             inputs[row.one_vocabulary] = made
         print_row(row, inputs[row.one_vocabulary], args)
 
@@ -402,6 +403,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int, help="instead of the size's own number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-naive", action="store_true", help="skip the plain form")

@@ -469,7 +469,6 @@ def changed(config: dict[str, Any], what: str) -> dict[str, Any]:
         ("bf16 without a GPU", (), "--gpu-memory 24GiB"),
         ("", ("--gpu-memory", "24"), "with its unit"),
         ("", ("--gpu-memory", "much"), "no amount of memory"),
-        ("", ("--probe", "4"), "neither load_in_4bit nor load_in_8bit"),
     ],
 )
 def test_nonsense_is_refused_in_words(
@@ -512,43 +511,6 @@ def test_rows_that_would_stop_the_training_are_shown_with_both_texts(
 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path):
     assert run_command(str(tmp_path / "none.yml")).exit_code == 2
-
-
-# ---- the probe ----------------------------------------------------------------------------------
-
-
-def quantised_pair(folder: Path) -> dict[str, Any]:
-    tiny.save_pair(folder, hidden_sizes=(32, 128))
-    teacher = {"base_model": str(folder / "teacher"), "load_in_4bit": True, "dtype": "float32"}
-    return tiny.base_config(folder, dskd={"teacher": teacher})
-
-
-def test_the_probe_measures_what_quantising_the_teacher_changes(tmp_path: Path, inspect: Inspect):
-    from axolotl_dskd.commands.inspect.probe import compare_forms
-    from axolotl_dskd.teacher import load_teacher
-
-    config = quantised_pair(tmp_path)
-    teacher = DSKDConfig.model_validate(config["dskd"]).teacher
-    ids = tiny.sentencepiece_tokenizer()("Wood, ice and a small paper boat.")["input_ids"]
-    rows = [{"teacher_input_ids": ids, "teacher_labels": [-100, *ids[1:]]}] * 4
-    found = compare_forms(teacher, rows, 3, 600, torch.device("cpu"))
-    assert found.rows == 3
-    assert found.tokens == 3 * (len(ids) - 1)
-    # The same by the models' own logits.
-    plain = teacher.model_copy(update={"load_in_4bit": False})
-    log_p, log_q = (
-        load_teacher(t, torch.device("cpu"))(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        for t in (plain, teacher)
-    )
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    assert found.kl == pytest.approx(float(kl), rel=1e-4)
-    assert found.kl > 1e-4
-    agree = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean()
-    assert found.agreement == pytest.approx(float(agree))
-    report = inspect(config, card=Card("cpu", 24 * GIB, False), probe=2)
-    assert report.probe is not None
-    assert "of 2 rows, the quantised teacher" in report.probe
-    assert "as it is loaded" in html_page(report)
 
 
 # ---- several teachers ---------------------------------------------------------------------------

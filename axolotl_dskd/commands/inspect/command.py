@@ -1,7 +1,7 @@
 """The command itself: from a configuration to its report, and to terminal, page and file.
 
 Joins sample, rows, skeletons and plan. Loads tokenizers, model configs and a sample of rows; no
-weights, unless they are probed.
+weights.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from axolotl.loaders import load_tokenizer
 from rich.console import Console
 
 from axolotl_dskd.commands.inspect.card import configured_for, find_card, parse_memory
 from axolotl_dskd.commands.inspect.examples import pick_examples
 from axolotl_dskd.commands.inspect.fit import fit
-from axolotl_dskd.commands.inspect.probe import compare_forms
 from axolotl_dskd.commands.inspect.report import Report
-from axolotl_dskd.commands.inspect.sample import Sample, sample_rows
 from axolotl_dskd.commands.inspect.shown import html_page, print_report
 from axolotl_dskd.commands.inspect.sides import side_facts
+from axolotl_dskd.commands.sample import Sample, sample_rows
 from axolotl_dskd.config import DSKDConfig, about_teacher, loading
 from axolotl_dskd.data.byte_spans import BYTES_PER_TOKEN
 from axolotl_dskd.data.outcomes import refusal
@@ -89,7 +87,6 @@ def inspect_run(
     card: Card,
     rows: int,
     teacher: str | None = None,
-    probe: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Report:
     """The report of one configuration.
@@ -99,7 +96,6 @@ def inspect_run(
         cfg: Axolotl's validated configuration; `config`: its `dskd:` block.
         rows: sampled of each dataset.
         teacher: the name of the one to look at, where there are several.
-        probe: rows on which to compare the quantised teacher with its unquantised form.
         progress: told what is being done.
 
     Raises:
@@ -111,11 +107,6 @@ def inspect_run(
             "{teacher: true} evaluations would."
         )
     _, name, one = config.choose(teacher)
-    if probe and not (one.one_teacher.load_in_4bit or one.one_teacher.load_in_8bit):
-        raise ValueError(
-            "--probe compares a quantised teacher with its unquantised form, but dskd.teacher has "
-            "neither load_in_4bit nor load_in_8bit. Set one of them, or leave --probe out."
-        )
     progress("tokenizers")
     with loading(f"the student's tokenizer {cfg.tokenizer_config or cfg.base_model!r}"):
         tokenizer = load_tokenizer(cfg)
@@ -144,11 +135,6 @@ def inspect_run(
     progress("memory")
     teacher_tokens = sum(d.teacher_tokens * d.total / max(1, d.sampled) for d in datasets)
     memory = fit(student, [run, *runs.values()], teacher_tokens)
-    probed = None
-    if probe:
-        size = facts.vocab_sizes[1]
-        here = card.device if torch.cuda.is_available() else torch.device("cpu")
-        probed = compare_forms(one.one_teacher, whole.rows, probe, size, here, progress).words
     return Report(
         config=path,
         student=sides[0],
@@ -161,7 +147,6 @@ def inspect_run(
         examples=pick_examples(datasets, facts.student, facts.teacher),
         memory=memory,
         remarks=remarks,
-        probe=probed,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
 
-from axolotl_dskd.commands.inspect.sample import Sample
+from axolotl_dskd.commands.sample import Sample
 from axolotl_dskd.data.byte_spans import Spans, aligned_groups
 from axolotl_dskd.data.reconcile import SPANS, TEACHER_SPANS
 from axolotl_dskd.data.token_bytes import token_bytes

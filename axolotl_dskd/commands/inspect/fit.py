@@ -76,6 +76,6 @@ def _proposals(run: Run, teacher_tokens: float) -> Iterator[tuple[dict[str, Any]
         changes = {prefix + "load_in_4bit": True}
         if teacher.load_in_8bit:
             changes[prefix + "load_in_8bit"] = False
-        yield changes, "the teacher is rounded: `--probe 32` measures by how much"
+        yield changes, "the teacher is rounded: `axolotl-dskd quantization` measures by how much"
     if (half := cfg.sequence_len // 2) >= 256:
         yield {"sequence_len": half}, "longer rows are dropped or cut (excess_length_strategy)"

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from axolotl_dskd.commands.inspect.examples import Example
-from axolotl_dskd.commands.inspect.sample import Sample
 from axolotl_dskd.commands.inspect.sides import SideFacts
+from axolotl_dskd.commands.sample import Sample
 from axolotl_dskd.commands.words import gib
 from axolotl_dskd.data.outcomes import KEPT, MEANING
 from axolotl_dskd.planning.plan import Plan
@@ -38,7 +38,6 @@ class Report:
     examples: Sequence[Example]
     memory: Plan
     remarks: Sequence[str]
-    probe: str | None
 
     def as_json(self) -> str:
         """For `--json`, with the derived numbers."""
@@ -74,7 +73,6 @@ def sections(report: Report) -> dict[str, Sequence[Line | Table | Example]]:
         "Both tokenizers on your text": report.examples,
         "Memory plan": [*_memory(report.memory)],
         "Remarks": [Line(remark) for remark in report.remarks],
-        "The teacher as it is loaded": [Line(report.probe)] if report.probe else [],
     }
     return {title: blocks for title, blocks in found.items() if blocks}
 

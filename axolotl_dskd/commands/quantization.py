@@ -1,19 +1,23 @@
-"""How faithful a quantised teacher is to its unquantised form, on the user's own rows.
+"""`axolotl-dskd quantization`: how faithful a quantised teacher is to its unquantised form.
 
-The two forms are loaded one after the other, never at once. Knows rows, heads and two models'
-distributions; nothing of students.
+Measured on the user's own rows. The two forms are loaded one after the other, never at once. Knows
+rows, heads and two models' distributions; nothing of students.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
+from axolotl.loaders import load_tokenizer
 
-from axolotl_dskd.config import TeacherConfig
+from axolotl_dskd.commands.sample import Sample, sample_rows
+from axolotl_dskd.config import DSKDConfig, TeacherConfig, loading
+from axolotl_dskd.data.outcomes import refusal
+from axolotl_dskd.data.tokenizers import load_teacher_tokenizer, vocabulary_size
 from axolotl_dskd.evaluation.agreement import TeacherAgreement
 from axolotl_dskd.losses import Budget
 from axolotl_dskd.teacher import TeacherSpec
@@ -38,8 +42,8 @@ _ANOTHER = (
 )
 
 
-class ProbeResult(NamedTuple):
-    """Means over the supervised teacher tokens of the probed rows.
+class QuantizationLoss(NamedTuple):
+    """Means over the supervised teacher tokens of the rows.
 
     Attributes:
         kl: KL(unquantised ‖ quantised) per token, in nats, at temperature 1.
@@ -62,14 +66,43 @@ class ProbeResult(NamedTuple):
         )
 
 
+def measure_quantization(
+    cfg: Any, config: DSKDConfig, count: int, teacher: str | None
+) -> QuantizationLoss:
+    """What quantising a configuration's teacher changes, on its own rows.
+
+    Args:
+        cfg: Axolotl's validated configuration; `config`: its `dskd:` block.
+        count: rows to measure on.
+        teacher: the name of the one to measure, where there are several.
+
+    Raises:
+        ValueError: the teacher is not quantised, or something cannot be loaded or used, in words.
+    """
+    number, _, one = config.choose(teacher)
+    keys = one.one_teacher
+    if not (keys.load_in_4bit or keys.load_in_8bit):
+        raise ValueError(
+            "there is nothing to measure: dskd.teacher has neither load_in_4bit nor load_in_8bit. "
+            "Set the one that you think of using."
+        )
+    with loading(f"the student's tokenizer {cfg.tokenizer_config or cfg.base_model!r}"):
+        tokenizer = load_tokenizer(cfg)
+    whole = Sample.together(sample_rows(cfg, one, tokenizer, count=count, teacher=number))
+    if not whole.kept:
+        raise ValueError(refusal(whole.outcomes, whole.differing))
+    size = vocabulary_size(load_teacher_tokenizer(one))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return compare_forms(keys, whole.rows, count, size, device)
+
+
 def compare_forms(
     config: TeacherConfig,
     rows: Sequence[Mapping[str, Any]],
     count: int,
     vocab_size: int,
     device: torch.device,
-    progress: Callable[[str], None] = lambda _: None,
-) -> ProbeResult:
+) -> QuantizationLoss:
     """Compare the teacher as configured with the same teacher unquantised.
 
     Between the two loads only the unquantised form's hidden states and its head stay, on the CPU.
@@ -84,11 +117,10 @@ def compare_forms(
     rows = rows[:: max(1, len(rows) // count)][:count]
     batch = of_rows(rows, 0, device)
 
-    def said(form: TeacherConfig, name: str) -> View:
-        progress(f"the teacher {name}")
+    def said(form: TeacherConfig) -> View:
         return load_live(TeacherSpec(form, vocab_size, device))(batch, Needs())
 
-    plain = said(config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False}), "whole")
+    plain = said(config.model_copy(update={"load_in_4bit": False, "load_in_8bit": False}))
     assert plain.hidden is not None and plain.head is not None
     hidden = plain.hidden.cpu()
     # A copy, where there is no other device: its tensors are the model's, which has to go.
@@ -96,7 +128,7 @@ def compare_forms(
     del plain
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without CUDA
-    quantised = said(config, "quantised")
+    quantised = said(config)
     plain = View(quantised.tokens, head.to(device), hidden.to(device))
     everything = range(vocab_size), range(vocab_size)
     same_tokens = torch.arange(len(plain), device=device)[:, None].expand(-1, 2)
@@ -104,4 +136,4 @@ def compare_forms(
     kl, agreement = (
         float(terms[name].values.double().mean()) for name in ("teacher_kl", "teacher_agreement")
     )
-    return ProbeResult(len(rows), len(plain), kl, agreement)
+    return QuantizationLoss(len(rows), len(plain), kl, agreement)
