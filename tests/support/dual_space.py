@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from axolotl_dskd.losses import Budget, Stream, make_divergence
-from axolotl_dskd.objectives.dual_space.projectors import ROWS_AT_ONCE, Gram
+from axolotl_dskd.objectives.dual_space.align import Exchanged, exchange_pairs
+from axolotl_dskd.objectives.dual_space.projectors import ROWS_AT_ONCE, Gram, Projectors
 from axolotl_dskd.objectives.dual_space.spaces import Terms, student_space, teacher_space
 from axolotl_dskd.output_head import OutputHead
-from axolotl_dskd.types import LossOutput, Side
+from axolotl_dskd.types import LossOutput, Side, View
 
 
 def settings(name: str, chunk_tokens: int = 256, **changes: Any) -> tuple[Terms, Budget]:
@@ -87,3 +88,14 @@ def dual_space_loss(
         out.loss = out.loss + loss
         out.terms |= values
     return out
+
+
+def met_as_pairs(
+    student: Tensor, teacher: Tensor, pairs: Tensor, projectors: Projectors
+) -> Exchanged:
+    """States met as pairs."""
+    views = (
+        View(side(torch.zeros(len(states), dtype=torch.long)), hidden=states)
+        for states in (student, teacher)
+    )
+    return exchange_pairs(*views, pairs, projectors)
