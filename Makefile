@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE =
 # no CPU builds, and vLLM stops where they cannot be imported.
 VLLM = .venv-vllm
 
-.PHONY: install vllm demo compare test test-fast gpu bench lint clean
+.PHONY: install vllm demo compare test test-vllm test-fast gpu bench lint clean
 
 install: $(INSTALLED)
 
@@ -44,8 +44,13 @@ compare: $(INSTALLED)
 	$(BIN)/python example_configs/demo/run.py --runs \
 	  sft,dual_space,uld,min_edit,sinkhorn,chunk_likelihood,gold,span_support
 
+# All but what needs an environment of its own.
 test: $(INSTALLED)
-	$(PYTEST)
+	$(PYTEST) -m "not gpu and not vllm"
+
+# A real vLLM that serves the teacher, or writes.
+test-vllm: $(INSTALLED) $(VLLM)/.installed
+	$(PYTEST) -m "vllm and not gpu"
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not gpu"

@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 
 import tests.support.on_cpu  # noqa: F401
-from tests.support import process, tiny
+from tests.support import process, tiny, vllm
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: two workers then end at the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    if not vllm.PYTHON.exists():
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(vllm.MISSING))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,12 +27,9 @@ from axolotl_dskd.models.student import Student
 from axolotl_dskd.servers import Servers
 from axolotl_dskd.vllm import TEXT
 from tests.support import tiny
-from tests.support.vllm import MISSING, PYTHON, VLLM
+from tests.support.vllm import VLLM
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=MISSING),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 CPU = torch.device("cpu")
 #: The last one fills whole blocks of a server's prefix cache.

@@ -10,12 +10,9 @@ import pytest
 from axolotl_dskd.teacher.served.logprob_teacher import LogprobTeacher
 from tests.support import tiny
 from tests.support.runs import losses, teacher_of
-from tests.support.vllm import MISSING, PYTHON, VLLM
+from tests.support.vllm import VLLM
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=MISSING),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 #: All of the vocabulary but one token, so that the others as one are that token alone, and what is
 #: compared is the whole distribution.

@@ -13,9 +13,9 @@ from tests.support.equivalence import ROWS, Training, assert_same_training, trai
 from tests.support.ranks import run
 from tests.support.sharding import SHARDED
 from tests.support.taught import teach
-from tests.support.vllm import MISSING, PYTHON, VLLM
+from tests.support.vllm import VLLM
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason=MISSING)]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 WRITTEN = {"from": "student", "share": 1.0, "temperature": 0.0, "max_new_tokens": 16}
 #: Of losses and of weights: states that a server computes differ by its order of sums.

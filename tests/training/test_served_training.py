@@ -22,12 +22,9 @@ from tests.support.batches import batch
 from tests.support.ranks import run
 from tests.support.runs import losses, objective_of, teacher_of
 from tests.support.sharding import SHARDED
-from tests.support.vllm import MISSING, PYTHON, VLLM
+from tests.support.vllm import VLLM
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=MISSING),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 Train = Callable[[dict[str, Any]], Any]
 

@@ -20,10 +20,9 @@ from tests.support.equivalence import (
 from tests.support.ranks import launch, run
 from tests.support.sharding import SHARDED, zero
 from tests.support.taught import teach
-from tests.support.vllm import MISSING, PYTHON, VLLM, free_port
+from tests.support.vllm import VLLM, free_port
 
 pytestmark = [pytest.mark.slow]
-with_vllm = pytest.mark.skipif(not PYTHON.exists(), reason=MISSING)
 
 #: Greedy: the two engines draw from other random numbers.
 STUDENT = {"from": "student", "share": 1.0, "temperature": 0.0, "max_new_tokens": 16}
@@ -75,14 +74,14 @@ def trained(
     return dict(zip(("itself", "served"), map(Training.of, results), strict=True)), keys
 
 
-@with_vllm
+@pytest.mark.vllm
 def test_who_writes_changes_nothing(trained: tuple[dict[str, Training], dict[str, Any]]):
     trainings, _ = trained
     assert_same_training(trainings["itself"], trainings["served"], rel=1e-4, atol=1e-4)
     assert trainings["served"].metrics[0]["dskd/written_rows"] == 1
 
 
-@with_vllm
+@pytest.mark.vllm
 @pytest.mark.parametrize("sharding", SHARDING)
 def test_several_ranks_hand_over_one_student(
     trained: tuple[dict[str, Training], dict[str, Any]],
@@ -98,7 +97,7 @@ def test_several_ranks_hand_over_one_student(
     assert_same_training(trainings["itself"], Training.of(result), rel=1e-4, atol=1e-4)
 
 
-@with_vllm
+@pytest.mark.vllm
 def test_the_teacher_answers_from_a_server(folder: Path, tmp_path: Path, server: VLLM):
     """The server has the student's weights; here it is the teacher, too."""
     server.reset_weights(folder / "student")
@@ -138,7 +137,7 @@ def test_an_adapter_is_not_to_be_had_of_a_student_without_one(folder: Path):
     assert "what this student trains is its weights. Write sync: weights" in result["error"]
 
 
-@with_vllm
+@pytest.mark.vllm
 def test_a_server_that_dies_for_good_ends_all_ranks_in_words(folder: Path, server: VLLM):
     """The last test of its module."""
     server.reset_weights(folder / "student")
