@@ -47,7 +47,7 @@ def refusals(data: dict[str, Any]) -> list[str]:
     found += [
         f"`{key}: {data[key]}`: parallelism inside a model is not supported; set it to 1"
         for key in _PARALLEL
-        if (data.get(key) or 1) > 1
+        if str(data.get(key) or 1) != "1"  # a raw value may be text
     ]
     block = data.get("dskd")
     objective = block.get("objective") if isinstance(block, dict) else None

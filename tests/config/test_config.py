@@ -284,6 +284,7 @@ REFUSED = {
     "fsdp_version": {"fsdp_version": 1, "fsdp_config": {"offload_params": True}},
     "fsdp": {"fsdp": ["full_shard"]},
     "tensor_parallel_size": {"tensor_parallel_size": 2},
+    "tensor_parallel_size: 2`": {"tensor_parallel_size": "2"},
     "context_parallel_size": {"context_parallel_size": 2},
     "trainer_cls": {"trainer_cls": "my.Trainer"},
     "pretraining_dataset": {"pretraining_dataset": "some/text"},
