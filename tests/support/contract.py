@@ -24,6 +24,7 @@ from axolotl_dskd.types import IGNORE_INDEX
 from tests.support import naive, plain_forms, policy_forms
 from tests.support.groups import Problem
 from tests.support.inputs import PAIRS, Batch, Inputs
+from tests.support.pretend import CPU, moved
 
 # ---- plain forms ---------------------------------------------------------------------------
 
@@ -295,7 +296,11 @@ class Case:
         return [*pairs, *([k] for k in alone)]
 
     def objective(
-        self, inputs: Inputs, kd_ratio: float = 0.4, chunk_tokens: int = 16
+        self,
+        inputs: Inputs,
+        kd_ratio: float = 0.4,
+        chunk_tokens: int = 16,
+        device: torch.device = CPU,
     ) -> Objective[Any]:
         """As a run builds it, begun with the heads of the inputs."""
         block = {"teacher": {"base_model": "x"}, "objective": self.config, "samples": "student"}
@@ -303,7 +308,7 @@ class Case:
         gives = "states" if self.top is None else "logprobs"
         setting = Setting(kd_ratio, Budget(chunk_tokens), 5, self.written, gives)
         objective = objective_class(config)(config, inputs.facts, setting)
-        objective.begin(Pair(inputs.heads, inputs.embeddings, torch.device("cpu")))
+        objective.begin(Pair(*moved((inputs.heads, inputs.embeddings), device), device))
         if self.prepare is not None:
             self.prepare(objective)
         if objective.module is not None and inputs.heads[0].weight.dtype == torch.float64:
