@@ -123,6 +123,8 @@ class OutputHead:
     def rows(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the matrix and the bias that the logits (before a softcap) come from.
 
+        LoRA's product is in float32, also within autocast.
+
         Args:
             ids: [k] int64, on the head's device.
 
@@ -131,7 +133,8 @@ class OutputHead:
         """
         weight = self.weight.detach()[ids]
         if self.lora_A is not None and self.lora_B is not None:
-            low = self.lora_B.detach()[ids].float() @ self.lora_A.detach().float()
+            with _dtypes_as_given(ids.device):
+                low = self.lora_B.detach()[ids].float() @ self.lora_A.detach().float()
             weight = weight + self.lora_scale * low.to(weight.dtype)
         if self.gate is not None:
             groups = self.gate.groups()[ids.to(self.gate.scale.device)]
@@ -152,10 +155,16 @@ class OutputHead:
     def linear(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
         """What the head gives before scale and softcap: [N, vocab_size], in the states' dtype.
 
+        Also within autocast, which would give the products of the parts dtypes of its own.
+
         Args:
             hidden_Nd: [N, d].
             out: a contiguous [N, vocab_size] to write to (without autograd), or None.
         """
+        with _dtypes_as_given(hidden_Nd.device):
+            return self._linear(hidden_Nd, out)
+
+    def _linear(self, hidden_Nd: Tensor, out: Tensor | None) -> Tensor:
         if self.gate is not None:
             if out is None:
                 out = hidden_Nd.new_empty((*hidden_Nd.shape[:-1], self.vocab_size))
@@ -268,6 +277,11 @@ class OutputHead:
                 per_channel_d = (back_Nd.to(wide) * hidden_Nd.to(wide)).sum(0)
                 into_scale[k] += per_channel_d.view(into_scale.shape[1], -1).sum(1)
         return grad_hidden_Nd.to(hidden_Nd.dtype)
+
+
+def _dtypes_as_given(device: torch.device) -> torch.autocast:
+    """Where autocast is off."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _add_product(into: Tensor, grad: Tensor, states: Tensor) -> None:

@@ -138,6 +138,14 @@ def _itself(hidden: Tensor) -> Tensor:
     return hidden
 
 
+def _as_computed(hidden: Tensor) -> Tensor:
+    """States in the dtype in which the model's own head would take them, here and now."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
+
+
 @contextmanager
 def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> Iterator[list[Any]]:
     """While open, a forward of `model` computes no logits: the head hands its input on instead.
@@ -155,9 +163,7 @@ def captured_head_input(model: Any, then: Callable[[Tensor], Any] = _itself) -> 
     captured: list[Any] = []
 
     def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):  # the dtype in which the head would have computed
-            hidden = hidden.to(torch.get_autocast_dtype(device))
+        hidden = _as_computed(hidden)
         # ZeRO-3 gathers a module's own parameters for its forward, not those of the layers within.
         with gathered(module.parameters()):
             captured.append(then(hidden))
@@ -181,7 +187,7 @@ def gated(model: Any, gate: Gate | None) -> Iterator[None]:
 
     def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         vocabulary = sum(len(ids) for ids in gate.ids)
-        return replace(output_head(model, vocabulary), gate=gate).linear(hidden)
+        return replace(output_head(model, vocabulary), gate=gate).linear(_as_computed(hidden))
 
     with _other_forward(head_module(model), forward):
         yield

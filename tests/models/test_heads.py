@@ -6,7 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from axolotl_dskd.models.heads import captured_head_input, check_output_head, output_head, single
+from axolotl_dskd.models.heads import (
+    captured_head_input,
+    check_output_head,
+    gated,
+    output_head,
+    single,
+)
+from axolotl_dskd.output_head import Gate
 from tests.support.families import CONFIGS, build
 
 
@@ -164,6 +171,19 @@ def test_capture_keeps_a_forward_that_stood_on_the_instance():
     with captured_head_input(model):
         model(input_ids=ids())
     torch.testing.assert_close(model(input_ids=ids()).logits, expected + 1.0)
+
+
+def test_a_gate_takes_the_dtype_of_autocast():
+    """A student that writes with virtual attention, in mixed precision."""
+    model = build("llama")
+    ids_of_groups = tuple(torch.arange(97)[k::2] for k in range(2))
+    gate = Gate(torch.ones(2, 4), ids_of_groups)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model(input_ids=ids()).logits
+        with gated(model, gate):
+            found = model(input_ids=ids()).logits
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_float32_head_on_a_bfloat16_body_is_checked_under_autocast():

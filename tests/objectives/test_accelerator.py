@@ -1,4 +1,4 @@
-"""Objectives where everything is on an accelerator: what they make is there, too."""
+"""Objectives on an accelerator: all that they make is there, too; and within autocast."""
 
 from __future__ import annotations
 
@@ -148,3 +148,32 @@ def test_virtual_attention_is_the_same_on_an_accelerator(groups: str):
         return {"loss": loss.detach(), "gradient": gradient, "groups": gate.groups()}
 
     assert_same(attended)
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda c: c.name)
+def test_autocast_changes_nothing(case: Case):
+    """What mixed precision hands on are states in bfloat16 before a head in float32."""
+
+    def found(enabled: bool) -> dict[str, Tensor]:
+        inputs = case.inputs("gate", dtype=torch.float32)
+        student, teacher, matches = batch(case, inputs)
+        states = student.hidden.bfloat16()
+        objective = case.objective(inputs, chunk_tokens=64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for number in range(2):
+                objective.follow(number, inputs.heads[0])
+                out = objective(replace(student, hidden=states), teacher, matches)
+                objective.end_step()
+        tensors = [states, *inputs.trained.values()]
+        if objective.module is not None:
+            tensors += objective.module.parameters()
+        gradients = torch.autograd.grad(
+            out.loss, tensors, allow_unused=True, materialize_grads=True
+        )
+        numbers = {f"gradient {k}": g for k, g in enumerate(gradients)}
+        return numbers | {"loss": out.loss.detach()} | dict(out.sums())
+
+    plain, cast = found(False), found(True)
+    assert plain.keys() == cast.keys()
+    for name, x in plain.items():
+        assert torch.equal(x, cast[name]), name
