@@ -50,13 +50,16 @@ class Sizes:
     Attributes:
         student, teacher: supervised tokens of each sample.
         lengths: tokens of each sample on the teacher's side.
+        cached: whether each sample was found in the teacher's cache; None: nobody has looked.
     """
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
     lengths: tuple[int, ...]
+    cached: tuple[bool, ...] | None = None
 
     def with_teachers(self, samples: Sequence[int]) -> Sizes:
         """Of the batch with some of its samples on the teacher's side."""
         teacher, lengths = (tuple(of[k] for k in samples) for of in (self.teacher, self.lengths))
-        return Sizes(self.student, teacher, lengths)
+        cached = None if self.cached is None else tuple(self.cached[k] for k in samples)
+        return Sizes(self.student, teacher, lengths, cached)

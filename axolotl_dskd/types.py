@@ -266,6 +266,7 @@ class DualBatch:
             counted(self.segment_ids, self.student_mask()),
             counted(self.teacher_segment_ids(), self.teacher_mask()),
             tuple(self.teacher_attention_mask.sum(1).tolist()),
+            None if self.cached is None else tuple(self.cached.tolist()),
         )
 
     @cached_property

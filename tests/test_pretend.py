@@ -121,3 +121,16 @@ def test_waits_are_counted_here_too():
         x.tolist()
         (x > 1).nonzero()
     assert waits.count == 3
+    with Waits() as waits:
+        x.cpu()
+        torch.ones(1).copy_(x[:1])
+        torch.ones(1).to(DEVICE)
+        torch.tensor([1], device=DEVICE)
+        x.new_tensor([1])
+    assert waits.count == 5
+    with Waits() as waits:
+        torch.ones(1).to(DEVICE, non_blocking=True)
+        x.copy_(torch.ones(2), non_blocking=True)
+        torch.full((1,), 2.0, device=DEVICE)
+        x.to(torch.float64) + x
+    assert waits.count == 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from axolotl_dskd.models.heads import captured_head_input, single
 from axolotl_dskd.ranks import is_sharded, max_over_ranks
 from axolotl_dskd.teacher.load import load_teacher
+from axolotl_dskd.teacher.part import indices
 from axolotl_dskd.teacher.reading import ReadingTeacher
 from axolotl_dskd.teacher.spec import TeacherSpec
 from axolotl_dskd.types import DualBatch, Side
@@ -58,21 +59,21 @@ class LiveTeacher(ReadingTeacher):
                 any_token = torch.zeros((1, 1), dtype=torch.long, device=device)
                 self.model(input_ids=any_token, use_cache=False)
                 continue
-            cut = slice(None, max(lengths[row] for row in rows))
+            chosen = indices(rows, home), slice(None, max(lengths[row] for row in rows))
             # The teacher's dtype is its own, not that of the student's autocast.
             apart = torch.autocast(device.type, enabled=False)
             with apart, captured_head_input(self.model) as captured:
                 self.model(
-                    input_ids=batch.teacher_input_ids[rows, cut].to(device),
-                    attention_mask=batch.teacher_attention_mask[rows, cut].to(device),
+                    input_ids=batch.teacher_input_ids[chosen].to(device),
+                    attention_mask=batch.teacher_attention_mask[chosen].to(device),
                     use_cache=False,
                 )
             states = single(captured, self.model)
             # Which tokens of the batch these rows have, and in which of the rows each is: from
             # numbers that the host knows, so that it need not wait for the forward.
             tokens = [np.arange(ends[row] - counts[row], ends[row]) for row in rows]
-            wanted = torch.from_numpy(np.concatenate(tokens)).to(home)
-            row_of = torch.from_numpy(np.arange(len(rows)).repeat(counts[rows])).to(states.device)
+            wanted = indices(np.concatenate(tokens), home)
+            row_of = indices(np.arange(len(rows)).repeat(counts[rows]), states.device)
             hidden[wanted] = states[row_of, places[wanted].to(states.device)].to(hidden)
         return hidden, side
 

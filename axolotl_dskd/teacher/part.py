@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from axolotl_dskd.types import IGNORE_INDEX, DualBatch
@@ -33,12 +34,18 @@ def of_rows(rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device
     )
 
 
+def indices(numbers: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """[k] int64 on a device, for which the host does not wait: a plain copy to a GPU would end
+    only with all that the GPU has been told before."""
+    return torch.as_tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
+
+
 def with_samples(batch: DualBatch, samples: list[int]) -> DualBatch:
     """The batch with some of its samples, maybe none, on the teacher's side."""
     if len(samples) == len(batch.teacher_labels):
         return batch
     states, cached, written = batch.cached_states, batch.cached, batch.written
-    at = torch.tensor(samples, dtype=torch.long, device=batch.teacher_labels.device)
+    at = indices(samples, batch.teacher_labels.device)
     if states is not None:
         states = states[torch.isin(batch.teacher_side().sample_ids, at)]
     return replace(

@@ -76,7 +76,7 @@ class Pretended(Tensor):
         return Pretended(inner["inner"])
 
     def tolist(self) -> Any:
-        return Tensor.tolist(self.detach().cpu())
+        return Tensor.tolist(self.inner.detach())
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()

@@ -1,4 +1,5 @@
-"""How often a host would wait for a GPU: numbers that it reads, and shapes that numbers decide."""
+"""How often a host would wait for a GPU: numbers that it reads, shapes that numbers decide, and
+copies: to and from memory that is not pinned, CUDA's copies end with all that was begun before."""
 
 from __future__ import annotations
 
@@ -23,6 +24,19 @@ _WAITING = {
 }
 
 
+def _copies(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether tensors change their device, other than to an accelerator without waiting: what is
+    not in pinned memory is put into a queue then, and read at once."""
+    if name == "_to_copy":
+        source, target = args[0].device, kwargs.get("device") or args[0].device
+    elif name == "copy_":
+        target, source = args[0].device, args[1].device
+    else:
+        return False
+    at_once = kwargs.get("non_blocking", name == "copy_" and len(args) > 2 and args[2])
+    return source.type != target.type and not (at_once and source.type == "cpu")
+
+
 def _in_a_library() -> bool:
     """Whether the innermost caller that is ours or a library of models is the library."""
     frame = sys._getframe(1)
@@ -37,7 +51,8 @@ def _in_a_library() -> bool:
 
 class Waits(TorchDispatchMode):
     """Use as a context manager; `count` is what it saw, but for what transformers and the like do
-    in their own code. Works on a CPU, which waits for nothing."""
+    in their own code. Works on a CPU, which waits for nothing; copies between devices are seen on
+    an accelerator, also on one that is not there (`pretend`)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +63,8 @@ class Waits(TorchDispatchMode):
         masks = name in ("index", "index_put", "index_put_") and any(
             isinstance(x, Tensor) and x.dtype == torch.bool for x in tree_leaves(args[1])
         )
-        self.count += (name in _WAITING or masks) and not _in_a_library()
+        waits = name in _WAITING or masks or _copies(name, args, kwargs or {})
+        self.count += waits and not _in_a_library()
         return func(*args, **(kwargs or {}))
 
     def __enter__(self) -> Waits:

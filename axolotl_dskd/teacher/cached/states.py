@@ -102,13 +102,13 @@ class CachedStates:
         Raises:
             ValueError: the teacher had to be loaded and could not be; its states are not finite.
         """
-        packed, found = batch.cached_states, batch.cached
+        packed, found = batch.cached_states, batch.sizes.cached
         if packed is None or found is None:  # no data worker has looked
             shape = len(sample_ids_M), self.codec.bytes_per_token
             packed = sample_ids_M.new_zeros(shape, dtype=torch.uint8)
-            found = sample_ids_M.new_zeros(len(batch.teacher_labels), dtype=torch.bool)
+            found = (False,) * len(batch.teacher_labels)
         packed = packed[:, : self.codec.bytes_per_token]
-        if bool(found.all()):
+        if all(found):
             return packed
         sides = unpadded(batch)
         counts = torch.bincount(sample_ids_M, minlength=len(sides)).tolist()
