@@ -84,8 +84,9 @@ class TeacherAgreement:
 
     def _log_probabilities(self, hidden: Tensor, head: OutputHead, side: int) -> Tensor:
         """[q, K + 1] log-probabilities of the shared tokens and of all others."""
+        self._shared = tuple(ids.to(hidden.device) for ids in self._shared)
         logits = head.logits(hidden.to(head.weight.dtype))
         log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
-        shared = log_p[:, self._shared[side].to(log_p.device)]
+        shared = log_p[:, self._shared[side]]
         others = (1 - shared.exp().sum(-1, keepdim=True)).clamp_min(_LEAST).log()
         return torch.cat([shared, others], -1)

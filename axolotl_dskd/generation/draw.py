@@ -50,7 +50,8 @@ class Draw(LogitsProcessor):
         plain = logits.log_softmax(-1)
         number = None
         if self._numbers is not None:
-            number = self._numbers[:, len(self.logprobs)].to(plain.device).unsqueeze(1)
+            self._numbers = self._numbers.to(plain.device)
+            number = self._numbers[:, len(self.logprobs)].unsqueeze(1)
         drawn = self.drawn(logits, plain, number)
         self.logprobs.append(plain.gather(1, drawn).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)

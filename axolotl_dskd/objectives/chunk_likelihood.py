@@ -104,14 +104,13 @@ class ChunkLikelihood(Objective[ChunkLikelihoodConfig], config=ChunkLikelihoodCo
         chunk = self._chunks(groups, known, boundary)
         count = int(chunk[-1]) + 1 if len(chunk) else 0
         ends = torch.searchsorted(chunk, torch.arange(count, device=chunk.device), right=True) - 1
+        bounded = known[ends].nonzero().flatten() if config.debias else ends
 
         def likelihoods(side: int, logprobs: Tensor, boundary: Tensor) -> Tensor:
             total = logprobs.new_zeros(count).index_add(0, chunk, groups.sums(side, logprobs))
             if config.debias:
-                behind = groups.last[ends, side] + 1
-                total = total.index_add(
-                    0, known[ends].nonzero().flatten(), boundary[behind[known[ends]]]
-                )
+                behind = groups.last[ends[bounded], side] + 1
+                total = total.index_add(0, bounded, boundary[behind])
             return total
 
         values: dict[str, Tensor] = {}

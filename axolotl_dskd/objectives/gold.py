@@ -125,7 +125,8 @@ class GOLD(Objective[GOLDConfig], config=GOLDConfig):
         labels = student.labels[groups.last[:, STUDENT]], teacher.labels[groups.last[:, TEACHER]]
         ours, theirs = (column[label] for column, label in zip(self._column, labels, strict=True))
         kept = (ours == theirs) | ~self._textless[labels[0]]
-        return Groups(groups.first[kept], groups.last[kept])
+        at = kept.nonzero().flatten()
+        return Groups(groups.first[at], groups.last[at])
 
     def _by_name(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """[G] D_β of log-measures [G, K] that need not sum to 1; never negative."""

@@ -41,7 +41,8 @@ class Groups:
             end = count.cumsum(0)
             numbers.append(number)
             bounds.append(torch.stack([end - count, end - 1]))
-        met = [torch.isin(a, b) for a, b in (numbers, numbers[::-1])]
+        # Of numbers that are known to be unique: else it looks for these, and the host waits.
+        met = [torch.isin(a, b, assume_unique=True) for a, b in (numbers, numbers[::-1])]
         first, last = torch.stack([b[:, m] for b, m in zip(bounds, met, strict=True)], -1)
         return cls(first, last)
 
@@ -49,9 +50,14 @@ class Groups:
         """Those of a chunk, with rows counted from where it begins on each side."""
         rows = [part["student"], part["teacher"]]
         assert isinstance(rows[0], slice) and isinstance(rows[1], slice)
-        starts = self.first.new_tensor([r.start for r in rows if isinstance(r, slice)])
         here = (self.first[:, STUDENT] >= rows[0].start) & (self.first[:, STUDENT] < rows[0].stop)
-        return Groups(self.first[here] - starts, self.last[here] - starts)
+        at = here.nonzero().flatten()
+
+        def counted(bounds: Tensor) -> Tensor:
+            sides = zip(bounds[at].unbind(1), rows, strict=True)
+            return torch.stack([side - r.start for side, r in sides if isinstance(r, slice)], 1)
+
+        return Groups(counted(self.first), counted(self.last))
 
     def owner(self, side: int, length: int) -> Tensor:
         """[length] which group each row of a side belongs to; G where it belongs to none."""

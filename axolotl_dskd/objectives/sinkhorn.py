@@ -139,7 +139,7 @@ class Sinkhorn(Objective[SinkhornConfig], config=SinkhornConfig):
             every = torch.arange(len(ours), device=student.tokens.labels.device)
             rows = every if exchanged.student_rows is None else exchanged.student_rows
             if targets is not None:  # where there is none, the projected teacher is not taught
-                taught = targets != IGNORE_INDEX
+                taught = (targets != IGNORE_INDEX).nonzero().flatten()
                 projected, rows = projected[taught], rows[taught]
             source = Stream(projected, ours.head)
         out.terms = {names.get(name, name): term for name, term in out.terms.items()}

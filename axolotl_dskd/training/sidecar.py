@@ -112,28 +112,28 @@ class Sidecar:
         """
         if self.adamw is None:
             return
-        gradients, not_finite = self._averaged(loss_scale)
+        gradients, finite = self._averaged(loss_scale)
         if scaler is not None:  # after averaging: every rank finds the same
             scaler.unscale_(self.adamw)
         if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             self._apply(self.adamw, schedule_factor, alone)
         elif loss_scale == 1.0 and scaler is None:
-            self._refuse(self.adamw, not_finite)
+            self._refuse(self.adamw, finite)
         self.forget_gradients()
 
-    def _averaged(self, loss_scale: float) -> tuple[list[Tensor], list[str]]:
-        """All gradients, now the ranks' mean; and which of this rank's are not finite."""
-        gradients, not_finite = [], []
-        for name, parameter in self._parameters.items():
+    def _averaged(self, loss_scale: float) -> tuple[list[Tensor], Tensor]:
+        """All gradients, now the ranks' mean; and [k] bool, which of this rank's were finite: read
+        where one is not, or the host would wait for a GPU once more."""
+        gradients = []
+        for parameter in self._parameters.values():
             if parameter.grad is None:  # a rank may see no supervised token
                 parameter.grad = torch.zeros_like(parameter)
             if loss_scale != 1.0:
                 parameter.grad.div_(loss_scale)
             gradients.append(parameter.grad)
-            if not torch.isfinite(parameter.grad.sum()):
-                not_finite.append(name)
+        finite = torch.stack([gradient.sum() for gradient in gradients]).isfinite()
         average_over_ranks(gradients)
-        return gradients, not_finite
+        return gradients, finite
 
     def _apply(self, adamw: torch.optim.AdamW, schedule_factor: float, alone: bool) -> None:
         """One update from finite gradients."""
@@ -144,8 +144,10 @@ class Sidecar:
             group["lr"] = group["own_lr"] * factor
         adamw.step()
 
-    def _refuse(self, adamw: torch.optim.AdamW, not_finite: list[str]) -> NoReturn:
+    def _refuse(self, adamw: torch.optim.AdamW, finite: Tensor) -> NoReturn:
         """Stop every rank: they are all here, since it is the average that is not finite."""
+        flags = zip(self._parameters, finite.tolist(), strict=True)
+        not_finite = [name for name, is_finite in flags if not is_finite]
         where = f" ({', '.join(not_finite)})" if not_finite else ""
         first = next(iter(self._parameters.values()))
         taken = int(adamw.state[first].get("step", 0))

@@ -20,6 +20,7 @@ from axolotl_dskd.virtual_attention import VirtualAttention, block_margins
 from tests.support.contract import CASES, Case, dual_space, token_kd
 from tests.support.inputs import Inputs
 from tests.support.pretend import CPU, OtherDevice, accelerator, moved
+from tests.support.waits import Waits
 
 #: Of a batch: two pairs of samples that belong together where answers are written.
 SAMPLES = [1, 0, 3, 2]
@@ -177,3 +178,32 @@ def test_autocast_changes_nothing(case: Case):
     assert plain.keys() == cast.keys()
     for name, x in plain.items():
         assert torch.equal(x, cast[name]), name
+
+
+#: How often the host may wait in one call; of objectives whose chunks it does not wait for.
+WAITS = {
+    **dict.fromkeys(("dual_space", "token_kd", "uld", "min_edit"), 3),
+    **{"chunk_likelihood": 8, "preference": 6, "policy": 10},
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.config["name"] in WAITS and case.top is None],
+    ids=lambda c: c.name,
+)
+def test_an_objective_does_not_wait_more_often(case: Case):
+    inputs, counts = case.inputs("trained", dtype=torch.float32), []
+    with accelerator() as device:
+        for chunk_tokens in (4096, 16):
+            objective = case.objective(inputs, device=device, chunk_tokens=chunk_tokens)
+            objective.follow(0, moved(inputs.heads[0], device))
+            objective.follow(1, moved(inputs.heads[0], device))  # what the start reports is past
+            views = moved(batch(case, inputs), device)
+            for view in views[:2]:
+                known = tuple(view.tokens.sample_ids.bincount().tolist())
+                object.__setattr__(view.tokens, "counts", known)
+            with Waits() as waits:
+                objective(*views)
+            counts.append(waits.count)
+    assert counts[0] == counts[1] <= WAITS[case.config["name"]]

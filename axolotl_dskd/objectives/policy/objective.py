@@ -125,12 +125,13 @@ class Policy(Objective[PolicyConfig], config=PolicyConfig):
             by_rows(self._function(rollout, tokens.labels)),
             {name: TermSpec("student", weight) for name, weight in weights.items()},
         )
-        among = {"reverse_kl": rollout.acts, "clipped": rollout.acts}
+        acting = rollout.acts.nonzero().flatten()
+        among = {"reverse_kl": acting, "clipped": acting}
         terms = {}
         for name, values in {**sums.values, "reverse_kl": rollout.gap}.items():
             counted = among.get(name, slice(None))
             terms[name] = Term(values[counted], tokens.sample_ids[counted])
-        terms["aligned"] = participation(rollout.acts.nonzero().flatten(), tokens)
+        terms["aligned"] = participation(acting, tokens)
         return LossOutput(sums.loss, len(tokens), terms)
 
     def _whitened(self, advantage: Tensor, acts: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ class Preference(Objective[PreferenceConfig], config=PreferenceConfig):
         taught = student.references != IGNORE_INDEX
         if written is not None and written.pairs is not None:
             taught |= torch.isin(tokens.sample_ids, written.pairs[:, 0])
+        taught = taught.nonzero().flatten()
         found: Values = {}
 
         def loss(log_q: Tensor, _: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class Preference(Objective[PreferenceConfig], config=PreferenceConfig):
             },
         )
         ids, values = tokens.sample_ids, sums.values
-        taught = student.references != IGNORE_INDEX
+        taught = (student.references != IGNORE_INDEX).nonzero().flatten()
         terms = {
             "ce": Term(values["ce"][taught], ids[taught]),
             "preference": Term(values["preference"], ids),
