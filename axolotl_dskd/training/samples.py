@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.trainer import calculate_total_num_steps
 
 from axolotl_dskd.config import DSKDConfig, WritingConfig
 from axolotl_dskd.data.answers import AnsweredRows, RoutedAnswers
@@ -33,6 +35,8 @@ from axolotl_dskd.types import Needs
 
 #: Rows from which is learned how answers end.
 _ROWS = 1000
+#: What Axolotl notes of the rows of which it counts steps.
+_COUNTED = ("total_num_tokens", "total_supervised_tokens", "sample_packing_eff_est")
 
 
 def samples_run(
@@ -197,3 +201,25 @@ def answered_by_teachers(trainer: Any, config: DSKDConfig, student: Student) -> 
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return rows
+
+
+def train_on(trainer: Any, rows: Any) -> None:
+    """Let a training that is about to begin go over other rows.
+
+    Axolotl has counted the steps of its epochs on the rows that it has prepared. Packed, the same
+    prompts with longer or shorter answers make more or fewer: they are counted again.
+
+    Args:
+        rows: in place of those.
+    """
+    if rows is trainer.train_dataset:
+        return
+    trainer.train_dataset = rows
+    cfg, args = trainer.axolotl_cfg, trainer.args
+    if cfg.max_steps or not cfg.sample_packing:
+        return
+    before = args.max_steps
+    anew = DictDefault({**cfg, **dict.fromkeys(_COUNTED)})
+    args.max_steps = calculate_total_num_steps(anew, rows, update=False) or -1
+    if cfg.warmup_steps is None and min(before, args.max_steps) > 0:  # a share of the steps
+        args.warmup_steps = round(args.warmup_steps * args.max_steps / before)

@@ -33,7 +33,7 @@ from axolotl_dskd.training.callbacks import Begin, EndStep, StepSidecar, Teacher
 from axolotl_dskd.training.comparing import open_for_evaluations
 from axolotl_dskd.training.opening import facts, open_teachers
 from axolotl_dskd.training.reports import Reports
-from axolotl_dskd.training.samples import answered_by_teachers, samples_of_lessons
+from axolotl_dskd.training.samples import answered_by_teachers, samples_of_lessons, train_on
 from axolotl_dskd.training.sidecar import Sidecar, check_checkpoint
 from axolotl_dskd.training.step import Distillation, Lesson, Step
 from axolotl_dskd.types import DualBatch, LossOutput
@@ -125,7 +125,7 @@ class DSKDTrainer(AxolotlTrainer):
                 self._set_up_distillation()
             else:
                 if self.dskd.samples.source == "teacher":
-                    self.train_dataset = answered_by_teachers(self, self.dskd, self.student)
+                    train_on(self, answered_by_teachers(self, self.dskd, self.student))
                 self._open_for_evaluations(trains=True)
             self._set_up_sidecar()
         self.reports.begin(self.objectives, self.attending)
@@ -152,7 +152,7 @@ class DSKDTrainer(AxolotlTrainer):
                 embeddings = tuple(e for e in (embedding, teacher.embedding) if e is not None)
                 objective.begin(Pair(heads, embeddings, self.accelerator.device))
         self.samples = samples_of_lessons(self, self.distillation)
-        self.train_dataset = self.samples.dataset(self.train_dataset)
+        train_on(self, self.samples.dataset(self.train_dataset))
         for name, (teacher, objective, _) in lessons.items():
             with about_teacher(name):
                 teacher.begin()  # now that the rows are those that training will see

@@ -79,6 +79,24 @@ def test_of_rows_that_the_teacher_answers_the_cache_holds_the_answered_alone(
     assert {key.tobytes() for key in held} == {key.tobytes() for key in wanted}
 
 
+@pytest.mark.parametrize("kd_ratio", [0, 0.5])
+def test_epochs_are_those_of_the_answered_rows_where_they_are_packed(
+    folder: Path, train: Train, kd_ratio: float
+):
+    """Shorter answers make fewer packed rows."""
+    block = {"samples": {**TEACHER, "max_new_tokens": 1}, "kd_ratio": kd_ratio}
+    packed = {"micro_batch_size": 1, "sample_packing": True, "sequence_len": 96}
+    epochs = {"max_steps": None, "num_epochs": 4, "warmup_ratio": 0.5}
+    length = {}
+    for name, samples in (("data", {"samples": "dataset"}), ("answered", {})):
+        made = training_config(folder, {**block, **samples}, f"{name} {kd_ratio}", packed | epochs)
+        _, trainer = train(made)
+        assert trainer.state.epoch == 4
+        length[name] = trainer.state.max_steps
+        assert trainer.args.warmup_steps == length[name] // 2
+    assert length["answered"] < length["data"]
+
+
 def test_a_cached_teacher_stays_where_the_student_writes(
     folder: Path, train: Train, loads: list[int]
 ):
