@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from axolotl.utils.logging import get_logger
+from datasets import concatenate_datasets
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -33,6 +34,8 @@ LOG = get_logger(__name__)
 
 #: Prompts whose answers are written to one file: what a killed run loses at most.
 _AT_ONCE = 256
+#: Rows that are changed at once: as lists of numbers they take many times their memory.
+_ROWS = 128
 #: How long files of other ranks may take to show.
 _LATE_SECONDS = 60.0
 _SUFFIX = ".safetensors"
@@ -126,7 +129,13 @@ class TeacherAnswers:
                 "dskd.samples.from: teacher: no row has a supervised answer with a prompt before "
                 "it. Use rows of questions and answers, or samples: dataset."
             )
-        changed = [{**row, **answer(row, index)} for index, row in enumerate(rows)]
+        names = list(rows.column_names)
+        parts = []
+        for start in range(0, len(rows), _ROWS):
+            few = rows.select(range(start, min(start + _ROWS, len(rows))))
+            changed = [{**row, **answer(row, start + k)} for k, row in enumerate(few)]
+            made = {name: [row[name] for row in changed] for name in names}
+            parts.append(type(rows).from_dict(made, features=rows.features))
         refused = sum(self.tally.refused.values())
         (LOG.warning if refused else LOG.info)(
             f"The teacher has answered {len(rows) - refused} of {len(rows)} rows"
@@ -137,10 +146,7 @@ class TeacherAnswers:
                 f"dskd.samples.from: teacher: none of its answers can be used "
                 f"({dict(self.tally.refused)}). Check max_new_tokens against sequence_len."
             )
-        names = list(rows.column_names)
-        return type(rows).from_dict(
-            {name: [row[name] for row in changed] for name in names}, features=rows.features
-        )
+        return concatenate_datasets(parts)
 
     # ---- the answers -------------------------------------------------------------------------
 

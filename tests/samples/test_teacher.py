@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+from datasets import Dataset
+
 from axolotl_dskd.config.samples import TeacherSamplesConfig
 from axolotl_dskd.data.answers import AnsweredRows
-from axolotl_dskd.generation import Answer
+from axolotl_dskd.generation import Answer, prompt_seed
 from axolotl_dskd.samples.teacher import TeacherAnswers, _names, _read, _save
+from tests.support.conversations import answered, prepared
 
 
 def answers(keys: range, length: int) -> dict[int, Answer]:
@@ -78,3 +83,39 @@ def test_a_server_that_has_the_teacher_under_another_name_writes_other_answers(t
 
     assert folder(concurrency=3) == folder(concurrency=4)
     assert len({folder(), folder(concurrency=3), folder(model="math"), folder(model="chat")}) == 3
+
+
+def test_answered_rows_stand_in_order_and_are_never_all_in_lists_at_once(tmp_path: Path):
+    """Of a large data set these would take many times its memory, on every rank."""
+    pair, count = ("tiny byte-level", "tiny sentencepiece"), 1200
+    said = "Wood, ice and a small paper boat float on water. " * 8
+    two = [prepared(pair, [(question, said)]) for question in ("What floats?", "Name it.")]
+    rows = Dataset.from_list(two * (count // 2))
+    run: Any = SimpleNamespace(
+        folder=tmp_path,
+        identity=lambda: "one",
+        answered=lambda: answered(pair),
+        max_length=4096,
+        device=torch.device("cpu"),
+    )
+    writes = TeacherAnswers(TeacherSamplesConfig.model_validate({"from": "teacher"}), run)
+    ids = [label for label in two[0]["teacher_labels"] if label >= 0][:-3]
+    asked = [answered(pair).prompt(row) for row in two]
+    seeds = [prompt_seed(prompt["teacher"].ids, writes.config.seed) for prompt in asked if prompt]
+    writes._folder().mkdir()
+    _save(writes._folder(), {seed: Answer(ids, [], ended=True) for seed in seeds})
+    tracemalloc.start()
+    found = writes(rows)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    numbers = sum(len(row[name]) for row in found for name in ("input_ids", "labels"))
+    numbers += sum(len(row[f"teacher_{n}"]) for row in found for n in ("input_ids", "labels"))
+    assert most < 24 * numbers  # in lists most have 8 bytes there and 28 of their own
+    assert found.features == rows.features
+    for number, prompt in enumerate(asked):
+        assert prompt is not None
+        (row, *others) = found.select(range(number, count, 2))
+        assert all(other == row for other in others)
+        before = len(prompt["teacher"].ids)
+        assert row["teacher_input_ids"][:before] == prompt["teacher"].ids
+        assert row["teacher_input_ids"][before : before + len(ids) - 1] == ids[:-1]
