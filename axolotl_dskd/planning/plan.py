@@ -158,9 +158,15 @@ def _with_one_teacher(student: Any, run: Run) -> Plan:
         partner = run.teacher if run.config.mixes else None
         phases["writing"] = writing(student, run.writing, run.autocast, partner)
     # Before the first step there are no optimizer states yet.
-    start -= states + 2 * model_bytes(mapped)
-    if start > 0:
-        phases["start of training"] = {"projectors' start": start}
+    later = states + 2 * model_bytes(mapped)
+    if start > later:
+        phases["start of training"] = {"projectors' start": start - later}
+    if run.writing_before is not None:
+        attend(run.teacher, keys.attn_implementation, padded=True)
+        own = sum(writing(run.teacher, run.writing_before, None).values())
+        own += body - held["teacher layers"]  # those of a cached one go again
+        if own > later:
+            phases["writing before training"] = {"teacher's writing": own - later}
     if (keys.device_map or "") not in ("", {"": 0}):
         notes.append("dskd.teacher.device_map is not followed: all of the teacher is counted here")
     if on_gpu:
@@ -229,11 +235,12 @@ def writing(
     one forward reads all.
 
     Args:
-        student: its skeleton, in training mode from then on.
+        student: its skeleton, or that of a teacher that writes alone.
         shape: rows and tokens that are written at once.
         autocast: dtype of mixed precision, if any.
         partner: a teacher's that takes part in drawing, in eval mode; it reads after the student.
     """
+    trains = student.training
     student.eval()  # gradient checkpointing keeps no cache
     models = [student] if partner is None else [student, partner]
     with simulation(tensors_of(*models), autocast) as memory, torch.no_grad():
@@ -244,7 +251,7 @@ def writing(
             beside, of_partner, _ = _read(partner, shape, memory)
             drawing = max(logits * _DRAWING_TOGETHER, of_partner)
             own -= beside  # which is not there yet when the student reads
-    student.train()
+    student.train(trains)
     found = {"KV cache": cache, "teacher's KV cache": beside, "writing's own": max(own, drawing)}
     return {name: size for name, size in found.items() if size}
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from axolotl.utils.dict import DictDefault
 
-from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig
+from axolotl_dskd.config import DSKDConfig, StudentSamplesConfig, TeacherSamplesConfig
 from axolotl_dskd.objectives import Facts, Objective, build_objective, fine_tuning
 from axolotl_dskd.planning.skeleton import teacher_skeleton
 
@@ -172,3 +172,16 @@ class Run:
             of_a_step = (cfg.micro_batch_size or 1) * (cfg.gradient_accumulation_steps or 1)
             rows = min(rows, of_a_step)
         return rows, min(samples.batch_tokens // rows, cfg.sequence_len)
+
+    @property
+    def writing_before(self) -> tuple[int, int] | None:
+        """Rows and tokens that the teacher writes at once in this process, before training; None:
+        none. As for the student."""
+        samples, teacher = self.config.samples, self.config.one_teacher
+        if not isinstance(samples, TeacherSamplesConfig) or samples.engine != "transformers":
+            return None
+        if teacher.server is not None:
+            return None
+        longest = teacher.sequence_len or samples.batch_tokens
+        rows = max(1, samples.batch_tokens // min(samples.max_new_tokens, longest))
+        return rows, min(samples.batch_tokens // rows, longest)

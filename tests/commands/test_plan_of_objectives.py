@@ -146,6 +146,23 @@ def test_writing_is_planned_where_this_process_writes(tmp_path: Path):
     assert "writing" not in plan(tmp_path, samples=served).phases
 
 
+def test_a_teacher_that_writes_before_training_is_planned(tmp_path: Path):
+    """Also one whose layers are not there in training, and only where this process writes."""
+    tiny.save_pair(tmp_path, hidden_sizes=(32, 192))
+    phase, samples = "writing before training", {"from": "teacher", "max_new_tokens": 100}
+    wide = {**samples, "batch_tokens": 200_000}
+    narrow = plan(tmp_path, samples={**samples, "batch_tokens": 100_000})
+    live = plan(tmp_path, samples=wide)
+    # Layers, keys and values, two heads of 48 numbers in 16 bits, of all tokens.
+    assert live.phases[phase] - narrow.phases[phase] > 2 * 2 * 2 * 48 * 2 * 100_000
+    cached = {"base_model": str(tmp_path / "teacher"), "cache": {"path": "c"}}
+    kept = plan(tmp_path, samples=wide, teacher=cached)
+    ((there,), (here,)) = (made.on_top[phase].values() for made in (kept, live))
+    assert there - here == live.held["teacher layers"] > 0
+    served = {**wide, "engine": {"vllm": {"url": "http://127.0.0.1:1"}}}
+    assert phase not in plan(tmp_path, samples=served).phases
+
+
 def test_what_the_teacher_says_of_kept_answers_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
