@@ -88,7 +88,7 @@ class StudentSamples(Samples):
             )
         self.end_ids = self.answered.end_ids["student"]
         self.writing = Writing(config, run, self.answered, sampling)
-        self._said_of_refused = False
+        self._said_of_refused = self._said_of_replay = False
         beside = ""
         if config.teacher_mix:
             beside = f", {config.teacher_mix:.0%} of each draw from the teacher's distribution"
@@ -136,11 +136,31 @@ class StudentSamples(Samples):
         """Keep the rows of all ranks, micro-batch by micro-batch, so that they lie in the same
         order however many ranks there are."""
         ranks = gather_objects(written)
+        self._say_of_replay(sum(len(rows) for rank in ranks for rows in rank))
         for number in range(max(map(len, ranks))):
             kept = [row for rank in ranks for row in (rank[number] if number < len(rank) else [])]
             gone = self.replay.add(kept)
             if self.run.memory is not None:
                 self.run.memory.turn(kept, gone)
+
+    def _say_of_replay(self, rows: int) -> None:
+        """Say once where the buffer will never be full, so that no step will take kept rows.
+
+        Args:
+            rows: that a step has written, on all ranks together.
+        """
+        if self._said_of_replay or not rows:
+            return
+        self._said_of_replay = True
+        steps, share = self.run.total_steps(), self.config.share
+        most = round(rows * steps * (1.0 if share == "adaptive" else share))
+        if len(self.replay) + most < self.replay.capacity:
+            LOG.warning(
+                f"dskd.samples.replay: steps take kept answers once there are "
+                f"{self.replay.capacity:,}, but this training of {steps:,} steps writes about "
+                f"{most:,}, so all its answers will be new ones. Set replay to less, or train "
+                "longer."
+            )
 
     def _put_kept(self, micro: list[list[list[Row]]], step: int, columns: list[str]) -> None:
         """Put kept rows in the places of a step's, as far as they fit there."""
