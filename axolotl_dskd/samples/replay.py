@@ -49,7 +49,8 @@ class Replay:
             seed: the same on every rank.
         """
         order = list(range(len(self.rows)))
-        random.Random(" ".join(map(str, seed))).shuffle(order)
+        # Other numbers than those of `Schedule.draw`, which has chosen the step.
+        random.Random(" ".join(["rows", *map(str, seed)])).shuffle(order)
         return [self.rows[order[k % len(order)]] for k in range(count)]
 
     def save(self, path: Path) -> None:

@@ -126,6 +126,15 @@ def test_rows_are_drawn_without_repetition_and_by_the_seed():
     assert buffer.drawn(20, 1, 3) != drawn
 
 
+def test_which_rows_are_drawn_does_not_follow_from_what_has_chosen_the_step():
+    """By the same random numbers the row that is drawn last would lie at twice the draw."""
+    buffer, ours = Replay(16), schedule(seed=7)
+    buffer.add([{"row": k} for k in range(16)])
+    low = [(step, draw) for step in range(400) if (draw := ours.draw(step)) < 0.5]
+    last = [buffer.drawn(16, 7, step)[-1]["row"] == int(32 * draw) for step, draw in low]
+    assert sum(last) < 0.25 * len(last)
+
+
 def test_a_buffer_comes_back_from_its_file(tmp_path: Path):
     buffer, other = Replay(9), Replay(9)
     buffer.add(rows(12))
