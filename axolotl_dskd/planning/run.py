@@ -89,14 +89,19 @@ class Run:
 
     def changed(self, changes: dict[str, Any]) -> Run:
         """The same with other values of keys, named as in the YAML; another teacher's are none."""
-        prefix = self.prefix
-        ours = {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+
+        def under(prefix: str) -> dict[str, Any]:
+            return {k.removeprefix(prefix): v for k, v in changes.items() if k.startswith(prefix)}
+
         rest = {k: v for k, v in changes.items() if not k.startswith("dskd.")}
-        teacher = self.config.one_teacher.model_copy(update=ours)
+        block = {
+            "teacher": self.config.one_teacher.model_copy(update=under(self.prefix)),
+            "samples": self.config.samples.model_copy(update=under("dskd.samples.")),
+        }
         return replace(
             self,
             cfg=DictDefault({**self.cfg, **rest}),
-            config=self.config.model_copy(update={"teacher": teacher}),
+            config=self.config.model_copy(update=block),
         )
 
     @cached_property

@@ -163,6 +163,20 @@ def test_a_teacher_that_writes_before_training_is_planned(tmp_path: Path):
     assert phase not in plan(tmp_path, samples=served).phases
 
 
+def test_fewer_answers_at_once_are_proposed_where_writing_takes_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny.save_pair(tmp_path, hidden_sizes=(32, 192))
+    samples = {"from": "teacher", "max_new_tokens": 100, "batch_tokens": 200_000}
+    whole = plan(tmp_path, samples=samples)
+    assert whole.peak_phase == "writing before training"
+    monkeypatch.setattr(f"{__name__}.CARD", replace(CARD, memory=whole.total - (32 << 20)))
+    (step,) = plan(tmp_path, samples=samples).steps
+    assert step.change == "dskd.samples.batch_tokens: 100000"
+    proposed = plan(tmp_path, samples={**samples, "batch_tokens": 100_000})
+    assert step.total == proposed.total
+
+
 def test_what_the_teacher_says_of_kept_answers_is_planned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

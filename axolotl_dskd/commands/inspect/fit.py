@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from axolotl_dskd.config import WritingConfig
 from axolotl_dskd.models.heads import output_head
 from axolotl_dskd.planning.plan import CUDA_CONTEXT, Plan, Step, make_plan
 from axolotl_dskd.planning.run import Run
@@ -32,7 +33,7 @@ def fit(student: Any, runs: Sequence[Run], teacher_tokens: float) -> Plan:
     steps: list[Step] = []
     useless: list[set[str]] = []
     while not plan.fits:
-        proposals = _proposals(runs[0], teacher_tokens)
+        proposals = _proposals(runs[0], plan, teacher_tokens)
         changes, cost = next((p for p in proposals if p[0].keys() not in useless), ({}, ""))
         if not changes:
             break
@@ -48,10 +49,15 @@ def fit(student: Any, runs: Sequence[Run], teacher_tokens: float) -> Plan:
     return replace(whole, steps=steps)
 
 
-def _proposals(run: Run, teacher_tokens: float) -> Iterator[tuple[dict[str, Any], str]]:
+def _proposals(run: Run, plan: Plan, teacher_tokens: float) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes that would take less memory and what they cost, those that change the result least
     first."""
     cfg, teacher, prefix = run.cfg, run.config.one_teacher, run.prefix
+    samples = run.config.samples
+    if plan.peak_phase.startswith("writing") and isinstance(samples, WritingConfig):
+        half = samples.batch_tokens // 2
+        if half >= samples.max_new_tokens:
+            yield {"dskd.samples.batch_tokens": half}, "fewer answers at once, the same text"
     if not cfg.gradient_checkpointing:
         cost = "each step takes about a third longer, the result stays"
         yield {"gradient_checkpointing": True}, cost
