@@ -199,6 +199,11 @@ class TeacherAnswers:
         return known
 
     def _write(self, folder: Path, prompts: dict[int, list[int]]) -> None:
+        """Write this rank's share of the answers.
+
+        Raises:
+            ValueError: on every rank, if one cannot save what it has; what others have stays.
+        """
         config = self.config
         ends = self.answered.end_ids["teacher"]
         writer = self.run.writer("teacher", ends, config.batch_tokens)
@@ -215,8 +220,17 @@ class TeacherAnswers:
         for turn in range(turns):
             now = keys[turn * _AT_ONCE : (turn + 1) * _AT_ONCE]
             found = writer.write([prompts[key] for key in now], sampling, now)
-            if now:
-                _save(folder, dict(zip(now, found, strict=True)))
+            problem = None
+            try:
+                if now:
+                    _save(folder, dict(zip(now, found, strict=True)))
+            except OSError as error:
+                problem = (
+                    f"the teacher's answers cannot be saved in {folder}: {error}. Make room, or "
+                    "name another folder (dataset_prepared_path, dskd.teacher.cache.path): what is "
+                    "saved is not written again."
+                )
+            raise_together(problem, self.run.device)
             LOG.info(f"The teacher has answered {(turn + 1) / turns:.0%} of what was missing")
 
     def _folder(self) -> Path:

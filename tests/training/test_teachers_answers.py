@@ -63,6 +63,20 @@ def test_ranks_that_see_unlike_answers_all_stop_in_words(folder: Path):
             assert f"rank {rank}: {ROWS // 2} answers of the teacher are not in" in result["error"]
 
 
+def test_a_rank_without_room_on_its_disk_ends_all_in_words_and_no_saved_answer_is_lost(
+    folder: Path,
+):
+    block = {"samples": {**TEACHER, "seed": 6}}
+    made = training_config(folder, block, "no room", {"micro_batch_size": ROWS // 2})
+    full = {"do": "train_on_a_disk_without_room", "config": made, "rank": 1}
+    (ranks,) = launch(2, [full], timeout=120)
+    for result in ranks:
+        assert "rank 1: the teacher's answers cannot be saved in" in result["error"]
+        assert "No space left on device. Make room, or name another folder" in result["error"]
+    again = run(1, {"do": "train_counting_writing", "config": made | {"max_steps": 1}})
+    assert again[0]["written"] == ROWS // 2
+
+
 def test_of_rows_that_the_teacher_answers_the_cache_holds_the_answered_alone(
     folder: Path, train: Train, loads: list[int]
 ):

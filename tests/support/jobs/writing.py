@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 from unittest.mock import patch
@@ -128,6 +129,19 @@ def train_with_answers_of_its_own(config: dict[str, Any]) -> dict[str, Any]:
         wrapped(teacher.TeacherAnswers, "_folder", folder),
         patch.object(teacher, "_LATE_SECONDS", 0.5),
     ):
+        return train(config)
+
+
+@job
+def train_on_a_disk_without_room(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """`train`, where one rank cannot save what the teacher has answered."""
+
+    def save(original: Any, *args: Any) -> Any:
+        if this_rank() == rank:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
+    with wrapped(teacher, "_save", save):
         return train(config)
 
 
