@@ -177,13 +177,12 @@ def train_all(asked: Sequence[Asked]) -> list[dict[str, Training]]:
         list(dict.fromkeys([BASE, *(VARIANTS[name].like for name in one.names), *one.names]))
         for one in asked
     ]
-    # A process is set up for one kind of run, and for DeepSpeed once.
-    jobs: dict[tuple[Any, ...], dict[tuple[int, str], Job]] = {}
+    # A process is set up for one kind of run.
+    jobs: dict[tuple[int, str], dict[tuple[int, str], Job]] = {}
     for number, one in enumerate(asked):
         for name in wanted[number]:
             variant = VARIANTS[name]
-            alone = (number, name) if variant.trainer == "DeepSpeedEngine" else ()
-            named = jobs.setdefault((variant.world_size, variant.trainer, *alone), {})
+            named = jobs.setdefault((variant.world_size, variant.trainer), {})
             overrides = {**one.overrides, **variant.overrides}
             made = training_config(one.folder, one.block, name, overrides)
             if name == "cached":
@@ -192,7 +191,7 @@ def train_all(asked: Sequence[Asked]) -> list[dict[str, Training]]:
             do = "train_counting_loads" if name == "cached" else "train"
             named[number, name] = {"do": do, "config": made}
     results: dict[tuple[int, str], Result] = {}
-    for (world_size, *_), named in jobs.items():
+    for (world_size, _), named in jobs.items():
         found = run(world_size, *named.values(), timeout=max(600, 60 * len(named)))
         results |= zip(named, found, strict=True)
     for (_, name), result in results.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Callable
 from functools import cache, wraps
@@ -22,6 +23,7 @@ def prepare_ranks() -> None:
     shard_on_this_cpu()
     handle_datasets_in_this_process()
     make_configuration_classes_once()
+    read_versions_once()
     import_and_compile_ahead()
     leave_imports_to_no_collection()
 
@@ -33,6 +35,7 @@ def prepare_to_train_here() -> None:
     import axolotl.train  # noqa: F401
 
     make_configuration_classes_once()
+    read_versions_once()
     leave_imports_to_no_collection()
 
 
@@ -66,6 +69,24 @@ def make_configuration_classes_once() -> None:
         return joined(tuple(PluginManager.get_instance().get_input_args()))
 
     axolotl.utils.config.merge_input_args = made_once
+
+
+@cache
+def read_versions_once() -> None:
+    """Libraries ask each other's versions again and again, by parsing files as e-mails."""
+    for name in ("metadata", "version"):
+        setattr(importlib.metadata, name, cache(getattr(importlib.metadata, name)))
+
+
+def forget_the_last_training() -> None:
+    """A process is meant for one training: Axolotl refuses DeepSpeed where accelerate has been set
+    up, and accelerate remembers how."""
+    import axolotl.utils.distributed
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    axolotl.utils.distributed.distributed_state = None
+    leave_imports_to_no_collection()
 
 
 def leave_imports_to_no_collection() -> None:

@@ -30,6 +30,7 @@ def main(
 
     import tests.support.jobs  # noqa: F401
     from tests.support.jobs.registry import run_job
+    from tests.support.process import forget_the_last_training
 
     # A rank of a fork server would start each worker of a data loader from a server of its own.
     multiprocessing.set_start_method("fork", force=True)
@@ -37,6 +38,8 @@ def main(
     for number, job in enumerate(jobs):
         path = Path(folder) / f"{number}-{rank}.pt"
         try:
+            if number:
+                forget_the_last_training()
             result = run_job(job)
         except BaseException as error:
             traceback.print_exc()
