@@ -136,6 +136,17 @@ def test_a_second_comparison_does_not_touch_what_a_killed_one_left_running(folde
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_terminated_comparison_leaves_no_training_behind(folder: Path):
+    process = started(command(folder, "ended", *TWO_BY_TWO), RECORDED_TRAINING_PAUSE="30")
+    record = folder / "ended" / "sft-seed1" / "model" / "dskd-record.jsonl"
+    while not record.exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    with launch.only_one(folder / "ended"):  # its trainings would hold it
+        pass
+
+
 def test_changed_data_are_trained_on_again(folder: Path, whole: str):
     before = {p: p.stat().st_mtime_ns for p in (folder / "whole").glob("*/result.json")}
     rows = folder / "rows.jsonl"

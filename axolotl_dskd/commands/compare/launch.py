@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,22 @@ class _Running:
     where: tuple[float, str] = (0.0, "starting")
 
 
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """While open, SIGTERM ends this process as Ctrl-C does, by an exception: what it has started
+    would go on without it."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_terminated_as_interrupted()
 def run_all(
     runs: Sequence[Run], places: Sequence[str], reporter: Reporter, lock: int
 ) -> tuple[list[Outcome], list[Failure]]:
