@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,14 +24,6 @@ from tests.support.waits import Waits
 
 #: Of a batch: two pairs of samples that belong together where answers are written.
 SAMPLES = [1, 0, 3, 2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One for all, so that vocabularies are mapped once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AXOLOTL_DSKD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def some_written(case: Case) -> Case:

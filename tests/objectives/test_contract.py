@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,6 @@ from axolotl_dskd.types import LossOutput, Written
 from tests.support import toy_objective
 from tests.support.contract import CASES, TOY, Case
 from tests.support.inputs import HEADS, Inputs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One for all, so that vocabularies are mapped once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AXOLOTL_DSKD_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
@@ -224,7 +215,7 @@ def test_no_tensor_holds_logits_of_all_tokens(
     # Its own scratch has a size of its own, by default larger than all of this batch.
     monkeypatch.setattr(sinkhorn, "_NUMBERS", 4096)
     inputs = case.inputs(dtype=torch.float32, copies=5)
-    objective, batch = case.objective(inputs, chunk_tokens=8), inputs.batch()
+    objective, batch = case.objective(inputs, chunk_tokens=32), inputs.batch()
     sizes = zip((batch.student, batch.teacher), inputs.facts.vocab_sizes, strict=True)
     logits = min(len(view) * vocabulary for view, vocabulary in sizes)
     with torch.set_grad_enabled(training), Largest() as seen:
