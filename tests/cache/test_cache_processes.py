@@ -41,7 +41,6 @@ def config(folder: Path, cache: str | None, rows: int = ROWS, **overrides: Any) 
         "max_steps": None,
         "dskd": {"teacher": teacher},
         "output_dir": str(folder / f"out-{cache}"),
-        "dataloader_num_workers": 0,
         "max_grad_norm": 1.0,
         "adam_epsilon": 1e-6,
     }

@@ -45,6 +45,7 @@ def test_preprocess_then_train_distils_and_the_metrics_fall(pair_folder: Path):
         learning_rate=1e-2,
         save_strategy="steps",
         save_steps=10,
+        dataloader_num_workers=None,  # Axolotl's own default: collated by other processes
         dskd={
             "teacher": {"base_model": str(pair_folder / "teacher")},
             "objective": {"projector": {"learning_rate": 1e-2}},

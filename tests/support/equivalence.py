@@ -261,7 +261,6 @@ def training_config(
         "max_grad_norm": 1.0,
         # Where a gradient is nearly 0, Adam otherwise turns rounding into whole steps.
         "adam_epsilon": 1e-6,
-        "dataloader_num_workers": 0,
         "output_dir": str(folder / name),
         "datasets": [{"path": str(rows), "ds_type": "json", "type": "chat_template"}],
     }

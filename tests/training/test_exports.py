@@ -78,7 +78,6 @@ def exported(folder: Path) -> dict[str, Result]:
             folder,
             output_dir=str(folder / name),
             learning_rate=1e-2,
-            dataloader_num_workers=0,
             save_strategy="steps",
             save_steps=STEPS,
             micro_batch_size=4 // ranks,

@@ -24,7 +24,6 @@ def config(folder: Path, name: str, warm_up: int = 0, **overrides: Any) -> dict[
         folder,
         max_steps=STEPS,
         num_epochs=10,
-        dataloader_num_workers=0,
         output_dir=str(folder / name),
         dskd=block,
         **overrides,

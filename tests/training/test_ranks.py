@@ -45,7 +45,6 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         # Where a gradient is nearly 0, Adam otherwise turns rounding into whole steps.
         "adam_epsilon": 1e-6,
-        "dataloader_num_workers": 0,
         "output_dir": str(folder / name),
     }
     made = tiny.base_config(folder, **{**defaults, **overrides})

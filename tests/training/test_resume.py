@@ -45,7 +45,6 @@ def config(folder: Path, name: str, **overrides: Any) -> dict[str, Any]:
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "adam_epsilon": 1e-6,  # else Adam turns rounding into steps where a gradient is nearly 0
-        "dataloader_num_workers": 0,
         "output_dir": str(folder / name),
     }
     return tiny.base_config(folder, **defaults | overrides)

@@ -138,6 +138,25 @@ def test_packed_rows_give_the_loss_of_padded_rows(pair_folder: Path, train: Trai
         assert first[name] == pytest.approx(second[name], rel=1e-5), name
 
 
+@pytest.mark.parametrize(
+    "samples",
+    ["dataset", {"from": "student", "share": 0.5, "max_new_tokens": 4}],
+    ids=["dataset", "student"],
+)
+def test_batches_of_other_processes_are_the_same(pair_folder: Path, train: Train, samples: Any):
+    """Of so many as Axolotl starts by default, and of two that are ahead of training."""
+    ahead = {"dataloader_num_workers": 2, "dataloader_prefetch_factor": 2}
+    block = dskd(pair_folder) | {"samples": samples}
+    here, *others = (
+        train(tiny.base_config(pair_folder, dskd=block, **keys))[1]
+        for keys in ({}, {"dataloader_num_workers": None}, ahead)
+    )
+    assert here.args.dataloader_num_workers == 0
+    assert all(other.args.dataloader_num_workers > 0 for other in others)
+    for other in others:
+        assert losses(other) == losses(here)
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, train: Train) -> tuple[Path, list[float]]:
     """The pair, and the losses of Axolotl's own fine-tuning of the student."""
