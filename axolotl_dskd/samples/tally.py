@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from axolotl_dskd.generation import Answer
-from axolotl_dskd.ranks import sum_over_ranks
+from axolotl_dskd.ranks import sum_over_ranks, world_size
 
 #: Tokens of the sequences whose repetition is counted.
 _N = 4
@@ -62,5 +62,7 @@ class Tally:
             means["dskd/mixed_weight"] = found["weight"] / found["mixed"]
             means["dskd/mixed_below_half"] = found["light"] / found["mixed"]
         if found["seconds"]:
-            means["dskd/written_tokens_per_second"] = found["tokens"] / found["seconds"]
+            # Of all ranks together, which write at the same time.
+            each = found["seconds"] / world_size()
+            means["dskd/written_tokens_per_second"] = found["tokens"] / each
         return means
