@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -31,6 +33,18 @@ class EndStep(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """On every rank, also where mixed precision has skipped the update."""
         self.end_step()
+
+
+class RemoveAtEnd(TrainerCallback):
+    """Removes a folder that only the steps of a training need, when it has ended well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, args: Any, *_: Any, **__: Any) -> None:
+        """On the first rank."""
+        if args.process_index == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class StepSidecar(TrainerCallback):

@@ -17,11 +17,12 @@ from axolotl_dskd.generation import (
 from axolotl_dskd.models.student import Student
 from axolotl_dskd.samples import writing_server
 from axolotl_dskd.servers import Servers
+from axolotl_dskd.training.callbacks import RemoveAtEnd
 from axolotl_dskd.training.opening import how_to_resume
 from axolotl_dskd.vllm import TEXT
 
-#: Folder in `output_dir` of what the server is given.
-HANDED_OVER = "dskd-writer"
+#: Folder in `output_dir` of what the server is given. What begins so is not pushed to a hub.
+HANDED_OVER = "_dskd-writer"
 
 
 def vllm_writer(
@@ -52,6 +53,8 @@ def vllm_writer(
     served: Served = FixedModel(wanted.name)
     of_student = isinstance(server, StudentWriterConfig)
     if isinstance(server, StudentWriterConfig):
+        folder = Path(trainer.args.output_dir) / HANDED_OVER
+        trainer.add_callback(RemoveAtEnd(folder))  # exports are plain
         kind = StudentWeights if wanted.takes_weights else StudentAdapter
         served = kind(
             servers,
@@ -59,7 +62,7 @@ def vllm_writer(
             step=lambda: trainer.state.global_step,
             every=server.sync_every,
             save=student.save,
-            folder=Path(trainer.args.output_dir) / HANDED_OVER,
+            folder=folder,
             device=trainer.accelerator.device,
         )
     return VLLMWriter(

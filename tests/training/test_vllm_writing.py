@@ -82,6 +82,19 @@ def test_who_writes_changes_nothing(trained: tuple[dict[str, Training], dict[str
 
 
 @pytest.mark.vllm
+def test_what_the_server_was_given_is_gone_after_training(
+    trained: tuple[dict[str, Training], dict[str, Any]], folder: Path
+):
+    """It is as large as the student, and no part of what is exported."""
+    name = "lora" if trained[1] else "whole"
+    itself, served = (
+        {path.name for path in (folder / f"{name} {who}").iterdir()} for who in ("itself", "served")
+    )
+    assert served <= itself
+    assert "README.md" in served
+
+
+@pytest.mark.vllm
 @pytest.mark.parametrize("sharding", SHARDING)
 def test_several_ranks_hand_over_one_student(
     trained: tuple[dict[str, Training], dict[str, Any]],
