@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from axolotl_dskd.teacher.cached import fill, identity, session, states
 from axolotl_dskd.teacher.cached import open as cache_open
 from axolotl_dskd.teacher.cached.teacher import CachedTeacher
 from axolotl_dskd.teacher.live import LiveTeacher
-from tests.support.jobs.common import this_rank, wrapped
+from tests.support.jobs.common import on_a_full_disk, this_rank, wrapped
 from tests.support.jobs.registry import job, run_job
 from tests.support.jobs.training import train
 
@@ -147,13 +146,7 @@ def train_where_files_show_late(
 @job
 def train_on_a_full_disk(config: dict[str, Any], rank: int) -> dict[str, Any]:
     """As `train_counting_loads`, where one rank can write no samples."""
-
-    def write(original: Any, *args: Any) -> Any:
-        if this_rank() == rank:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*args)
-
-    with wrapped(store, "write_shard", write), _patience(0.4):
+    with on_a_full_disk(store, "write_shard", rank), _patience(0.4):
         return train_counting_loads(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -32,3 +33,14 @@ def wrapped(target: Any, name: str, wrapper: Callable[..., Any]) -> Any:
         return wrapper(original, *args, **kwargs)
 
     return patch.object(target, name, call)
+
+
+def on_a_full_disk(target: Any, name: str, rank: int) -> Any:
+    """A context in which `target.name`, which writes, finds no room on one rank."""
+
+    def write(original: Any, *args: Any) -> Any:
+        if this_rank() == rank:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
+    return wrapped(target, name, write)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +13,7 @@ from axolotl_dskd.samples.student import StudentSamples
 from axolotl_dskd.teacher.live import LiveTeacher
 from axolotl_dskd.training.trainer import DSKDTrainer
 from axolotl_dskd.types import DualBatch, Needs
-from tests.support.jobs.common import this_rank, wrapped
+from tests.support.jobs.common import on_a_full_disk, this_rank, wrapped
 from tests.support.jobs.registry import job
 from tests.support.jobs.training import train
 
@@ -135,13 +134,7 @@ def train_with_answers_of_its_own(config: dict[str, Any]) -> dict[str, Any]:
 @job
 def train_on_a_disk_without_room(config: dict[str, Any], rank: int) -> dict[str, Any]:
     """`train`, where one rank cannot save what the teacher has answered."""
-
-    def save(original: Any, *args: Any) -> Any:
-        if this_rank() == rank:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*args)
-
-    with wrapped(teacher, "_save", save):
+    with on_a_full_disk(teacher, "_save", rank):
         return train(config)
 
 
