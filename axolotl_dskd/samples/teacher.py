@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from axolotl.utils.logging import get_logger
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 
 from axolotl_dskd.cache import write_atomically
 from axolotl_dskd.config import TeacherSamplesConfig
-from axolotl_dskd.data.answers import AnsweredRows
+from axolotl_dskd.data.answers import AnsweredRows, Prompt
 from axolotl_dskd.data.collator import fill_columns
 from axolotl_dskd.data.routing import in_their_places, rows_of_teacher
 from axolotl_dskd.generation import Answer, Sampling, prompt_seed
@@ -73,6 +73,20 @@ class TeacherSamples(Samples):
         return in_their_places(answered, rows)
 
 
+class _Asked(NamedTuple):
+    """A prompt: the first of the rows that have it, and how many of the teacher's tokens it has."""
+
+    row: int
+    length: int
+
+
+class _Kept(NamedTuple):
+    """An answer as it stands in a file: `Answer.ids` as int32, 4 bytes a token, and `ended`."""
+
+    ids: torch.Tensor
+    ended: bool
+
+
 class TeacherAnswers:
     """What one teacher answers to the prompts of rows.
 
@@ -95,27 +109,29 @@ class TeacherAnswers:
         Raises:
             ValueError: no row has a prompt; no answer can be used.
         """
-        prompts = [self.answered.prompt(row) for row in rows]
-        keys = [
-            None if prompt is None else prompt_seed(prompt["teacher"].ids, self.config.seed)
-            for prompt in prompts
-        ]
-        answers = self._answers(
-            {
-                key: prompt["teacher"].ids
-                for key, prompt in zip(keys, prompts, strict=True)
-                if key is not None and prompt is not None
-            }
-        )
+        # By number: the prompts of a large data set would take many times its memory as lists.
+        keys: list[int | None] = []
+        asked: dict[int, _Asked] = {}
+        for index, row in enumerate(rows):
+            prompt = self.answered.prompt(row)
+            if prompt is None:
+                keys.append(None)
+                continue
+            ids = prompt["teacher"].ids
+            key = prompt_seed(ids, self.config.seed)
+            keys.append(key)
+            asked.setdefault(key, _Asked(index, len(ids)))
+        answers = self._answers(rows, asked)
         known = ("attention_mask", "position_ids", "length")
         columns = [name for name in rows.column_names if name in known]
 
-        def answer(row: dict[str, Any], index: int) -> dict[str, Any]:
-            prompt, key = prompts[index], keys[index]
+        def answer(row: dict[str, Any], key: int | None) -> dict[str, Any]:
             made: dict[str, Any] | str = "no prompt"
-            if prompt is not None and key is not None:
-                found = answers[key]
-                made = self.answered.row(prompt, found.ids, ended=found.ended, by="teacher")
+            if key is not None:
+                found, prompt = answers[key], self._prompt(row)
+                made = self.answered.row(
+                    prompt, found.ids.tolist(), ended=found.ended, by="teacher"
+                )
             if not isinstance(made, str) and len(made["input_ids"]) > self.run.max_length:
                 made = "student too long"
             if isinstance(made, str):
@@ -133,7 +149,8 @@ class TeacherAnswers:
         parts = []
         for start in range(0, len(rows), _ROWS):
             few = rows.select(range(start, min(start + _ROWS, len(rows))))
-            changed = [{**row, **answer(row, start + k)} for k, row in enumerate(few)]
+            theirs = zip(few, keys[start : start + _ROWS], strict=True)
+            changed = [{**row, **answer(row, key)} for row, key in theirs]
             made = {name: [row[name] for row in changed] for name in names}
             parts.append(type(rows).from_dict(made, features=rows.features))
         refused = sum(self.tally.refused.values())
@@ -148,29 +165,35 @@ class TeacherAnswers:
             )
         return concatenate_datasets(parts)
 
+    def _prompt(self, row: dict[str, Any]) -> Prompt:
+        """Of a row that has one."""
+        prompt = self.answered.prompt(row)
+        assert prompt is not None
+        return prompt
+
     # ---- the answers -------------------------------------------------------------------------
 
-    def _answers(self, prompts: dict[int, list[int]]) -> dict[int, Answer]:
+    def _answers(self, rows: Any, asked: dict[int, _Asked]) -> dict[int, _Kept]:
         """An answer to each prompt, read where it was written before, else written now."""
         folder = self._folder()
         folder.mkdir(parents=True, exist_ok=True)
         known = _read(folder, _names(folder))
         # On any rank: not every machine may see what another one has written.
-        lacking = gather_objects(prompts.keys() - known.keys())
+        lacking = gather_objects(asked.keys() - known.keys())
         missing = sorted(set().union(*lacking))
         LOG.info(
-            f"Answers of the teacher in {folder}: {len(prompts) - len(missing):,} of "
-            f"{len(prompts):,} are written"
+            f"Answers of the teacher in {folder}: {len(asked) - len(missing):,} of "
+            f"{len(asked):,} are written"
         )
         if missing:
             mine = missing[self.run.rank :: len(lacking)]
-            self._write(folder, {key: prompts[key] for key in mine})
+            self._write(folder, rows, {key: asked[key] for key in mine})
             gather_objects(0)  # all have written
         if missing or len(lacking) > 1:
-            known = self._of_all_ranks(folder, prompts)
-        return {key: known[key] for key in prompts}
+            known = self._of_all_ranks(folder, asked)
+        return {key: known[key] for key in asked}
 
-    def _of_all_ranks(self, folder: Path, prompts: dict[int, list[int]]) -> dict[int, Answer]:
+    def _of_all_ranks(self, folder: Path, asked: dict[int, _Asked]) -> dict[int, _Kept]:
         """What is in the files that any rank sees now, once they show here, which may take a moment
         on a network's disk. Other runs may be writing; yet all ranks have the same answers.
 
@@ -181,7 +204,7 @@ class TeacherAnswers:
         until = time.monotonic() + _LATE_SECONDS
         while True:
             known = _read(folder, names)
-            number = len(prompts.keys() - known.keys())
+            number = len(asked.keys() - known.keys())
             unseen = len(names - _names(folder))
             late = max(gather_objects((number + unseen, time.monotonic() > until)))
             if not late[0] or late[1]:
@@ -198,7 +221,7 @@ class TeacherAnswers:
         )
         return known
 
-    def _write(self, folder: Path, prompts: dict[int, list[int]]) -> None:
+    def _write(self, folder: Path, rows: Any, asked: dict[int, _Asked]) -> None:
         """Write this rank's share of the answers.
 
         Raises:
@@ -215,11 +238,12 @@ class TeacherAnswers:
             self.answered.reconcile.teacher_limit,
         )
         # Of similar length together.
-        keys = sorted(prompts, key=lambda key: (-len(prompts[key]), key))
+        keys = sorted(asked, key=lambda key: (-asked[key].length, key))
         turns = max_over_ranks(-(-len(keys) // _AT_ONCE), self.run.device)
         for turn in range(turns):
             now = keys[turn * _AT_ONCE : (turn + 1) * _AT_ONCE]
-            found = writer.write([prompts[key] for key in now], sampling, now)
+            prompts = [self._prompt(rows[asked[key].row])["teacher"].ids for key in now]
+            found = writer.write(prompts, sampling, now)
             problem = None
             try:
                 if now:
@@ -268,11 +292,11 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob(f"*{_SUFFIX}")}
 
 
-def _read(folder: Path, names: Iterable[str]) -> dict[int, Answer]:
+def _read(folder: Path, names: Iterable[str]) -> dict[int, _Kept]:
     """What is in some files of a folder, the same answers from the same files: of two to one prompt
     the first by name counts. A damaged file counts as not written, and so does one that is not
     there."""
-    answers: dict[int, Answer] = {}
+    answers: dict[int, _Kept] = {}
     for path in (folder / name for name in sorted(names)):
         try:
             tensors = load_file(path)
@@ -285,5 +309,5 @@ def _read(folder: Path, names: Iterable[str]) -> dict[int, Answer]:
         for key, ids, ended in zip(
             tensors["keys"].tolist(), rows, tensors["ended"].tolist(), strict=True
         ):
-            answers.setdefault(key, Answer(ids.tolist(), [], ended=ended))
+            answers.setdefault(key, _Kept(ids, ended))
     return answers
