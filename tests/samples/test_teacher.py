@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -127,3 +127,45 @@ def test_answered_rows_stand_in_order_and_are_never_all_in_lists_at_once(tmp_pat
         before = len(prompt["teacher"].ids)
         assert row["teacher_input_ids"][:before] == prompt["teacher"].ids
         assert row["teacher_input_ids"][before : before + len(ids) - 1] == ids[:-1]
+
+
+def test_each_prompt_has_the_answer_that_was_written_to_it(tmp_path: Path):
+    """Also where rows share a prompt, and in whatever order the writer takes them."""
+    pair = ("tiny byte-level", "tiny sentencepiece")
+    asks = [
+        "What floats on water?",
+        "Name it.",
+        "What floats on water?",
+        "And what is made of ice?",
+    ]
+    said = ["Wood.", "A boat.", "Ice.", "Nothing here."]
+    rows = Dataset.from_list([prepared(pair, [turn]) for turn in zip(asks, said, strict=True)])
+    prompts = [answered(pair).prompt(row) for row in rows]
+    ids = [prompt["teacher"].ids for prompt in prompts if prompt]
+    answer_of = {
+        tuple(prompt): [label for label in row["teacher_labels"] if label >= 0]
+        for prompt, row in zip(ids, rows, strict=True)
+    }
+
+    class Writer:
+        asked: ClassVar[list[int]] = []
+
+        def write(self, prompts: list[list[int]], _: Any, seeds: list[int]) -> list[Answer]:
+            assert seeds == [prompt_seed(prompt, 42) for prompt in prompts]
+            self.asked += seeds
+            return [Answer(answer_of[tuple(p)][:-1], [], ended=False) for p in prompts]
+
+    run: Any = SimpleNamespace(
+        folder=tmp_path,
+        identity=lambda: "one",
+        answered=lambda: answered(pair),
+        max_length=4096,
+        device=torch.device("cpu"),
+        rank=0,
+        writer=lambda *_: Writer(),
+    )
+    found = TeacherAnswers(TeacherSamplesConfig.model_validate({"from": "teacher"}), run)(rows)
+    assert len(Writer.asked) == len(answer_of) == 3
+    for prompt, row in zip(ids, found, strict=True):
+        written = answer_of[tuple(prompt)][:-1]
+        assert row["teacher_input_ids"] == prompt + written
